@@ -1,0 +1,339 @@
+//! The other messages of the contract.
+
+use alloc::{string::String, vec::Vec};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    MAX_EVENT_BYTES, Name, RangeSet, Reading, VERSION,
+    event::{EventError, parse, within},
+};
+
+/// The largest batch of a replay in bytes: a QoS 1 message that a slow uplink (100 kbit/s) still sends
+/// within a keep-alive.
+const MAX_REPLAY_BYTES: usize = 256 * 1024;
+
+/// A batch from the backlog. It never triggers an automation: subscribers that act listen to `result`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Replay {
+    /// Version of the message, [`VERSION`].
+    pub v: u8,
+    /// The readings, each as it would have been sent live.
+    pub readings: Vec<Reading>,
+}
+
+impl Replay {
+    /// Reads and checks a batch that came on a topic of `device`.
+    ///
+    /// # Errors
+    /// [`EventError`] says what is wrong with it; nothing of the batch is to be used then.
+    pub fn decode(bytes: &[u8], device: &Name) -> Result<Self, EventError> {
+        within(bytes.len(), MAX_REPLAY_BYTES)?;
+        let replay: Self = parse(bytes)?;
+        if replay.v != VERSION {
+            return Err(EventError::Version(replay.v));
+        }
+        replay
+            .readings
+            .iter()
+            .try_for_each(|reading| reading.check(device))?;
+        Ok(replay)
+    }
+}
+
+/// Builds a batch from readings that are already encoded, as many as fit; says how many that were.
+///
+/// The bytes of each reading go in as they are: what lies in the outbox is what travels.
+#[must_use]
+pub fn replay_bytes(readings: &[&[u8]]) -> (Vec<u8>, usize) {
+    const {
+        assert!(
+            MAX_EVENT_BYTES < MAX_REPLAY_BYTES / 2,
+            "one reading always fits"
+        )
+    };
+    let mut bytes = Vec::from(&b"{\"v\":1,\"readings\":["[..]);
+    let mut taken = 0;
+    for reading in readings {
+        if bytes.len() + reading.len() + 3 > MAX_REPLAY_BYTES {
+            break;
+        }
+        if taken > 0 {
+            bytes.push(b',');
+        }
+        bytes.extend_from_slice(reading);
+        taken += 1;
+    }
+    bytes.extend_from_slice(b"]}");
+    (bytes, taken)
+}
+
+/// What the coordinator has stored of one outbox: everything up to `upto`, and `ranges` beyond it.
+///
+/// Sent after the database commit, cumulative and retained: one message says all, losing one is harmless.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ack {
+    /// Version of the message, [`VERSION`].
+    pub v: u8,
+    /// The life of the device's outbox.
+    pub epoch: u64,
+    /// Every reading from 1 to this one is stored or known to be missing; 0 is none.
+    pub upto: u64,
+    /// What is stored beyond that.
+    #[serde(default, skip_serializing_if = "RangeSet::is_empty")]
+    pub ranges: RangeSet,
+}
+
+/// The most ranges that one acknowledgement carries beyond `upto`: the lowest ones, since they hold up the
+/// rest. What is not named is sent again and named then.
+const MAX_ACK_RANGES: usize = 64;
+
+impl Ack {
+    /// What to say when `stored` is stored.
+    #[must_use]
+    pub fn of(epoch: u64, stored: &RangeSet) -> Self {
+        let mut ranges = RangeSet::new();
+        let mut upto = 0;
+        for (from, to) in stored.iter().take(MAX_ACK_RANGES + 1) {
+            if from <= 1 {
+                upto = to;
+            } else {
+                ranges.insert(from, to);
+            }
+        }
+        Self {
+            v: VERSION,
+            epoch,
+            upto,
+            ranges,
+        }
+    }
+
+    /// All that is stored, as a set.
+    #[must_use]
+    pub fn stored(&self) -> RangeSet {
+        let mut all = self.ranges.clone();
+        all.insert(1, self.upto);
+        all
+    }
+
+    /// The JSON that is sent.
+    ///
+    /// # Errors
+    /// Never in practice: it holds only integers.
+    pub fn encode(&self) -> Result<Vec<u8>, EventError> {
+        Ok(serde_json::to_vec(self)?)
+    }
+
+    /// Reads an acknowledgement.
+    ///
+    /// # Errors
+    /// [`EventError`] says what is wrong with it.
+    pub fn decode(bytes: &[u8]) -> Result<Self, EventError> {
+        within(bytes.len(), MAX_EVENT_BYTES)?;
+        let ack: Self = parse(bytes)?;
+        if ack.v == VERSION {
+            Ok(ack)
+        } else {
+            Err(EventError::Version(ack.v))
+        }
+    }
+}
+
+/// Whether a device is there. On the wire the bare words `online` and `offline`, as home automation
+/// expects of an availability topic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Status {
+    /// Connected.
+    Online,
+    /// Said by the broker in the device's name when it is gone.
+    Offline,
+}
+
+impl Status {
+    /// The word on the wire.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Online => "online",
+            Self::Offline => "offline",
+        }
+    }
+
+    /// Reads the word.
+    #[must_use]
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        [Self::Online, Self::Offline]
+            .into_iter()
+            .find(|s| s.as_str().as_bytes() == bytes)
+    }
+}
+
+/// What a device is. Retained on `info`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Info {
+    /// Version of the message, [`VERSION`].
+    pub v: u8,
+    /// The version of the agent.
+    pub agent: String,
+    /// The board, as its profile names it.
+    pub board: String,
+    /// The processor's architecture, `aarch64` for example.
+    pub arch: String,
+    /// The cameras and sensors, separated by commas.
+    pub sources: String,
+    /// The life of the device's outbox.
+    pub epoch: u64,
+}
+
+/// The model that is in memory. Retained on `model`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelInfo {
+    /// Version of the message, [`VERSION`].
+    pub v: u8,
+    /// The bundle's name.
+    pub name: String,
+    /// The bundle's version.
+    pub version: String,
+    /// SHA-256 of the loaded model's bytes, in hexadecimal.
+    pub sha256: String,
+    /// The task: `classify` or `embed`.
+    pub task: String,
+    /// The labels, separated by commas; empty for an embedding.
+    pub labels: String,
+}
+
+/// Flat numbers about a device, on `metrics` at QoS 0 and, retained, on `state`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Metrics {
+    /// Version of the message, [`VERSION`].
+    pub v: u8,
+    /// When it was measured, by the device's clock: milliseconds since the Unix epoch.
+    pub ts: i64,
+    /// Seconds since the agent started.
+    pub uptime_s: u64,
+    /// Frames captured since the start.
+    pub frames: u64,
+    /// Frames that could not be read or decoded.
+    pub frames_bad: u64,
+    /// Frames that the gate held back.
+    pub frames_gated: u64,
+    /// Readings made durable since the start.
+    pub readings: u64,
+    /// Readings that wait for the coordinator's acknowledgement.
+    pub backlog: u64,
+    /// Bytes that the outbox takes on disk.
+    pub outbox_bytes: u64,
+    /// Readings that had to be dropped and whose gap the coordinator does not know yet.
+    pub gaps_pending: u64,
+    /// Connections to the broker that were lost since the start.
+    pub reconnects: u64,
+    /// Messages that could not be used since the start.
+    pub refused: u64,
+    /// Median time from frame to result since the last message, in milliseconds.
+    pub latency_ms: f32,
+    /// Resident memory of the agent in bytes; 0 where it cannot be read.
+    pub rss_bytes: u64,
+}
+
+/// Parses the flat messages, each bounded and of this version.
+macro_rules! flat {
+    ($($kind:ty),*) => {$(
+        impl $kind {
+            /// The JSON that is sent.
+            ///
+            /// # Errors
+            /// If a number cannot be written as JSON.
+            pub fn encode(&self) -> Result<Vec<u8>, EventError> {
+                Ok(serde_json::to_vec(self)?)
+            }
+
+            /// Reads the message.
+            ///
+            /// # Errors
+            /// [`EventError`] says what is wrong with it.
+            pub fn decode(bytes: &[u8]) -> Result<Self, EventError> {
+                within(bytes.len(), MAX_EVENT_BYTES)?;
+                let message: Self = parse(bytes)?;
+                if message.v == VERSION { Ok(message) } else { Err(EventError::Version(message.v)) }
+            }
+        }
+    )*};
+}
+flat!(Info, ModelInfo, Metrics);
+
+#[cfg(test)]
+mod tests {
+    use alloc::{format, string::ToString, vec};
+
+    use super::*;
+
+    #[test]
+    fn a_batch_takes_what_fits_and_reads_back() {
+        let one = |seq: u64| {
+            format!(
+                r#"{{"v":1,"device":"d1","source":"_","epoch":1,"seq":{seq},"ts":0,"frame":{seq},"label":"{}","score":1.0,"margin":1.0,"model":"m@1","latency_ms":0.0}}"#,
+                "x".repeat(200)
+            )
+            .into_bytes()
+        };
+        let readings: Vec<_> = (1..=2_000).map(one).collect();
+        let views: Vec<&[u8]> = readings.iter().map(Vec::as_slice).collect();
+        let (bytes, taken) = replay_bytes(&views);
+        assert!(taken > 100 && taken < 2_000 && bytes.len() <= MAX_REPLAY_BYTES);
+        let replay = Replay::decode(&bytes, &"d1".parse().unwrap()).unwrap();
+        assert_eq!(replay.readings.len(), taken);
+        assert!(
+            Replay::decode(&bytes, &"d2".parse().unwrap()).is_err(),
+            "one foreign reading refuses the batch"
+        );
+        assert_eq!(replay_bytes(&[]).1, 0);
+    }
+
+    #[test]
+    fn an_acknowledgement_says_what_is_stored() {
+        let mut stored = RangeSet::new();
+        stored.insert(1, 40);
+        stored.insert(50, 60);
+        let ack = Ack::of(9, &stored);
+        assert_eq!(
+            core::str::from_utf8(&ack.encode().unwrap()).unwrap(),
+            r#"{"v":1,"epoch":9,"upto":40,"ranges":[[50,60]]}"#
+        );
+        assert_eq!(
+            Ack::decode(&ack.encode().unwrap()).unwrap().stored(),
+            stored
+        );
+        assert_eq!(Ack::of(9, &RangeSet::new()).stored(), RangeSet::new());
+        // Without the beginning, nothing is claimed of it.
+        let mut late = RangeSet::new();
+        late.insert(5, 6);
+        assert_eq!(
+            (Ack::of(9, &late).upto, Ack::of(9, &late).stored()),
+            (0, late)
+        );
+        // A shattered set is named in part, the lowest first.
+        let mut shattered = RangeSet::new();
+        (0..500).for_each(|n| shattered.insert(n * 2 + 1, n * 2 + 1));
+        let said = Ack::of(9, &shattered).stored();
+        assert!(
+            said.pieces() <= MAX_ACK_RANGES + 1
+                && said.contains(1)
+                && said.iter().all(|(a, b)| shattered.covers(a, b))
+        );
+    }
+
+    #[test]
+    fn words_and_versions() {
+        assert_eq!(Status::decode(b"online"), Some(Status::Online));
+        assert_eq!(Status::decode(b"Online"), None);
+        assert!(
+            Metrics::decode(b"{\"v\":7}")
+                .unwrap_err()
+                .to_string()
+                .contains("version 7")
+        );
+        let broken = vec![b'['; 10_000];
+        assert!(Info::decode(&broken).is_err());
+    }
+}

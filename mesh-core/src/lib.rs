@@ -1,0 +1,27 @@
+//! The vocabulary of Lacewing, shared by devices and the coordinator.
+//!
+//! Everything here is data or a pure state machine: inputs and `now` go in, values and actions come
+//! out. There is no clock, no I/O and no async, so that each policy can be tested with any history.
+#![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+
+mod backoff;
+pub mod decide;
+pub mod delivery;
+mod envelope;
+mod event;
+mod name;
+mod ranges;
+mod topic;
+
+pub use backoff::Backoff;
+pub use envelope::{Ack, Info, Metrics, ModelInfo, Replay, Status, replay_bytes};
+pub use event::{Event, EventError, Gap, GapReason, MAX_EVENT_BYTES, Reading};
+pub use name::{Name, NameError};
+pub use ranges::RangeSet;
+pub use topic::{Kind, ROOT, Topic, TopicError};
+
+/// The version of every message on the wire. A message of another version is refused, never guessed at.
+pub const VERSION: u8 = 1;
