@@ -12,7 +12,7 @@
 //! Live readings go first, one message each. The backlog follows in batches, of which only a few may be
 //! unanswered, so that it can neither hold up a live reading nor bury a coordinator that comes back.
 
-use alloc::collections::VecDeque;
+use alloc::{collections::VecDeque, vec::Vec};
 
 use crate::{Ack, RangeSet};
 
@@ -151,6 +151,14 @@ impl Delivery {
             .retain(|f| flying.overlap(f.from, f.to).next().is_some());
     }
 
+    /// The live reading `seq` cannot be sent live after all: it joins the backlog.
+    pub fn postpone(&mut self, seq: u64) {
+        if self.live.contains(seq) {
+            self.live.remove(seq, seq);
+            self.backlog.insert(seq, seq);
+        }
+    }
+
     /// What to send now. Call [`Delivery::sent`] when it is on its way, or nothing if it could not be sent.
     #[must_use]
     pub fn next(&self) -> Option<Send> {
@@ -208,11 +216,17 @@ impl Delivery {
     /// Time has passed: what had no answer is sent again, more patiently each time.
     pub fn tick(&mut self, now_ms: u64) {
         let patience = self.patience_ms;
-        if !self.flights.iter().any(|f| now_ms >= f.sent_ms + patience) {
-            return;
+        while let Some(flight) = self.flights.front()
+            && now_ms >= flight.sent_ms + patience
+        {
+            let unanswered: Vec<_> = self.flying.overlap(flight.from, flight.to).collect();
+            self.flights.pop_front();
+            for (from, to) in unanswered {
+                self.flying.remove(from, to);
+                self.backlog.insert(from, to);
+            }
+            self.patience_ms = (patience * 2).min(self.pace.max_patience_ms);
         }
-        self.patience_ms = (patience * 2).min(self.pace.max_patience_ms);
-        self.recall();
     }
 
     /// When [`Delivery::tick`] is due, if nothing happens before.
@@ -238,8 +252,6 @@ impl Delivery {
 
 #[cfg(test)]
 mod tests {
-    use alloc::vec::Vec;
-
     use proptest::prelude::*;
 
     use super::*;
@@ -350,6 +362,8 @@ mod tests {
         Kill,
         /// The outbox drops its oldest reading.
         Evict,
+        /// The bytes of the next live reading are not at hand.
+        Postpone,
     }
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -362,6 +376,7 @@ mod tests {
             2 => (1u64..500).prop_map(Step::Wait),
             1 => Just(Step::Kill),
             1 => Just(Step::Evict),
+            1 => Just(Step::Postpone),
         ];
         prop::collection::vec(step, 0..120)
     }
@@ -400,6 +415,7 @@ mod tests {
                         for (a, b) in ack.stored().iter() { held.remove(a, b); }
                     },
                     Step::Wait(ms) => { now += ms; delivery.tick(now); }
+                    Step::Postpone => if let Some(Send::Live(seq)) = delivery.next() { delivery.postpone(seq) },
                     Step::Kill => delivery = Delivery::new(PACE, held.clone()),
                     Step::Evict => if let Some((first, _)) = held.first() {
                         held.remove(first, first);

@@ -203,7 +203,20 @@ pub struct ModelInfo {
     pub labels: String,
 }
 
-/// Flat numbers about a device, on `metrics` at QoS 0 and, retained, on `state`.
+/// How a device is. Retained on `state`, sent when it changes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// Version of the message, [`VERSION`].
+    pub v: u8,
+    /// When it became so, by the device's clock: milliseconds since the Unix epoch.
+    pub ts: i64,
+    /// `ok`, `no_model` or `no_source`.
+    pub health: String,
+    /// What is wrong, in words; empty where nothing is.
+    pub detail: String,
+}
+
+/// Flat numbers about a device, on `metrics` at QoS 0.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Metrics {
     /// Version of the message, [`VERSION`].
@@ -230,7 +243,7 @@ pub struct Metrics {
     pub reconnects: u64,
     /// Messages that could not be used since the start.
     pub refused: u64,
-    /// Median time from frame to result since the last message, in milliseconds.
+    /// Moving average of the time from frame to result, in milliseconds.
     pub latency_ms: f32,
     /// Resident memory of the agent in bytes; 0 where it cannot be read.
     pub rss_bytes: u64,
@@ -260,7 +273,7 @@ macro_rules! flat {
         }
     )*};
 }
-flat!(Info, ModelInfo, Metrics);
+flat!(Info, ModelInfo, State, Metrics);
 
 #[cfg(test)]
 mod tests {

@@ -17,7 +17,7 @@ mod ranges;
 mod topic;
 
 pub use backoff::Backoff;
-pub use envelope::{Ack, Info, Metrics, ModelInfo, Replay, Status, replay_bytes};
+pub use envelope::{Ack, Info, Metrics, ModelInfo, Replay, State, Status, replay_bytes};
 pub use event::{Event, EventError, Gap, GapReason, MAX_EVENT_BYTES, Reading};
 pub use name::{Name, NameError};
 pub use ranges::RangeSet;
