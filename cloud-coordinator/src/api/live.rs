@@ -1,0 +1,207 @@
+//! What happens now, to everyone who watches: bounded, so that who is slow misses events and is told.
+
+use std::{convert::Infallible, sync::Arc, time::Duration};
+
+use axum::{
+    extract::State as Shared,
+    response::{
+        IntoResponse, Response,
+        sse::{Event, KeepAlive, Sse},
+    },
+};
+use futures_util::{Stream, StreamExt, stream};
+use serde::Deserialize;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast};
+use tokio_stream::wrappers::{BroadcastStream, errors::BroadcastStreamRecvError};
+
+use super::{Params, State, problem::Problem};
+use crate::{
+    metrics::Metrics,
+    registry::Registry,
+    store::{NewReading, ReadingRow},
+};
+
+/// Readings that a slow client may be behind: some seconds of a small fleet.
+const BEHIND: usize = 1_024;
+/// Devices in one event.
+pub(super) const DEVICES: usize = 1_000;
+/// Clients that watch at a time; each holds a connection.
+const WATCHERS: usize = 256;
+/// A comment is sent after this silence, so that proxies keep the connection.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// One event, serialised once for everyone.
+#[derive(Clone, Debug)]
+enum Happening {
+    Reading {
+        site: Arc<str>,
+        device: Arc<str>,
+        json: Arc<str>,
+    },
+    Devices(Arc<str>),
+}
+
+/// The way to everyone who watches.
+#[derive(Clone, Debug)]
+pub(crate) struct Live {
+    readings: broadcast::Sender<Happening>,
+    devices: broadcast::Sender<Happening>,
+    watchers: Arc<Semaphore>,
+    metrics: Arc<Metrics>,
+}
+
+impl Live {
+    pub(crate) fn new(metrics: Arc<Metrics>) -> Self {
+        Self {
+            readings: broadcast::Sender::new(BEHIND),
+            devices: broadcast::Sender::new(BEHIND),
+            watchers: Arc::new(Semaphore::new(WATCHERS)),
+            metrics,
+        }
+    }
+
+    /// Tells of readings that were stored; those from a backlog are not live.
+    pub(crate) fn readings(&self, registry: &Registry, readings: &[NewReading]) {
+        if self.readings.receiver_count() == 0 {
+            return;
+        }
+        for new in readings.iter().filter(|r| !r.replayed) {
+            let Some((site, device)) = registry.names(new.device) else {
+                continue;
+            };
+            let row = row(new, site.as_str(), device.as_str());
+            if let Ok(json) = serde_json::to_string(&row) {
+                // Fails if nobody watches any more, which is fine.
+                let _ = self.readings.send(Happening::Reading {
+                    site: row.site.into(),
+                    device: row.device.into(),
+                    json: json.into(),
+                });
+            }
+        }
+    }
+
+    /// Tells of devices that changed.
+    pub(crate) fn devices(&self, registry: &Registry, second: u64) {
+        if self.devices.receiver_count() == 0 {
+            return;
+        }
+        let changed = registry.changed(DEVICES, second);
+        if changed.is_empty() {
+            return;
+        }
+        if let Ok(json) = serde_json::to_string(&changed) {
+            let _ = self.devices.send(Happening::Devices(json.into()));
+        }
+    }
+}
+
+fn row(new: &NewReading, site: &str, device: &str) -> ReadingRow {
+    let r = &new.reading;
+    ReadingRow {
+        id: new.id,
+        site: site.to_owned(),
+        device: device.to_owned(),
+        source: r.source.as_str().to_owned(),
+        epoch: r.epoch.cast_signed(),
+        seq: r.seq.cast_signed(),
+        ts: r.ts,
+        received_ms: new.received_ms,
+        frame: r.frame.cast_signed(),
+        label: r.label.clone(),
+        score: f64::from(r.score),
+        margin: f64::from(r.margin),
+        model: r.model.clone(),
+        latency_ms: f64::from(r.latency_ms),
+        file: r.file.clone(),
+        truth: r.truth.clone(),
+        replayed: new.replayed,
+    }
+}
+
+/// What a watcher wants.
+#[derive(Debug, Default, Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields, default)]
+#[into_params(parameter_in = Query)]
+pub(super) struct Watch {
+    /// `readings` (the default): one event per live reading. `devices`: once a second those that changed.
+    what: What,
+    /// Only readings of this site.
+    site: Option<String>,
+    /// Only readings of devices of this name.
+    device: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+enum What {
+    #[default]
+    Readings,
+    Devices,
+}
+
+/// What happens now, as server-sent events.
+///
+/// Events: `reading` (a reading), `devices` (an array of devices), `lagged` (how many events were missed
+/// because the client was too slow).
+#[utoipa::path(
+    get,
+    path = "/api/v1/live",
+    params(Watch),
+    responses(
+        (status = 200, description = "A stream of events", content_type = "text/event-stream", body = String),
+        (status = 400, description = "A parameter is wrong", content_type = "application/problem+json", body = Problem),
+        (status = 503, description = "Too many watch already", content_type = "application/problem+json", body = Problem),
+    )
+)]
+pub(super) async fn live(
+    Shared(state): Shared<State>,
+    Params(watch): Params<Watch>,
+) -> Result<Response, Problem> {
+    let live = &state.live;
+    let place = live.watchers.clone().try_acquire_owned().map_err(|_| {
+        let detail = format!("{WATCHERS} clients watch already");
+        Problem::new(503, "Too many watchers", detail)
+    })?;
+    // Subscribe first, so that nothing falls between the first picture and the changes.
+    let (receiver, first) = match watch.what {
+        What::Readings => (live.readings.subscribe(), None),
+        What::Devices => {
+            let receiver = live.devices.subscribe();
+            let second = state.started.elapsed().as_secs();
+            let all = state.registry.views(None, DEVICES, second, |_| true);
+            let json = serde_json::to_string(&all).unwrap_or_else(|_| "[]".to_owned());
+            (receiver, Some(Event::default().event("devices").data(json)))
+        }
+    };
+    let events = stream::iter(first).chain(changes(receiver, watch, live.metrics.clone(), place));
+    let stop = state.stop.clone().cancelled_owned();
+    let events = events.take_until(stop).map(Ok::<_, Infallible>);
+    let keep_alive = KeepAlive::new().interval(KEEP_ALIVE);
+    Ok(Sse::new(events).keep_alive(keep_alive).into_response())
+}
+
+fn changes(
+    receiver: broadcast::Receiver<Happening>,
+    watch: Watch,
+    metrics: Arc<Metrics>,
+    place: OwnedSemaphorePermit,
+) -> impl Stream<Item = Event> {
+    BroadcastStream::new(receiver).filter_map(move |happening| {
+        // The place is given back when the stream ends.
+        let _place = &place;
+        let wanted = |want: &Option<String>, is: &str| want.as_ref().is_none_or(|w| w == is);
+        std::future::ready(match happening {
+            Ok(Happening::Reading { site, device, json }) => {
+                let both = wanted(&watch.site, &site) && wanted(&watch.device, &device);
+                both.then(|| Event::default().event("reading").data(&*json))
+            }
+            Ok(Happening::Devices(json)) => Some(Event::default().event("devices").data(&*json)),
+            Err(BroadcastStreamRecvError::Lagged(missed)) => {
+                metrics.live_missed.inc_by(missed);
+                let json = format!("{{\"missed\":{missed}}}");
+                Some(Event::default().event("lagged").data(json))
+            }
+        })
+    })
+}

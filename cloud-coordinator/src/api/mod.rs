@@ -1,0 +1,241 @@
+//! The API, the page, and what watches over the coordinator.
+
+pub(crate) mod live;
+mod page;
+mod problem;
+mod routes;
+mod serve;
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Json, Router,
+    extract::{
+        FromRequestParts, MatchedPath, Query, Request, State as Shared, rejection::QueryRejection,
+    },
+    http::{HeaderName, HeaderValue, StatusCode, header, request::Parts},
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+};
+use tokio::{
+    sync::{Semaphore, watch},
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+use tower_http::limit::RequestBodyLimitLayer;
+use utoipa::OpenApi;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+pub(crate) use serve::serve;
+
+use self::{live::Live, problem::Problem};
+use crate::{ingest::Link, metrics::Metrics, registry::Registry, store::Store};
+
+/// Nothing here takes a body; a few bytes are tolerated.
+const MAX_BODY: usize = 16 * 1024;
+/// A request that is not answered by then is given up.
+const REQUEST: Duration = Duration::from_secs(20);
+/// Requests that are worked on at a time.
+const AT_ONCE: usize = 256;
+/// How long the database may take to say that it can be written.
+const READY: Duration = Duration::from_secs(2);
+
+/// What every request can use.
+#[derive(Clone)]
+pub(crate) struct State {
+    pub(crate) store: Arc<Store>,
+    pub(crate) registry: Arc<Registry>,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) live: Live,
+    pub(crate) link: Link,
+    pub(crate) store_error: watch::Receiver<Option<String>>,
+    pub(crate) started: Instant,
+    pub(crate) stop: CancellationToken,
+}
+
+impl State {
+    /// Seconds since the start.
+    fn second(&self) -> u64 {
+        self.started.elapsed().as_secs()
+    }
+}
+
+/// Query parameters, refused with a problem that names what is wrong.
+struct Params<T>(T);
+
+impl<S: Send + Sync, T: serde::de::DeserializeOwned> FromRequestParts<S> for Params<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let query: Result<Query<T>, QueryRejection> = Query::from_request_parts(parts, state).await;
+        query
+            .map(|Query(params)| Self(params))
+            .map_err(|e| Problem::bad(e.body_text()))
+    }
+}
+
+#[derive(OpenApi)]
+#[openapi(info(
+    title = "Lacewing coordinator",
+    description = "What devices reported: read it, page through it, watch it. Every error is a problem \
+                   (RFC 9457)."
+))]
+struct Description;
+
+fn described() -> OpenApiRouter<State> {
+    OpenApiRouter::with_openapi(Description::openapi())
+        .routes(routes!(routes::devices))
+        .routes(routes!(routes::device))
+        .routes(routes!(routes::readings))
+        .routes(routes!(routes::gaps))
+        .routes(routes!(routes::models))
+        .routes(routes!(live::live))
+        .routes(routes!(metrics))
+        .routes(routes!(healthz))
+        .routes(routes!(readyz))
+}
+
+/// The description of the API in JSON.
+pub(crate) fn openapi() -> Result<String, serde_json::Error> {
+    let (_, description) = described().split_for_parts();
+    serde_json::to_string_pretty(&description)
+}
+
+/// Everything that is served.
+fn router(state: State) -> Router {
+    let (router, description) = described().split_for_parts();
+    let description = axum::routing::get(move || std::future::ready(Json(description)));
+    router
+        .route("/api/v1/openapi.json", description)
+        .merge(page::router())
+        .fallback(|| std::future::ready(Problem::not_found("there is nothing at this address")))
+        .layer(RequestBodyLimitLayer::new(MAX_BODY))
+        .layer(middleware::from_fn_with_state(
+            (state.metrics.clone(), Arc::new(Semaphore::new(AT_ONCE))),
+            around,
+        ))
+        .with_state(state)
+}
+
+/// What holds for every request: a bound on how many and how long, problems for errors, headers, a count.
+async fn around(
+    Shared((metrics, places)): Shared<(Arc<Metrics>, Arc<Semaphore>)>,
+    matched: Option<MatchedPath>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let route = matched.map_or_else(|| "other".to_owned(), |m| m.as_str().to_owned());
+    let mut response = match places.try_acquire() {
+        Err(_) => Problem::new(503, "Busy", "too many requests at once, try again").into_response(),
+        Ok(_place) => match tokio::time::timeout(REQUEST, next.run(request)).await {
+            Ok(response) => response,
+            Err(_) => {
+                Problem::new(503, "Too slow", "it took too long, ask for less").into_response()
+            }
+        },
+    };
+    let status = response.status();
+    let problem = HeaderValue::from_static("application/problem+json");
+    let kind = response.headers().get(header::CONTENT_TYPE);
+    if (status.is_client_error() || status.is_server_error()) && kind != Some(&problem) {
+        let allow = response.headers_mut().remove(header::ALLOW);
+        response = Problem::of_status(status).into_response();
+        if let Some(allow) = allow {
+            response.headers_mut().insert(header::ALLOW, allow);
+        }
+    }
+    for (name, value) in HEADERS {
+        response
+            .headers_mut()
+            .insert(name, HeaderValue::from_static(value));
+    }
+    metrics.answered(&route, status.as_u16());
+    response
+}
+
+/// The page loads nothing but its own files, and nobody frames it or guesses a type.
+const HEADERS: [(HeaderName, &str); 4] = [
+    (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    (
+        header::CONTENT_SECURITY_POLICY,
+        "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    ),
+    (header::REFERRER_POLICY, "no-referrer"),
+    (header::CACHE_CONTROL, "no-cache"),
+];
+
+/// What is counted, for Prometheus.
+#[utoipa::path(
+    get,
+    path = "/metrics",
+    responses((status = 200, description = "OpenMetrics text", content_type = "text/plain", body = String))
+)]
+async fn metrics(Shared(state): Shared<State>) -> impl IntoResponse {
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(header::CONTENT_TYPE, kind)], state.metrics.text())
+}
+
+/// The process lives.
+#[utoipa::path(
+    get,
+    path = "/healthz",
+    responses((status = 200, description = "It lives", content_type = "text/plain", body = String))
+)]
+async fn healthz() -> &'static str {
+    "ok\n"
+}
+
+/// Readings can be taken in: the database can be written and the broker is there.
+#[utoipa::path(
+    get,
+    path = "/readyz",
+    responses(
+        (status = 200, description = "It is ready", content_type = "text/plain", body = String),
+        (status = 503, description = "It is not, and why", content_type = "application/problem+json", body = Problem),
+    )
+)]
+async fn readyz(Shared(state): Shared<State>) -> Result<(StatusCode, &'static str), Problem> {
+    let mut reasons = Vec::new();
+    if let Some(error) = state.store_error.borrow().clone() {
+        reasons.push(format!("readings cannot be stored: {error}"));
+    } else {
+        match tokio::time::timeout(READY, state.store.writable()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => reasons.push(error.to_string()),
+            Err(_) => reasons.push("the database does not answer".to_owned()),
+        }
+    }
+    if !state.link.stands() {
+        reasons.push("no connection to the broker".to_owned());
+    }
+    if reasons.is_empty() {
+        Ok((StatusCode::OK, "ready\n"))
+    } else {
+        Err(Problem::new(503, "Not ready", reasons.join("; ")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    /// A change of this list is a change of the contract.
+    #[test]
+    fn the_description_names_every_route() {
+        let description: serde_json::Value =
+            serde_json::from_str(&super::openapi().unwrap()).unwrap();
+        let paths: Vec<_> = description["paths"].as_object().unwrap().keys().collect();
+        assert_eq!(
+            paths,
+            [
+                "/api/v1/devices",
+                "/api/v1/devices/{site}/{device}",
+                "/api/v1/gaps",
+                "/api/v1/live",
+                "/api/v1/models",
+                "/api/v1/readings",
+                "/healthz",
+                "/metrics",
+                "/readyz",
+            ]
+        );
+    }
+}

@@ -1,0 +1,28 @@
+//! The live page: four files that are part of the program.
+
+use axum::{Router, http::header, response::IntoResponse, routing::get};
+
+use super::State;
+
+fn file(kind: &'static str, text: &'static str) -> impl IntoResponse + Clone {
+    ([(header::CONTENT_TYPE, kind)], text)
+}
+
+/// `/` and what it loads.
+pub(super) fn router() -> Router<State> {
+    let html = file(
+        "text/html; charset=utf-8",
+        include_str!("../page/page.html"),
+    );
+    let css = file("text/css; charset=utf-8", include_str!("../page/page.css"));
+    let js = file(
+        "text/javascript; charset=utf-8",
+        include_str!("../page/page.js"),
+    );
+    let icon = file("image/svg+xml", include_str!("../page/icon.svg"));
+    Router::new()
+        .route("/icon.svg", get(icon))
+        .route("/", get(html))
+        .route("/page.css", get(css))
+        .route("/page.js", get(js))
+}

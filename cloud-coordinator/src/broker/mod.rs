@@ -1,0 +1,133 @@
+//! The embedded MQTT 3.1.1 broker: a router of our own over the packet codec of the client library.
+//!
+//! It does what the contract needs and no more: QoS 0 and 1 (2 is accepted from publishers), retained
+//! messages, last wills, rights by client id ([`rights`]), and bounded queues so that a slow subscriber harms
+//! nobody else. A session ends with its connection, and nothing survives a restart: readings are safe in
+//! the devices' outboxes until the coordinator has stored them, so the broker needs no disk.
+
+mod rights;
+mod router;
+mod session;
+mod trie;
+
+use std::{net::SocketAddr, sync::Arc};
+
+use mesh_core::Topic;
+use rumqttc::QoS;
+use tokio::{net::TcpListener, sync::Semaphore};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use self::router::{Router, Will};
+use crate::{ingest::Inbox, metrics::Metrics, notice::Notices};
+
+/// What every connection uses.
+struct Shared {
+    router: Router,
+    inbox: Inbox,
+    metrics: Arc<Metrics>,
+    notices: Notices,
+}
+
+impl Shared {
+    async fn publish_will(&self, will: Will) {
+        let topic = will.topic.to_string();
+        self.router
+            .publish(&topic, &will.payload, will.qos, will.retain);
+        self.inbox.push(will.topic, will.payload).await;
+    }
+
+    /// A connection that never became a client.
+    fn refused(&self, peer: SocketAddr, reason: &'static str) {
+        self.metrics.broker_refused(reason);
+        if let Some(held_back) = self.notices.due(reason) {
+            tracing::warn!(%peer, reason, held_back, "a connection to the broker was refused");
+        }
+    }
+
+    /// A client that was sent away.
+    fn ended(&self, peer: SocketAddr, client: &str, end: &session::End) {
+        self.metrics.broker_refused("sent away");
+        if let Some(held_back) = self.notices.due("sent away") {
+            tracing::warn!(%peer, client, held_back, "a client of the broker {end}");
+        }
+    }
+
+    /// A client that tried what it has no right to.
+    fn denied(&self, client: &str, topic: &str, what: &'static str) {
+        self.metrics.broker_denied(what);
+        if let Some(held_back) = self.notices.due(what) {
+            tracing::warn!(
+                client,
+                topic,
+                held_back,
+                "a client may not {what} this topic"
+            );
+        }
+    }
+}
+
+/// A running broker.
+#[derive(Clone)]
+pub(crate) struct Broker {
+    shared: Arc<Shared>,
+}
+
+impl Broker {
+    /// Serves `listener` until `stop`; what devices publish goes to `inbox` as well.
+    pub(crate) fn start(
+        listener: TcpListener,
+        max_connections: usize,
+        inbox: Inbox,
+        metrics: Arc<Metrics>,
+        tasks: &TaskTracker,
+        stop: CancellationToken,
+    ) -> Self {
+        let shared = Arc::new(Shared {
+            router: Router::new(metrics.clone()),
+            inbox,
+            metrics,
+            notices: Notices::default(),
+        });
+        let broker = Self {
+            shared: shared.clone(),
+        };
+        let sessions = tasks.clone();
+        tasks.spawn(async move {
+            let room = Arc::new(Semaphore::new(max_connections));
+            loop {
+                let accepted = tokio::select! {
+                    () = stop.cancelled() => return,
+                    accepted = listener.accept() => accepted,
+                };
+                let (stream, peer) = match accepted {
+                    Ok(accepted) => accepted,
+                    Err(error) => {
+                        // Out of descriptors, for example: wait for some to come free.
+                        if let Some(held_back) = shared.notices.due("accept") {
+                            tracing::warn!(%error, held_back, "the broker cannot accept a connection");
+                        }
+                        tokio::time::sleep(crate::coordinator::ACCEPT_PAUSE).await;
+                        continue;
+                    }
+                };
+                let Ok(permit) = room.clone().try_acquire_owned() else {
+                    shared.refused(peer, "too many connections");
+                    continue;
+                };
+                let (shared, stop) = (shared.clone(), stop.clone());
+                sessions.spawn(async move {
+                    session::serve(stream, peer, shared, stop).await;
+                    drop(permit);
+                });
+            }
+        });
+        broker
+    }
+
+    /// Publishes a retained message of the coordinator.
+    pub(crate) fn publish(&self, topic: &Topic, payload: &[u8]) {
+        self.shared
+            .router
+            .publish(&topic.to_string(), payload, QoS::AtLeastOnce, true);
+    }
+}

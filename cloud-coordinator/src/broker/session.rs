@@ -1,0 +1,491 @@
+//! One connection: the handshake, what the client sends, and what is sent to it.
+
+use std::{
+    collections::HashSet,
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use bytes::{Bytes, BytesMut};
+use rumqttc::{
+    ConnAck, Connect, ConnectReturnCode, Packet, PubAck, PubComp, PubRec, Publish, QoS, SubAck,
+    Subscribe, SubscribeReasonCode, UnsubAck, mqttbytes::Error as MqttError,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpStream, tcp::OwnedReadHalf, tcp::OwnedWriteHalf},
+    sync::{Notify, mpsc},
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Shared,
+    rights::Role,
+    router::{Delivery, QUEUE_MESSAGES, Queue, Will},
+};
+
+/// A CONNECT carries two short texts and a last will.
+const MAX_CONNECT: usize = 16 * 1024;
+/// The contract's largest payload; beyond it the connection is closed before it is read.
+pub(super) const MAX_PAYLOAD: usize = 512 * 1024;
+/// A topic of the contract has at most 6 levels of 63 bytes.
+const MAX_TOPIC: usize = 512;
+/// From the connection to a valid CONNECT.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// A client without keep-alive that says nothing for this long is gone.
+const MAX_SILENCE: Duration = Duration::from_secs(3_600);
+/// How long one write of at most 64 KiB and a message may take: a client that reads slower than some
+/// kilobytes a second is cut.
+const MAX_STALL: Duration = Duration::from_secs(60);
+/// QoS 1 messages without an answer: enough for the round trip of a slow link.
+const WINDOW: usize = 256;
+/// Bytes that are gathered for one write, and of answers that may wait before the client is no longer read.
+const CHUNK: usize = 64 * 1024;
+/// QoS 2 publishes of one client whose release is due.
+const MAX_UNRELEASED: usize = 256;
+
+/// Why a connection ended.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum End {
+    #[error("said goodbye")]
+    Goodbye,
+    #[error("closed the connection")]
+    Closed,
+    #[error("was silent for too long")]
+    Silent,
+    #[error("reads too slowly")]
+    Slow,
+    #[error("was refused: {0}")]
+    Refused(&'static str),
+    #[error("broke the protocol: {0}")]
+    Protocol(#[from] MqttError),
+    #[error("the connection failed: {0}")]
+    Io(#[from] std::io::Error),
+    #[error("was replaced, or the broker is stopping")]
+    Cut,
+}
+
+/// What the reader and the writer of one connection share.
+struct Wire {
+    queue: Arc<Queue>,
+    /// Answers that are ready to be written.
+    answers: Mutex<BytesMut>,
+    /// Packet ids that wait for their PUBACK, and the last one drawn.
+    window: Mutex<(HashSet<u16>, u16)>,
+    /// Answers or room in the window for the writer.
+    wake: Notify,
+    /// The writer took the answers.
+    drained: Notify,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+struct Reader {
+    stream: OwnedReadHalf,
+    buffer: BytesMut,
+    /// How much room the next read gets: doubled while reads fill it, so that an idle client costs little.
+    room: usize,
+}
+
+const MIN_ROOM: usize = 1_024;
+
+impl Reader {
+    /// The next packet of at most `max` bytes; nothing is allocated for a length that is only claimed.
+    async fn packet(&mut self, max: usize) -> Result<Packet, End> {
+        loop {
+            match Packet::read(&mut self.buffer, max) {
+                Ok(packet) => return Ok(packet),
+                Err(MqttError::InsufficientBytes(_)) => {}
+                Err(error) => return Err(error.into()),
+            }
+            self.buffer.reserve(self.room);
+            let read = (&mut self.stream)
+                .take(self.room as u64)
+                .read_buf(&mut self.buffer)
+                .await?;
+            if read == 0 {
+                return Err(End::Closed);
+            }
+            self.room = if read == self.room {
+                (self.room * 2).min(CHUNK)
+            } else {
+                (read * 2).clamp(MIN_ROOM, CHUNK)
+            };
+        }
+    }
+
+    /// Is there a whole packet, or the beginning of one?
+    fn has_more(&self) -> bool {
+        !self.buffer.is_empty()
+    }
+}
+
+struct Session {
+    shared: Arc<Shared>,
+    id: String,
+    number: u64,
+    role: Role,
+    wire: Arc<Wire>,
+    unreleased: HashSet<u16>,
+}
+
+/// Serves one connection to its end.
+pub(super) async fn serve(
+    stream: TcpStream,
+    peer: SocketAddr,
+    shared: Arc<Shared>,
+    stop: CancellationToken,
+) {
+    let _ = stream.set_nodelay(true);
+    let (read, mut write) = stream.into_split();
+    let mut reader = Reader {
+        stream: read,
+        buffer: BytesMut::new(),
+        room: MIN_ROOM,
+    };
+    let connect = match timeout(HANDSHAKE, reader.packet(MAX_CONNECT)).await {
+        Ok(Ok(Packet::Connect(connect))) => connect,
+        Ok(Ok(_)) => return shared.refused(peer, "the first packet is not CONNECT"),
+        Ok(Err(End::Protocol(MqttError::InvalidProtocolLevel(_)))) => {
+            answer(&mut write, ConnectReturnCode::RefusedProtocolVersion).await;
+            return shared.refused(peer, "not MQTT 3.1.1");
+        }
+        Ok(Err(End::Protocol(_))) => return shared.refused(peer, "malformed before CONNECT"),
+        Ok(Err(_)) => return,
+        Err(_) => return shared.refused(peer, "no CONNECT within 10 s"),
+    };
+    let (id, role, will) = match admit(&connect) {
+        Ok(admitted) => admitted,
+        Err((code, reason)) => {
+            answer(&mut write, code).await;
+            return shared.refused(peer, reason);
+        }
+    };
+
+    let cut = stop.child_token();
+    let (sender, deliveries) = mpsc::channel(QUEUE_MESSAGES);
+    let queue = Arc::new(Queue::new(sender, cut.clone()));
+    let (number, replaced) = shared.router.attach(&id, queue.clone(), will);
+    if let Some(will) = replaced {
+        shared.publish_will(will).await;
+    }
+    if !answer(&mut write, ConnectReturnCode::Success).await {
+        if let Some(will) = shared.router.detach(&id, number, false) {
+            shared.publish_will(will).await;
+        }
+        return;
+    }
+    shared.metrics.broker_connections.inc();
+    tracing::debug!(%peer, client = id, "connected");
+
+    let wire = Arc::new(Wire {
+        queue,
+        answers: Mutex::default(),
+        window: Mutex::default(),
+        wake: Notify::new(),
+        drained: Notify::new(),
+    });
+    let mut session = Session {
+        shared: shared.clone(),
+        id: id.clone(),
+        number,
+        role,
+        wire: wire.clone(),
+        unreleased: HashSet::new(),
+    };
+    let patience = match connect.keep_alive {
+        0 => MAX_SILENCE,
+        seconds => Duration::from_millis(u64::from(seconds) * 1_500),
+    };
+    let end = tokio::select! {
+        biased;
+        () = cut.cancelled() => End::Cut,
+        end = session.read(&mut reader, patience) => end,
+        end = send(&mut write, deliveries, &wire) => end,
+    };
+    drop(session);
+    let will = shared
+        .router
+        .detach(&id, number, matches!(end, End::Goodbye));
+    if let Some(will) = will {
+        shared.publish_will(will).await;
+    }
+    shared.metrics.broker_connections.dec();
+    match end {
+        End::Goodbye | End::Closed | End::Io(_) | End::Cut => {
+            tracing::debug!(%peer, client = id, "the client {end}");
+        }
+        End::Silent | End::Slow | End::Refused(_) | End::Protocol(_) => {
+            shared.ended(peer, &id, &end);
+        }
+    }
+}
+
+/// Says yes or no to a CONNECT.
+async fn answer(write: &mut OwnedWriteHalf, code: ConnectReturnCode) -> bool {
+    let mut bytes = BytesMut::new();
+    let packet = ConnAck::new(code, false);
+    packet.write(&mut bytes).is_ok()
+        && matches!(
+            timeout(HANDSHAKE, write.write_all(&bytes)).await,
+            Ok(Ok(()))
+        )
+}
+
+type Refusal = (ConnectReturnCode, &'static str);
+
+/// Who the client is, and its last will.
+fn admit(connect: &Connect) -> Result<(String, Role, Option<Will>), Refusal> {
+    let id = if connect.client_id.is_empty() {
+        if !connect.clean_session {
+            return Err((
+                ConnectReturnCode::BadClientId,
+                "a session without a client id",
+            ));
+        }
+        format!("viewer-{:016x}", crate::clock::random())
+    } else {
+        connect.client_id.clone()
+    };
+    let role = Role::of(&id).map_err(|reason| (ConnectReturnCode::BadClientId, reason))?;
+    let will = match &connect.last_will {
+        None => None,
+        Some(will) => {
+            let topic = role.may_will(&will.topic).ok_or((
+                ConnectReturnCode::NotAuthorized,
+                "the last will is not on the client's own status",
+            ))?;
+            Some(Will {
+                topic,
+                payload: Bytes::copy_from_slice(&will.message),
+                qos: will.qos,
+                retain: will.retain,
+            })
+        }
+    };
+    Ok((id, role, will))
+}
+
+impl Session {
+    /// Reads until the client is gone. Answers of everything that is already here go out together.
+    async fn read(&mut self, reader: &mut Reader, patience: Duration) -> End {
+        loop {
+            let max = MAX_PAYLOAD + MAX_TOPIC + 8;
+            let packet = match timeout(patience, reader.packet(max)).await {
+                Ok(Ok(packet)) => packet,
+                Ok(Err(End::Protocol(MqttError::PayloadSizeLimitExceeded(_)))) => {
+                    return End::Refused("a message larger than 512 KiB");
+                }
+                Ok(Err(end)) => return end,
+                Err(_) => return End::Silent,
+            };
+            if let Err(end) = self.take(packet).await {
+                return end;
+            }
+            if !reader.has_more() {
+                self.wire.wake.notify_one();
+            }
+            if lock(&self.wire.answers).len() > CHUNK {
+                self.wire.wake.notify_one();
+                self.wire.drained.notified().await;
+            }
+        }
+    }
+
+    async fn take(&mut self, packet: Packet) -> Result<(), End> {
+        match packet {
+            Packet::Publish(publish) => return self.publish(publish).await,
+            Packet::PubAck(PubAck { pkid }) => {
+                lock(&self.wire.window).0.remove(&pkid);
+                self.wire.wake.notify_one();
+            }
+            Packet::PubRel(release) => {
+                self.unreleased.remove(&release.pkid);
+                PubComp { pkid: release.pkid }.write(&mut lock(&self.wire.answers))?;
+            }
+            Packet::Subscribe(subscribe) => return self.subscribe(subscribe).await,
+            Packet::Unsubscribe(unsubscribe) => {
+                for filter in &unsubscribe.topics {
+                    let router = &self.shared.router;
+                    router.unsubscribe(&self.id, self.number, filter);
+                }
+                let pkid = unsubscribe.pkid;
+                UnsubAck { pkid }.write(&mut lock(&self.wire.answers))?;
+            }
+            Packet::PingReq => {
+                Packet::PingResp.write(&mut lock(&self.wire.answers), CHUNK)?;
+            }
+            Packet::Disconnect => return Err(End::Goodbye),
+            Packet::Connect(_) => return Err(End::Refused("a second CONNECT")),
+            Packet::ConnAck(_)
+            | Packet::PubRec(_)
+            | Packet::PubComp(_)
+            | Packet::SubAck(_)
+            | Packet::UnsubAck(_)
+            | Packet::PingResp => return Err(End::Refused("a packet that only a broker sends")),
+        }
+        Ok(())
+    }
+
+    /// Passes a message on. One that is not allowed is answered like any other, since MQTT 3.1.1 has no
+    /// word for it, and goes nowhere.
+    async fn publish(&mut self, publish: Publish) -> Result<(), End> {
+        let again = publish.qos == QoS::ExactlyOnce && !self.unreleased.insert(publish.pkid);
+        if self.unreleased.len() > MAX_UNRELEASED {
+            return Err(End::Refused("too many messages at QoS 2 without a release"));
+        }
+        if !again {
+            let topic = std::str::from_utf8(&publish.topic).unwrap_or_default();
+            match self.role.may_publish(topic) {
+                None => self.shared.denied(&self.id, topic, "publish"),
+                Some(_) if publish.payload.len() > MAX_PAYLOAD => {
+                    return Err(End::Refused("a message larger than 512 KiB"));
+                }
+                Some(parsed) => {
+                    let router = &self.shared.router;
+                    if !router.publish(topic, &publish.payload, publish.qos, publish.retain) {
+                        self.shared
+                            .denied(&self.id, topic, "retain another message on");
+                    }
+                    self.shared.inbox.push(parsed, publish.payload).await;
+                }
+            }
+        }
+        let pkid = publish.pkid;
+        let mut answers = lock(&self.wire.answers);
+        match publish.qos {
+            QoS::AtMostOnce => {}
+            QoS::AtLeastOnce => {
+                PubAck { pkid }.write(&mut answers)?;
+            }
+            QoS::ExactlyOnce => {
+                PubRec { pkid }.write(&mut answers)?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn subscribe(&mut self, subscribe: Subscribe) -> Result<(), End> {
+        let mut return_codes = Vec::with_capacity(subscribe.filters.len());
+        let mut retained = Vec::new();
+        for filter in &subscribe.filters {
+            let granted = match filter.qos {
+                QoS::AtMostOnce => QoS::AtMostOnce,
+                QoS::AtLeastOnce | QoS::ExactlyOnce => QoS::AtLeastOnce,
+            };
+            let found = if self.role.may_subscribe(&filter.path) {
+                let router = &self.shared.router;
+                router.subscribe(&self.id, self.number, &filter.path, granted)
+            } else {
+                None
+            };
+            return_codes.push(match found {
+                Some(topics) => {
+                    retained.extend(topics.into_iter().map(|topic| (topic, granted)));
+                    SubscribeReasonCode::Success(granted)
+                }
+                None => {
+                    self.shared.denied(&self.id, &filter.path, "subscribe to");
+                    SubscribeReasonCode::Failure
+                }
+            });
+        }
+        let pkid = subscribe.pkid;
+        SubAck { pkid, return_codes }.write(&mut lock(&self.wire.answers))?;
+        self.wire.wake.notify_one();
+        for (topic, granted) in retained {
+            let router = &self.shared.router;
+            router
+                .deliver_retained(&self.wire.queue, &topic, granted)
+                .await;
+        }
+        Ok(())
+    }
+}
+
+/// Writes answers and deliveries until the connection fails or the client is too slow.
+async fn send(
+    stream: &mut OwnedWriteHalf,
+    mut deliveries: mpsc::Receiver<Delivery>,
+    wire: &Wire,
+) -> End {
+    let mut out = BytesMut::new();
+    let mut waiting: Option<Delivery> = None;
+    loop {
+        {
+            let mut answers = lock(&wire.answers);
+            if !answers.is_empty() {
+                out.extend_from_slice(&answers);
+                answers.clear();
+                wire.drained.notify_one();
+            }
+        }
+        while out.len() < CHUNK {
+            let Some(delivery) = waiting.take().or_else(|| deliveries.try_recv().ok()) else {
+                break;
+            };
+            if !encode(&delivery, wire, &mut out) {
+                waiting = Some(delivery);
+                break;
+            }
+            wire.queue.taken(&delivery);
+        }
+        if out.is_empty() {
+            tokio::select! {
+                () = wire.wake.notified() => {}
+                delivery = deliveries.recv(), if waiting.is_none() => match delivery {
+                    Some(delivery) => waiting = Some(delivery),
+                    None => return End::Cut,
+                },
+            }
+            continue;
+        }
+        match timeout(MAX_STALL, stream.write_all(&out)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return End::Io(error),
+            Err(_) => return End::Slow,
+        }
+        out.clear();
+        if out.capacity() > 2 * CHUNK {
+            out = BytesMut::new();
+        }
+    }
+}
+
+/// Adds one message to what is written next; false if the window is full.
+fn encode(delivery: &Delivery, wire: &Wire, out: &mut BytesMut) -> bool {
+    let pkid = if delivery.qos == QoS::AtMostOnce {
+        0
+    } else {
+        let (waiting, last) = &mut *lock(&wire.window);
+        if waiting.len() >= WINDOW {
+            return false;
+        }
+        // The window is far smaller than the number of ids, so a free one is near.
+        loop {
+            *last = last.checked_add(1).unwrap_or(1);
+            if waiting.insert(*last) {
+                break *last;
+            }
+        }
+    };
+    let publish = Publish {
+        dup: false,
+        qos: delivery.qos,
+        retain: delivery.retain,
+        topic: delivery.topic.clone(),
+        pkid,
+        payload: delivery.payload.clone(),
+    };
+    let before = out.len();
+    if let Err(error) = publish.write(out) {
+        // Cannot happen: topics were checked when they came in, and sizes are far below MQTT's.
+        tracing::error!(%error, "a message could not be encoded");
+        out.truncate(before);
+    }
+    true
+}

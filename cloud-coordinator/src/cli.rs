@@ -1,0 +1,156 @@
+//! The command line: arguments → configuration → start → signal → stop.
+
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{Config, Coordinator, api, config, config::ConfigErrors};
+
+/// Takes in what devices report, keeps it, and shows it.
+#[derive(Parser)]
+#[command(name = "cloud-coordinator", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Runs the coordinator until it is told to stop.
+    Serve(Settings),
+    /// Looks at a configuration without running it.
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Prints the description of the API as OpenAPI in JSON.
+    Openapi,
+}
+
+#[derive(Subcommand)]
+enum ConfigCommand {
+    /// Says whether the configuration can be used, and everything that is wrong with it.
+    Check(Settings),
+}
+
+#[derive(clap::Args)]
+struct Settings {
+    /// The configuration; without it everything runs on loopback.
+    #[arg(long, value_name = "FILE", env = "LACEWING_COORDINATOR_CONFIG")]
+    config: Option<PathBuf>,
+    /// The folder of the database.
+    #[arg(long, value_name = "DIR", env = "LACEWING_COORDINATOR_DATA")]
+    data: Option<PathBuf>,
+    /// Where the API and the page are served.
+    #[arg(long, value_name = "ADDR", env = "LACEWING_COORDINATOR_HTTP")]
+    http: Option<SocketAddr>,
+    /// Where the embedded broker listens.
+    #[arg(long, value_name = "ADDR", env = "LACEWING_COORDINATOR_MQTT")]
+    mqtt: Option<SocketAddr>,
+    /// An external broker, mqtt://HOST:PORT.
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "LACEWING_COORDINATOR_BROKER",
+        conflicts_with = "mqtt"
+    )]
+    broker: Option<String>,
+}
+
+impl Settings {
+    /// The file, changed by the environment and the command line.
+    fn read(self) -> Result<Config, ConfigErrors> {
+        let mut config = match &self.config {
+            Some(path) => Config::read(path)?,
+            None => Config::default(),
+        };
+        let mut errors = Vec::new();
+        if let Some(data) = self.data {
+            config.data = data;
+        }
+        if let Some(http) = self.http {
+            config.http = http;
+        }
+        if let Some(mqtt) = self.mqtt {
+            config.broker.listen = mqtt;
+            config.broker.url = None;
+        }
+        if let Some(url) = self.broker {
+            match config::broker_url(&url) {
+                Ok(url) => config.broker.url = Some(url),
+                Err(error) => errors.push(format!("--broker: {error}")),
+            }
+        }
+        errors.extend(config.contradictions());
+        if errors.is_empty() {
+            Ok(config)
+        } else {
+            Err(ConfigErrors(errors))
+        }
+    }
+}
+
+/// Runs the program with these arguments, of which the first is its own name.
+pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let arguments = match Arguments::try_parse_from(arguments) {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // Help and version are not mistakes.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    match run(arguments.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("cloud-coordinator: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Openapi => {
+            println!("{}", api::openapi()?);
+            Ok(())
+        }
+        Command::Config(ConfigCommand::Check(settings)) => {
+            settings.read()?;
+            println!("the configuration can be used");
+            Ok(())
+        }
+        Command::Serve(settings) => {
+            let config = settings.read()?;
+            log();
+            tokio::runtime::Builder::new_multi_thread()
+                .enable_all()
+                .build()?
+                .block_on(serve(config))
+        }
+    }
+}
+
+fn log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("LACEWING_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    // Someone who uses the library may have set up a log of their own.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .try_init();
+}
+
+async fn serve(config: Config) -> anyhow::Result<()> {
+    let (mut interrupt, mut terminate) = (
+        signal(SignalKind::interrupt())?,
+        signal(SignalKind::terminate())?,
+    );
+    let handle = Coordinator::start(config).await?;
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+    tracing::info!("stopping");
+    handle.stop().await;
+    Ok(())
+}

@@ -1,0 +1,436 @@
+//! The configuration: TOML, every mistake reported at once with the name of its field.
+
+use std::{
+    fmt,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+use toml::{Table, Value};
+
+/// How a coordinator runs. The default listens on loopback only and keeps its data in `./lacewing-data`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// The folder of the database; made if it does not exist.
+    pub data: PathBuf,
+    /// Where the API and the page are served. Port 0 is any free one.
+    pub http: SocketAddr,
+    /// The broker.
+    pub broker: BrokerConfig,
+    /// How much is kept.
+    pub retention: RetentionConfig,
+    /// How much may wait.
+    pub ingest: IngestConfig,
+}
+
+/// Which broker, and its limits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BrokerConfig {
+    /// An external broker; without it the embedded one runs.
+    pub url: Option<BrokerUrl>,
+    /// Where the embedded broker listens. Port 0 is any free one.
+    pub listen: SocketAddr,
+    /// Lets the embedded broker listen beyond loopback, although it knows devices by their client id only.
+    pub insecure_lan: bool,
+    /// The most clients of the embedded broker, 1..=1,000,000.
+    pub max_connections: usize,
+}
+
+/// `mqtt://host:port`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BrokerUrl {
+    /// The host's name or address.
+    pub host: String,
+    /// The port, 1883 unless given.
+    pub port: u16,
+}
+
+/// What is kept of the readings.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RetentionConfig {
+    /// Days, at least 1/24.
+    pub max_age_days: f64,
+    /// Bytes of the database, at least 16 MiB.
+    pub max_bytes: u64,
+}
+
+/// What may wait between the broker and the database.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IngestConfig {
+    /// Messages, 1..=1,000,000.
+    pub queue_messages: usize,
+    /// Bytes, at least 1 MiB: the largest message and some more.
+    pub queue_bytes: usize,
+    /// The most devices, 1..=1,000,000.
+    pub max_devices: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            data: PathBuf::from("lacewing-data"),
+            http: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            broker: BrokerConfig {
+                url: None,
+                listen: SocketAddr::from(([127, 0, 0, 1], 1883)),
+                insecure_lan: false,
+                max_connections: 20_000,
+            },
+            retention: RetentionConfig {
+                max_age_days: 30.0,
+                max_bytes: 10 << 30,
+            },
+            ingest: IngestConfig {
+                queue_messages: 16_384,
+                queue_bytes: 32 << 20,
+                max_devices: 100_000,
+            },
+        }
+    }
+}
+
+/// Everything that is wrong with a configuration.
+#[derive(Debug)]
+pub struct ConfigErrors(pub Vec<String>);
+
+impl fmt::Display for ConfigErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the configuration cannot be used:")?;
+        self.0.iter().try_for_each(|e| write!(f, "\n  {e}"))
+    }
+}
+
+impl std::error::Error for ConfigErrors {}
+
+/// Reads the fields of one table and gathers what is wrong with them.
+struct Fields<'a> {
+    table: Table,
+    prefix: &'static str,
+    errors: &'a mut Vec<String>,
+}
+
+impl Fields<'_> {
+    /// Replaces `value` by what the field says, if it says something right.
+    fn take<T>(
+        &mut self,
+        name: &str,
+        value: &mut T,
+        read: impl FnOnce(Value) -> Result<T, String>,
+    ) {
+        match self.table.remove(name).map(read) {
+            None => {}
+            Some(Ok(read)) => *value = read,
+            Some(Err(error)) => {
+                self.errors.push(format!("{}{name}: {error}", self.prefix));
+            }
+        }
+    }
+
+    fn finish(self) {
+        for name in self.table.keys() {
+            self.errors
+                .push(format!("{}{name}: no such field", self.prefix));
+        }
+    }
+}
+
+fn text(value: Value) -> Result<String, String> {
+    match value {
+        Value::String(text) if !text.is_empty() => Ok(text),
+        Value::String(_) => Err("is empty".into()),
+        other => Err(format!("is a text in quotes, not {}", other.type_str())),
+    }
+}
+
+fn address(value: Value) -> Result<SocketAddr, String> {
+    text(value)?
+        .parse()
+        .map_err(|_| "is an address and a port, as in \"127.0.0.1:8080\"".into())
+}
+
+fn boolean(value: Value) -> Result<bool, String> {
+    value.as_bool().ok_or_else(|| "is true or false".into())
+}
+
+/// A whole number from `least` to `most`.
+fn whole(least: u64, most: u64) -> impl FnOnce(Value) -> Result<u64, String> {
+    move |value| {
+        value
+            .as_integer()
+            .and_then(|n| u64::try_from(n).ok())
+            .filter(|n| (least..=most).contains(n))
+            .ok_or_else(|| format!("is a whole number from {least} to {most}"))
+    }
+}
+
+fn size(least: u64, most: u64) -> impl FnOnce(Value) -> Result<usize, String> {
+    move |value| usize::try_from(whole(least, most)(value)?).map_err(|e| e.to_string())
+}
+
+fn days(value: Value) -> Result<f64, String> {
+    let number = match value {
+        Value::Integer(n) => n as f64,
+        Value::Float(n) => n,
+        _ => f64::NAN,
+    };
+    if (1.0 / 24.0..=36_500.0).contains(&number) {
+        Ok(number)
+    } else {
+        Err("is a number of days from 0.05 to 36500".into())
+    }
+}
+
+/// Reads `mqtt://host:port`.
+///
+/// # Errors
+/// Says what a broker's address looks like.
+pub fn broker_url(text: &str) -> Result<BrokerUrl, String> {
+    let wrong = || "is an address like \"mqtt://127.0.0.1:1883\"".to_owned();
+    let rest = text.strip_prefix("mqtt://").ok_or_else(wrong)?;
+    let rest = rest.strip_suffix('/').unwrap_or(rest);
+    let (host, port) = match rest.rsplit_once(':') {
+        Some((host, port)) if !host.ends_with(':') => {
+            (host, port.parse::<u16>().map_err(|_| wrong())?)
+        }
+        _ => (rest, 1883),
+    };
+    let plain =
+        |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | '[' | ']' | ':');
+    if host.is_empty() || port == 0 || !host.chars().all(plain) {
+        return Err(wrong());
+    }
+    let host = host
+        .trim_start_matches('[')
+        .trim_end_matches(']')
+        .to_owned();
+    Ok(BrokerUrl { host, port })
+}
+
+impl Config {
+    /// Reads a configuration; what it does not say is as in [`Config::default`].
+    ///
+    /// # Errors
+    /// Everything that is wrong with it, each with the name of its field.
+    pub fn parse(toml: &str) -> Result<Self, ConfigErrors> {
+        let table: Table = toml
+            .parse()
+            .map_err(|e| ConfigErrors(vec![format!("not TOML: {e}")]))?;
+        let mut config = Self::default();
+        let mut errors = Vec::new();
+        config.fill(table, &mut errors);
+        errors.extend(config.contradictions());
+        if errors.is_empty() {
+            Ok(config)
+        } else {
+            Err(ConfigErrors(errors))
+        }
+    }
+
+    /// Reads the file.
+    ///
+    /// # Errors
+    /// The file cannot be read, or as in [`Config::parse`].
+    pub fn read(path: &Path) -> Result<Self, ConfigErrors> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|e| ConfigErrors(vec![format!("cannot read {}: {e}", path.display())]))?;
+        Self::parse(&text)
+    }
+
+    fn fill(&mut self, mut table: Table, errors: &mut Vec<String>) {
+        let mut sections = Vec::new();
+        for name in ["broker", "retention", "ingest"] {
+            sections.push(match table.remove(name) {
+                None => Table::new(),
+                Some(Value::Table(section)) => section,
+                Some(_) => {
+                    errors.push(format!("{name}: is a section, [{name}]"));
+                    Table::new()
+                }
+            });
+        }
+        let mut sections = sections.into_iter();
+        let mut section = move || sections.next().unwrap_or_default();
+
+        let mut top = Fields {
+            table,
+            prefix: "",
+            errors,
+        };
+        top.take("data", &mut self.data, |v| Ok(PathBuf::from(text(v)?)));
+        top.take("http", &mut self.http, address);
+        top.finish();
+
+        let mut broker = Fields {
+            table: section(),
+            prefix: "broker.",
+            errors,
+        };
+        let both = broker.table.contains_key("url") && broker.table.contains_key("listen");
+        if both {
+            let error = "broker: either url (an external broker) or listen (the embedded one)";
+            broker.errors.push(error.into());
+        }
+        broker.take("url", &mut self.broker.url, |v| {
+            broker_url(&text(v)?).map(Some)
+        });
+        broker.take("listen", &mut self.broker.listen, address);
+        broker.take("insecure_lan", &mut self.broker.insecure_lan, boolean);
+        let connections = &mut self.broker.max_connections;
+        broker.take("max_connections", connections, size(1, 1_000_000));
+        broker.finish();
+
+        let mut retention = Fields {
+            table: section(),
+            prefix: "retention.",
+            errors,
+        };
+        retention.take("max_age_days", &mut self.retention.max_age_days, days);
+        let bytes = &mut self.retention.max_bytes;
+        retention.take("max_bytes", bytes, whole(16 << 20, i64::MAX as u64));
+        retention.finish();
+
+        let mut ingest = Fields {
+            table: section(),
+            prefix: "ingest.",
+            errors,
+        };
+        let messages = &mut self.ingest.queue_messages;
+        ingest.take("queue_messages", messages, size(1, 1_000_000));
+        let bytes = &mut self.ingest.queue_bytes;
+        ingest.take("queue_bytes", bytes, size(1 << 20, 1 << 32));
+        let devices = &mut self.ingest.max_devices;
+        ingest.take("max_devices", devices, size(1, 1_000_000));
+        ingest.finish();
+    }
+
+    /// What cannot be used together, whoever said it: the file, the environment or the command line.
+    #[must_use]
+    pub fn contradictions(&self) -> Vec<String> {
+        let broker = &self.broker;
+        let open = broker.url.is_none() && !broker.listen.ip().is_loopback();
+        if open && !broker.insecure_lan {
+            return vec![format!(
+                "broker.listen: {} can be reached from outside, and the embedded broker knows devices by \
+                 their client id only; keep it on 127.0.0.1, or set broker.insecure_lan = true if everyone \
+                 on that network may pose as any device",
+                broker.listen
+            )];
+        }
+        Vec::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_said_is_loopback() {
+        let config = Config::parse("").unwrap();
+        assert_eq!(config, Config::default());
+        assert!(config.http.ip().is_loopback() && config.broker.listen.ip().is_loopback());
+    }
+
+    #[test]
+    fn reads_every_field() {
+        let config = Config::parse(
+            r#"
+            data = "/var/lib/lacewing"
+            http = "[::1]:0"
+            [broker]
+            listen = "0.0.0.0:1884"
+            insecure_lan = true
+            max_connections = 10
+            [retention]
+            max_age_days = 1
+            max_bytes = 20000000
+            [ingest]
+            queue_messages = 5
+            queue_bytes = 1048576
+            max_devices = 7
+            "#,
+        )
+        .unwrap();
+        assert_eq!(config.broker.max_connections, 10);
+        assert_eq!(
+            (config.retention.max_bytes, config.ingest.max_devices),
+            (20_000_000, 7)
+        );
+        let external = Config::parse("[broker]\nurl = \"mqtt://broker.local\"").unwrap();
+        let url = external.broker.url.unwrap();
+        assert_eq!((url.host.as_str(), url.port), ("broker.local", 1883));
+    }
+
+    #[test]
+    fn names_every_mistake_at_once() {
+        let errors = Config::parse(
+            r#"
+            data = ""
+            http = "8080"
+            htttp = "127.0.0.1:1"
+            [broker]
+            url = "tcp://x"
+            listen = "127.0.0.1:1"
+            max_connections = 0
+            [retention]
+            max_age_days = nan
+            max_bytes = -1
+            [ingest]
+            queue_messages = "many"
+            batch = 1
+            "#,
+        )
+        .unwrap_err()
+        .to_string();
+        for field in [
+            "data: ",
+            "http: ",
+            "htttp: no such field",
+            "broker: either",
+            "broker.url: ",
+            "broker.max_connections: ",
+            "retention.max_age_days: ",
+            "retention.max_bytes: ",
+            "ingest.queue_messages: ",
+            "ingest.batch: no such field",
+        ] {
+            assert!(errors.contains(field), "{field} in {errors}");
+        }
+        assert!(
+            Config::parse("broker = 1")
+                .unwrap_err()
+                .to_string()
+                .contains("broker: is a section")
+        );
+        assert!(Config::parse("= 1").is_err());
+    }
+
+    #[test]
+    fn does_not_open_the_embedded_broker_to_the_network_by_mistake() {
+        let open = "[broker]\nlisten = \"0.0.0.0:1883\"\n";
+        assert!(
+            Config::parse(open)
+                .unwrap_err()
+                .to_string()
+                .contains("insecure_lan")
+        );
+        assert!(Config::parse(&format!("{open}insecure_lan = true")).is_ok());
+    }
+
+    #[test]
+    fn urls() {
+        assert_eq!(broker_url("mqtt://[::1]:99").unwrap().host, "::1");
+        assert_eq!(broker_url("mqtt://a.b:1/").unwrap().port, 1);
+        for bad in [
+            "",
+            "mqtt://",
+            "mqtts://x",
+            "mqtt://x:0",
+            "mqtt://x:99999",
+            "mqtt://a b",
+            "mqtt://u@h",
+        ] {
+            assert!(broker_url(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,329 @@
+//! The composition root: starts every part and joins them.
+
+use std::{
+    fs::{File, TryLockError},
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{
+    net::TcpListener,
+    sync::{Notify, watch},
+    time::Instant,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    api::{self, live::Live},
+    broker::Broker,
+    clock,
+    config::{Config, ConfigErrors},
+    ingest::{self, Acks, External, Inbox, Ingest, Link},
+    metrics::Metrics,
+    notice::Notices,
+    registry::Registry,
+    store::{self, Limits, Store},
+};
+
+/// How long parts may take to end before they are dropped: a commit on a slow disk.
+const GRACE: Duration = Duration::from_secs(5);
+/// After a failed `accept`, for example when all descriptors are in use.
+pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Between two counts of the devices for the metrics.
+const COUNT_EVERY: Duration = Duration::from_secs(1);
+
+/// The coordinator.
+#[derive(Debug)]
+pub struct Coordinator;
+
+/// A running coordinator.
+#[derive(Debug)]
+pub struct Handle {
+    /// Where the API and the page are served.
+    pub http: SocketAddr,
+    /// Where the embedded broker listens, if it runs.
+    pub mqtt: Option<SocketAddr>,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+    store: Arc<Store>,
+    /// Held for as long as this coordinator runs.
+    _lock: File,
+}
+
+/// Why a coordinator does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The configuration contradicts itself.
+    #[error(transparent)]
+    Config(#[from] ConfigErrors),
+    /// The data folder cannot be used.
+    #[error("cannot use the data folder {path}: {error}")]
+    Data {
+        /// The folder, or the file in it.
+        path: PathBuf,
+        /// What the system says.
+        error: std::io::Error,
+    },
+    /// Another coordinator is using the data folder.
+    #[error("another coordinator is using the data folder {0}")]
+    Taken(PathBuf),
+    /// The database cannot be used.
+    #[error("{0}")]
+    Store(String),
+    /// The address is taken, or not of this machine.
+    #[error("cannot listen for {what} on {address}: {error}")]
+    Listen {
+        /// `HTTP` or `MQTT`.
+        what: &'static str,
+        /// The address.
+        address: SocketAddr,
+        /// What the system says.
+        error: std::io::Error,
+    },
+}
+
+async fn listen(
+    what: &'static str,
+    address: SocketAddr,
+) -> Result<(TcpListener, SocketAddr), StartError> {
+    let failed = |error| StartError::Listen {
+        what,
+        address,
+        error,
+    };
+    let listener = TcpListener::bind(address).await.map_err(failed)?;
+    let bound = listener.local_addr().map_err(failed)?;
+    Ok((listener, bound))
+}
+
+impl Coordinator {
+    /// Starts every part. When this returns, both addresses accept connections.
+    ///
+    /// # Errors
+    /// [`StartError`] names what cannot be used.
+    pub async fn start(config: Config) -> Result<Handle, StartError> {
+        let contradictions = config.contradictions();
+        if !contradictions.is_empty() {
+            return Err(ConfigErrors(contradictions).into());
+        }
+        let started = Instant::now();
+        let data = &config.data;
+        std::fs::create_dir_all(data).map_err(|error| StartError::Data {
+            path: data.clone(),
+            error,
+        })?;
+        let lock = lock(data)?;
+        let broken = |error: store::StoreError| StartError::Store(error.to_string());
+        let store = Arc::new(Store::open(data).await.map_err(broken)?);
+        let devices = store.devices().await.map_err(broken)?;
+        let next_id = store.last_reading().await.map_err(broken)? + 1;
+        let registry = Arc::new(Registry::new(devices, config.ingest.max_devices));
+        let (metrics, acks) = (Metrics::shared(), Arc::new(Acks::default()));
+        let live = Live::new(metrics.clone());
+        let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+        let (queue, bytes) = (config.ingest.queue_messages, config.ingest.queue_bytes);
+        let (inbox, messages) = Inbox::new(queue, bytes, metrics.clone());
+
+        let (http_listener, http) = listen("HTTP", config.http).await?;
+        let connected = Arc::new(Notify::new());
+        let mut mqtt = None;
+        let link = if let Some(url) = &config.broker.url {
+            let (client, current) = watch::channel(None);
+            let external = External {
+                host: url.host.clone(),
+                port: url.port,
+                inbox,
+                metrics: metrics.clone(),
+                client,
+                connected: connected.clone(),
+            };
+            tasks.spawn(external.run(stop.clone()));
+            Link::External(current)
+        } else {
+            let (listener, bound) = listen("MQTT", config.broker.listen).await?;
+            mqtt = Some(bound);
+            connected.notify_one();
+            let most = config.broker.max_connections;
+            let metrics = metrics.clone();
+            Link::Embedded(Broker::start(
+                listener,
+                most,
+                inbox,
+                metrics,
+                &tasks,
+                stop.clone(),
+            ))
+        };
+
+        let (health, store_error) = watch::channel(None);
+        let work = Ingest {
+            store: store.clone(),
+            registry: registry.clone(),
+            metrics: metrics.clone(),
+            acks: acks.clone(),
+            live: live.clone(),
+            health,
+            next_id,
+            started,
+            cache: std::collections::HashMap::new(),
+            batches: 0,
+            notices: Notices::default(),
+        };
+        tasks.spawn(work.run(messages, stop.clone()));
+        tasks.spawn(ingest::publish_acks(
+            acks.clone(),
+            link.clone(),
+            metrics.clone(),
+            stop.clone(),
+        ));
+        tasks.spawn(announce(
+            store.clone(),
+            registry.clone(),
+            acks,
+            connected,
+            stop.clone(),
+        ));
+        let limits = Limits {
+            max_age_ms: (config.retention.max_age_days * 86_400_000.0) as i64,
+            max_bytes: config.retention.max_bytes,
+        };
+        tasks.spawn(store::keep_bounded(
+            store.clone(),
+            limits,
+            metrics.clone(),
+            stop.clone(),
+        ));
+        tasks.spawn(tell_devices(
+            registry.clone(),
+            live.clone(),
+            metrics.clone(),
+            started,
+            stop.clone(),
+        ));
+        let state = api::State {
+            store: store.clone(),
+            registry,
+            metrics,
+            live,
+            link,
+            store_error,
+            started,
+            stop: stop.clone(),
+        };
+        api::serve(http_listener, state, &tasks, stop.clone());
+        write_addresses(data, http, mqtt)?;
+        match mqtt {
+            Some(mqtt) => tracing::info!(%http, %mqtt, "the coordinator is listening"),
+            None => tracing::info!(%http, "the coordinator is listening"),
+        }
+        Ok(Handle {
+            http,
+            mqtt,
+            stop,
+            tasks,
+            store,
+            _lock: lock,
+        })
+    }
+}
+
+impl Handle {
+    /// Stops every part; a commit that is under way is finished. Returns after five seconds at the latest.
+    pub async fn stop(self) {
+        self.stop.cancel();
+        self.tasks.close();
+        if tokio::time::timeout(GRACE, self.tasks.wait())
+            .await
+            .is_err()
+        {
+            tracing::warn!("not everything ended in time, it is dropped");
+            return;
+        }
+        if tokio::time::timeout(GRACE, self.store.close())
+            .await
+            .is_err()
+        {
+            tracing::warn!("the database was not closed in time");
+        }
+    }
+}
+
+/// Whenever a broker is there (again), tells every recent device what is stored.
+async fn announce(
+    store: Arc<Store>,
+    registry: Arc<Registry>,
+    acks: Arc<Acks>,
+    connected: Arc<Notify>,
+    stop: CancellationToken,
+) {
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = connected.notified() => {}
+        }
+        match ingest::announce(&store, &registry, &acks).await {
+            Ok(devices) => tracing::debug!(devices, "told devices what is stored"),
+            Err(error) => tracing::warn!(%error, "cannot tell devices what is stored"),
+        }
+    }
+}
+
+/// Every second: counts the devices, and shows those that changed to whoever watches.
+async fn tell_devices(
+    registry: Arc<Registry>,
+    live: Live,
+    metrics: Arc<Metrics>,
+    started: Instant,
+    stop: CancellationToken,
+) {
+    let mut tick = tokio::time::interval(COUNT_EVERY);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = tick.tick() => {}
+        }
+        let (known, online) = registry.counts();
+        metrics
+            .devices
+            .set(i64::try_from(known).unwrap_or(i64::MAX));
+        metrics
+            .devices_online
+            .set(i64::try_from(online).unwrap_or(i64::MAX));
+        live.devices(&registry, started.elapsed().as_secs());
+    }
+}
+
+/// Makes sure that only one coordinator works on a data folder: each numbers the readings itself.
+fn lock(data: &Path) -> Result<File, StartError> {
+    let path = data.join("coordinator.lock");
+    let failed = |error| StartError::Data {
+        path: path.clone(),
+        error,
+    };
+    let file = File::create(&path).map_err(failed)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(StartError::Taken(data.to_owned())),
+        Err(TryLockError::Error(error)) => Err(failed(error)),
+    }
+}
+
+/// Tells other programs where this one listens: `<data>/addresses.json`, whole or not at all.
+fn write_addresses(
+    data: &Path,
+    http: SocketAddr,
+    mqtt: Option<SocketAddr>,
+) -> Result<(), StartError> {
+    let path = data.join("addresses.json");
+    let failed = |error| StartError::Data {
+        path: path.clone(),
+        error,
+    };
+    let text = serde_json::json!({ "http": http, "mqtt": mqtt }).to_string();
+    let fresh = data.join(format!("addresses.{:016x}.new", clock::random()));
+    std::fs::write(&fresh, text).map_err(failed)?;
+    std::fs::rename(&fresh, &path).map_err(failed)
+}

@@ -1,0 +1,26 @@
+//! The coordinator: takes in what devices report, keeps it, and shows it.
+//!
+//! ```text
+//!  devices ──> broker (embedded or external) ──> ingest ──> store (SQLite) ──> api ──> page, subscribers
+//!     ▲                                            │
+//!     └───────────── acknowledgement <── after the commit
+//! ```
+//!
+//! [`coordinator::Coordinator::start`] wires these together and returns a handle; the program and the
+//! tests use the same function.
+#![forbid(unsafe_code)]
+
+mod api;
+mod broker;
+pub mod cli;
+mod clock;
+pub mod config;
+pub mod coordinator;
+mod ingest;
+mod metrics;
+mod notice;
+mod registry;
+mod store;
+
+pub use config::Config;
+pub use coordinator::{Coordinator, Handle, StartError};

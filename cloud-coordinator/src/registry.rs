@@ -1,0 +1,534 @@
+//! The devices as they last reported, in memory, for the page and the API.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{Mutex, MutexGuard},
+};
+
+use mesh_core::{Info, Metrics, ModelInfo, Name, Reading, Status};
+use serde::Serialize;
+
+use crate::store::DeviceRow;
+
+/// Seconds of history of a device's rate.
+const HISTORY: usize = 60;
+/// The rate that is shown is the mean of the last whole seconds.
+const RATE_OVER: usize = 5;
+
+/// One device.
+#[derive(Clone, Debug)]
+pub(crate) struct Device {
+    pub(crate) id: i64,
+    pub(crate) site: Name,
+    pub(crate) name: Name,
+    pub(crate) first_seen_ms: i64,
+    pub(crate) last_seen_ms: i64,
+    pub(crate) status: Option<Status>,
+    pub(crate) info: Option<Info>,
+    pub(crate) model: Option<ModelInfo>,
+    pub(crate) metrics: Option<Metrics>,
+    pub(crate) stored: u64,
+    pub(crate) missing: u64,
+    pub(crate) right: u64,
+    pub(crate) wrong: u64,
+    last: Option<Last>,
+    rate: Rate,
+    /// Something that the page shows has changed since the last look.
+    changed: bool,
+}
+
+/// The last live result of a device.
+#[derive(Clone, Debug, PartialEq, Serialize, utoipa::ToSchema)]
+#[schema(as = LastResult)]
+pub(crate) struct Last {
+    /// The camera or sensor.
+    source: String,
+    /// The number of the frame.
+    frame: u64,
+    /// Captured, milliseconds since 1970 by the device's clock.
+    ts: i64,
+    /// The class.
+    label: String,
+    /// How sure the model is, 0 to 1.
+    score: f32,
+    /// The model, `name@version`.
+    model: String,
+    /// From frame to result, milliseconds.
+    latency_ms: f32,
+    /// The file that the frame came from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file: Option<String>,
+    /// What the frame really shows, where the source knows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    truth: Option<String>,
+}
+
+/// Readings per second over the last minute.
+#[derive(Clone, Debug, Default)]
+struct Rate {
+    /// The second that the last entry counts.
+    second: u64,
+    counts: VecDeque<u32>,
+}
+
+impl Rate {
+    fn advance(&mut self, second: u64) {
+        let passed = second.saturating_sub(self.second);
+        for _ in 0..passed.min(HISTORY as u64) {
+            self.counts.push_back(0);
+        }
+        self.second = self.second.max(second);
+        while self.counts.len() > HISTORY {
+            self.counts.pop_front();
+        }
+    }
+
+    fn add(&mut self, second: u64, readings: u32) {
+        self.advance(second);
+        match self.counts.back_mut() {
+            Some(last) => *last = last.saturating_add(readings),
+            None => self.counts.push_back(readings),
+        }
+    }
+
+    /// The mean of the last whole seconds.
+    fn now(&self) -> f64 {
+        let whole = self.counts.len().saturating_sub(1);
+        let over = whole.min(RATE_OVER);
+        if over == 0 {
+            return 0.0;
+        }
+        let sum: u32 = self.counts.iter().skip(whole - over).take(over).sum();
+        f64::from(sum) / over as f64
+    }
+}
+
+/// A device as the API and the page show it.
+#[derive(Clone, Debug, Serialize, utoipa::ToSchema)]
+#[schema(as = Device)]
+pub(crate) struct View {
+    /// The site.
+    site: String,
+    /// The device.
+    device: String,
+    /// `online`, `offline`, or nothing if it never said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    status: Option<&'static str>,
+    /// First heard of, milliseconds since 1970.
+    first_seen_ms: i64,
+    /// Last heard of, milliseconds since 1970.
+    last_seen_ms: i64,
+    /// The version of its agent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    agent: Option<String>,
+    /// Its board.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    board: Option<String>,
+    /// Its processor's architecture.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    arch: Option<String>,
+    /// Its cameras and sensors, separated by commas.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sources: Option<String>,
+    /// The life of its outbox.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    epoch: Option<u64>,
+    /// The model that it has loaded.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    model: Option<ModelView>,
+    /// Its last live result.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    last: Option<Last>,
+    /// Readings stored per second, over the last five.
+    rate: f64,
+    /// Readings stored in each of the last seconds, the newest last.
+    history: Vec<u32>,
+    /// Readings that wait on the device, as it last said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backlog: Option<u64>,
+    /// Resident memory of the agent in bytes, as it last said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rss_bytes: Option<u64>,
+    /// Readings ever stored.
+    stored: u64,
+    /// Readings ever reported as dropped.
+    missing: u64,
+    /// Readings whose label was the truth.
+    right: u64,
+    /// Readings whose label was not.
+    wrong: u64,
+}
+
+impl View {
+    /// Where the next page begins.
+    pub(crate) fn cursor(&self) -> String {
+        format!("{}/{}", self.site, self.device)
+    }
+}
+
+/// A model as a device reports it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, utoipa::ToSchema)]
+#[schema(as = LoadedModel)]
+pub(crate) struct ModelView {
+    /// The bundle's name.
+    pub(crate) name: String,
+    /// The bundle's version.
+    pub(crate) version: String,
+    /// SHA-256 of the model in the device's memory.
+    pub(crate) sha256: String,
+    /// `classify` or `embed`.
+    pub(crate) task: String,
+    /// The labels, separated by commas.
+    pub(crate) labels: String,
+}
+
+impl From<&ModelInfo> for ModelView {
+    fn from(model: &ModelInfo) -> Self {
+        Self {
+            name: model.name.clone(),
+            version: model.version.clone(),
+            sha256: model.sha256.clone(),
+            task: model.task.clone(),
+            labels: model.labels.clone(),
+        }
+    }
+}
+
+/// What a commit changed about one device.
+#[derive(Debug, Default)]
+pub(crate) struct Change<'a> {
+    pub(crate) stored: u32,
+    pub(crate) missing: u64,
+    pub(crate) right: u64,
+    pub(crate) wrong: u64,
+    pub(crate) live: Option<&'a Reading>,
+}
+
+impl Device {
+    fn new(id: i64, site: Name, name: Name, now_ms: i64) -> Self {
+        Self {
+            id,
+            site,
+            name,
+            first_seen_ms: now_ms,
+            last_seen_ms: now_ms,
+            status: None,
+            info: None,
+            model: None,
+            metrics: None,
+            stored: 0,
+            missing: 0,
+            right: 0,
+            wrong: 0,
+            last: None,
+            rate: Rate::default(),
+            changed: true,
+        }
+    }
+
+    /// As the database keeps it.
+    pub(crate) fn row(&self) -> DeviceRow {
+        fn json<T: Serialize>(value: Option<&T>) -> Option<String> {
+            value.and_then(|v| serde_json::to_string(v).ok())
+        }
+        DeviceRow {
+            id: self.id,
+            site: self.site.as_str().to_owned(),
+            device: self.name.as_str().to_owned(),
+            first_seen_ms: self.first_seen_ms,
+            last_seen_ms: self.last_seen_ms,
+            status: self.status.map(|s| s.as_str().to_owned()),
+            info: json(self.info.as_ref()),
+            model: json(self.model.as_ref()),
+            state: json(self.metrics.as_ref()),
+            stored: self.stored.cast_signed(),
+            missing: self.missing.cast_signed(),
+            right_count: self.right.cast_signed(),
+            wrong_count: self.wrong.cast_signed(),
+        }
+    }
+
+    fn of_row(row: DeviceRow) -> Option<Self> {
+        fn json<T: serde::de::DeserializeOwned>(text: Option<String>) -> Option<T> {
+            text.and_then(|t| serde_json::from_str(&t).ok())
+        }
+        let (site, name) = (row.site.parse().ok()?, row.device.parse().ok()?);
+        Some(Self {
+            first_seen_ms: row.first_seen_ms,
+            last_seen_ms: row.last_seen_ms,
+            status: row.status.and_then(|s| Status::decode(s.as_bytes())),
+            info: json(row.info),
+            model: json(row.model),
+            metrics: json(row.state),
+            stored: row.stored.cast_unsigned(),
+            missing: row.missing.cast_unsigned(),
+            right: row.right_count.cast_unsigned(),
+            wrong: row.wrong_count.cast_unsigned(),
+            ..Self::new(row.id, site, name, row.first_seen_ms)
+        })
+    }
+
+    fn view(&mut self, second: u64) -> View {
+        self.rate.advance(second);
+        View {
+            site: self.site.as_str().to_owned(),
+            device: self.name.as_str().to_owned(),
+            status: self.status.map(Status::as_str),
+            first_seen_ms: self.first_seen_ms,
+            last_seen_ms: self.last_seen_ms,
+            agent: self.info.as_ref().map(|i| i.agent.clone()),
+            board: self.info.as_ref().map(|i| i.board.clone()),
+            arch: self.info.as_ref().map(|i| i.arch.clone()),
+            sources: self.info.as_ref().map(|i| i.sources.clone()),
+            epoch: self.info.as_ref().map(|i| i.epoch),
+            model: self.model.as_ref().map(ModelView::from),
+            last: self.last.clone(),
+            rate: self.rate.now(),
+            history: self.rate.counts.iter().copied().collect(),
+            backlog: self.metrics.as_ref().map(|m| m.backlog),
+            rss_bytes: self.metrics.as_ref().map(|m| m.rss_bytes),
+            stored: self.stored,
+            missing: self.missing,
+            right: self.right,
+            wrong: self.wrong,
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct State {
+    devices: HashMap<(Name, Name), Device>,
+    by_id: HashMap<i64, (Name, Name)>,
+    last_id: i64,
+}
+
+/// Every device that was ever heard of, up to a bound.
+#[derive(Debug)]
+pub(crate) struct Registry {
+    state: Mutex<State>,
+    max: usize,
+}
+
+impl Registry {
+    /// Starts with what the database knows.
+    pub(crate) fn new(rows: Vec<DeviceRow>, max: usize) -> Self {
+        let mut state = State::default();
+        for row in rows {
+            state.last_id = state.last_id.max(row.id);
+            if let Some(device) = Device::of_row(row) {
+                let key = (device.site.clone(), device.name.clone());
+                state.by_id.insert(device.id, key.clone());
+                state.devices.insert(key, device);
+            }
+        }
+        Self {
+            state: Mutex::new(state),
+            max,
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// The device of a topic, new or known; `None` if there are too many. Notes that it was heard of.
+    pub(crate) fn heard(&self, site: &Name, name: &Name, now_ms: i64) -> Option<i64> {
+        let mut state = self.state();
+        let key = (site.clone(), name.clone());
+        if let Some(device) = state.devices.get_mut(&key) {
+            device.last_seen_ms = now_ms;
+            device.changed = true;
+            return Some(device.id);
+        }
+        if state.devices.len() >= self.max {
+            return None;
+        }
+        state.last_id += 1;
+        let id = state.last_id;
+        let device = Device::new(id, site.clone(), name.clone(), now_ms);
+        state.by_id.insert(id, key.clone());
+        state.devices.insert(key, device);
+        Some(id)
+    }
+
+    /// Changes what a device reported; false if it said nothing new.
+    pub(crate) fn update(&self, id: i64, change: impl FnOnce(&mut Device) -> bool) -> bool {
+        let mut state = self.state();
+        let State { devices, by_id, .. } = &mut *state;
+        by_id
+            .get(&id)
+            .and_then(|key| devices.get_mut(key))
+            .is_some_and(change)
+    }
+
+    /// What a device would be after this change, for the commit.
+    pub(crate) fn row_after(&self, id: i64, change: &Change<'_>) -> Option<DeviceRow> {
+        let state = self.state();
+        let device = state
+            .by_id
+            .get(&id)
+            .and_then(|key| state.devices.get(key))?;
+        let mut row = device.row();
+        row.stored += i64::from(change.stored);
+        row.missing += change.missing.cast_signed();
+        row.right_count += change.right.cast_signed();
+        row.wrong_count += change.wrong.cast_signed();
+        Some(row)
+    }
+
+    /// The commit is done.
+    pub(crate) fn committed(&self, id: i64, change: &Change<'_>, second: u64) {
+        self.update(id, |device| {
+            device.stored += u64::from(change.stored);
+            device.missing += change.missing;
+            device.right += change.right;
+            device.wrong += change.wrong;
+            device.rate.add(second, change.stored);
+            if let Some(reading) = change.live {
+                device.last = Some(Last {
+                    source: reading.source.as_str().to_owned(),
+                    frame: reading.frame,
+                    ts: reading.ts,
+                    label: reading.label.clone(),
+                    score: reading.score,
+                    model: reading.model.clone(),
+                    latency_ms: reading.latency_ms,
+                    file: reading.file.clone(),
+                    truth: reading.truth.clone(),
+                });
+            }
+            device.changed = true;
+            true
+        });
+    }
+
+    /// Site and device of an id.
+    pub(crate) fn names(&self, id: i64) -> Option<(Name, Name)> {
+        self.state().by_id.get(&id).cloned()
+    }
+
+    /// One device.
+    pub(crate) fn view(&self, site: &Name, name: &Name, second: u64) -> Option<View> {
+        let mut state = self.state();
+        let key = (site.clone(), name.clone());
+        state.devices.get_mut(&key).map(|d| d.view(second))
+    }
+
+    /// Devices in order of their names: the page after `after`.
+    pub(crate) fn views(
+        &self,
+        after: Option<&(Name, Name)>,
+        limit: usize,
+        second: u64,
+        wanted: impl Fn(&Device) -> bool,
+    ) -> Vec<View> {
+        let mut state = self.state();
+        let mut keys: Vec<_> = state
+            .devices
+            .iter()
+            .filter(|(key, device)| after.is_none_or(|a| *key > a) && wanted(device))
+            .map(|(key, _)| key.clone())
+            .collect();
+        keys.sort();
+        keys.truncate(limit);
+        keys.iter()
+            .filter_map(|key| state.devices.get_mut(key).map(|d| d.view(second)))
+            .collect()
+    }
+
+    /// Devices that changed since the last call, at most `limit`. Also those whose rate still falls.
+    pub(crate) fn changed(&self, limit: usize, second: u64) -> Vec<View> {
+        let mut state = self.state();
+        state
+            .devices
+            .values_mut()
+            .filter(|d| d.changed || d.rate.counts.iter().any(|n| *n > 0))
+            .take(limit)
+            .map(|device| {
+                device.changed = false;
+                device.view(second)
+            })
+            .collect()
+    }
+
+    /// Devices altogether, and those that are online.
+    pub(crate) fn counts(&self) -> (usize, usize) {
+        let state = self.state();
+        let online = |d: &&Device| d.status == Some(Status::Online);
+        (
+            state.devices.len(),
+            state.devices.values().filter(online).count(),
+        )
+    }
+
+    /// The models that devices have loaded, and on how many devices each.
+    pub(crate) fn models(&self) -> Vec<(ModelView, usize)> {
+        let state = self.state();
+        let mut models: HashMap<ModelView, usize> = HashMap::new();
+        for model in state.devices.values().filter_map(|d| d.model.as_ref()) {
+            *models.entry(ModelView::from(model)).or_default() += 1;
+        }
+        let mut models: Vec<_> = models.into_iter().collect();
+        models.sort_by(|(a, _), (b, _)| {
+            (&a.name, &a.version, &a.sha256).cmp(&(&b.name, &b.version, &b.sha256))
+        });
+        models
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rate_is_the_mean_of_whole_seconds_and_falls() {
+        let mut rate = Rate::default();
+        for second in 0..10 {
+            rate.add(second, 7);
+        }
+        assert!((rate.now() - 7.0).abs() < 1e-9);
+        rate.advance(13);
+        assert!(rate.now() < 7.0);
+        rate.advance(10_000);
+        assert!(rate.now() == 0.0 && rate.counts.len() == HISTORY);
+    }
+
+    #[test]
+    fn devices_are_bounded_and_survive_the_database() {
+        let registry = Registry::new(Vec::new(), 1);
+        let (site, d1, d2): (Name, Name, Name) = (
+            "s".parse().unwrap(),
+            "d1".parse().unwrap(),
+            "d2".parse().unwrap(),
+        );
+        let id = registry.heard(&site, &d1, 5).unwrap();
+        assert_eq!(registry.heard(&site, &d1, 6), Some(id));
+        assert_eq!(registry.heard(&site, &d2, 6), None);
+        registry.update(id, |d| {
+            d.status = Some(Status::Online);
+            true
+        });
+        registry.committed(
+            id,
+            &Change {
+                stored: 3,
+                ..Change::default()
+            },
+            0,
+        );
+        let row = registry
+            .row_after(
+                id,
+                &Change {
+                    missing: 2,
+                    ..Change::default()
+                },
+            )
+            .unwrap();
+        assert_eq!((row.stored, row.missing), (3, 2));
+        let again = Registry::new(vec![row], 9);
+        assert_eq!(again.counts(), (1, 1));
+        assert_eq!(again.heard(&site, &d2, 7), Some(id + 1));
+        assert_eq!(again.view(&site, &d1, 0).unwrap().stored, 3);
+    }
+}

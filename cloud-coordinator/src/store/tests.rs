@@ -1,0 +1,195 @@
+//! The database against what it promises.
+
+use mesh_core::{GapReason, RangeSet, Reading, VERSION};
+
+use super::{
+    Batch, DeviceRow, GapFilter, Limits, NewGap, NewReading, Order, ReadingFilter, Store, pragma,
+    retention::remove,
+};
+use crate::metrics::Metrics;
+
+fn device() -> DeviceRow {
+    DeviceRow {
+        id: 1,
+        site: "s".into(),
+        device: "d".into(),
+        first_seen_ms: 1,
+        last_seen_ms: 1,
+        status: None,
+        info: None,
+        model: None,
+        state: None,
+        stored: 0,
+        missing: 0,
+        right_count: 0,
+        wrong_count: 0,
+    }
+}
+
+fn reading(id: i64, seq: u64, received_ms: i64) -> NewReading {
+    NewReading {
+        id,
+        device: 1,
+        received_ms,
+        replayed: seq.is_multiple_of(2),
+        reading: Reading {
+            v: VERSION,
+            device: "d".parse().unwrap(),
+            source: "cam0".parse().unwrap(),
+            epoch: (1 << 53) - 1,
+            seq,
+            ts: -5,
+            frame: seq,
+            label: "ok".into(),
+            score: 0.25,
+            margin: 0.125,
+            model: "m@1".into(),
+            latency_ms: 2.0,
+            file: Some("a.png".into()),
+            truth: None,
+        },
+    }
+}
+
+async fn write(store: &Store, readings: &[NewReading], gaps: &[NewGap]) {
+    let key = (1, (1 << 53) - 1);
+    let mut stored = RangeSet::new();
+    stored.insert(1, 9);
+    let batch = Batch {
+        devices: &[device()],
+        readings,
+        gaps,
+        progress: &[(&key, &stored)],
+        now_ms: 5,
+    };
+    store.commit(&batch).await.unwrap();
+}
+
+async fn count(store: &Store) -> i64 {
+    pragma(store, "SELECT count(*) FROM readings").await
+}
+
+#[tokio::test]
+async fn what_is_committed_is_on_the_disk_and_reads_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).await.unwrap();
+    assert_eq!(pragma(&store, "PRAGMA synchronous").await, 2, "FULL");
+    assert_eq!(pragma(&store, "PRAGMA auto_vacuum").await, 2, "INCREMENTAL");
+    store.writable().await.unwrap();
+    let readers = sqlx::query("DELETE FROM devices").execute(&store.readers);
+    assert!(readers.await.is_err(), "readers only read");
+
+    // One statement of each size, and the second guard against duplicates.
+    let mut rows: Vec<_> = (1..=300)
+        .map(|n| reading(n, n.cast_unsigned(), 10))
+        .collect();
+    rows.push(reading(301, 7, 10));
+    write(&store, &rows, &[]).await;
+    assert_eq!(count(&store).await, 300);
+    let filter = ReadingFilter {
+        order: Order::Asc,
+        limit: 1,
+        ..ReadingFilter::default()
+    };
+    let row = store.readings(filter).await.unwrap().remove(0);
+    assert_eq!(
+        (row.epoch, row.seq, row.ts, row.replayed),
+        ((1 << 53) - 1, 1, -5, false)
+    );
+    assert_eq!((row.score, row.margin, row.latency_ms), (0.25, 0.125, 2.0));
+    assert_eq!((row.file.as_deref(), row.truth), (Some("a.png"), None));
+    assert_eq!(store.last_reading().await.unwrap(), 300);
+    let progress = store.progress(1, (1 << 53) - 1).await.unwrap();
+    assert!(progress.covers(1, 9) && progress.len() == 9);
+    assert_eq!(store.recent_progress(5).await.unwrap().len(), 1);
+    assert_eq!(store.recent_progress(6).await.unwrap().len(), 0);
+}
+
+#[tokio::test]
+async fn gaps_that_meet_become_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).await.unwrap();
+    let gap = |from, to, reason| NewGap {
+        device: 1,
+        epoch: 1,
+        from,
+        to,
+        reason,
+        received_ms: 1,
+    };
+    let (full, corrupt) = (GapReason::Full, GapReason::Corrupt);
+    write(
+        &store,
+        &[],
+        &[gap(1, 10, full), gap(20, 30, full), gap(11, 12, corrupt)],
+    )
+    .await;
+    write(&store, &[], &[gap(13, 19, full), gap(11, 12, full)]).await;
+    let filter = GapFilter {
+        limit: 10,
+        ..GapFilter::default()
+    };
+    let rows = store.gaps(filter).await.unwrap();
+    let rows: Vec<_> = rows
+        .iter()
+        .map(|g| (g.from, g.to, g.reason.as_str()))
+        .collect();
+    assert_eq!(rows, [(11, 12, "corrupt"), (1, 30, "full")]);
+}
+
+#[tokio::test]
+async fn old_readings_go_also_behind_some_of_a_wrong_clock() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).await.unwrap();
+    let year = 365 * 86_400_000;
+    let received = |n: i64| {
+        if n <= 3_000 {
+            year
+        } else if n <= 6_000 {
+            1_000
+        } else {
+            500_000
+        }
+    };
+    let rows: Vec<_> = (1..=9_000)
+        .map(|n| reading(n, n.cast_unsigned(), received(n)))
+        .collect();
+    write(&store, &rows, &[]).await;
+    let limits = Limits {
+        max_age_ms: 100_000,
+        max_bytes: u64::MAX,
+    };
+    let removed = remove(&store, limits, 510_000, &Metrics::default())
+        .await
+        .unwrap();
+    assert_eq!((removed, count(&store).await), (3_000, 6_000));
+}
+
+#[tokio::test]
+async fn space_is_bounded_and_given_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).await.unwrap();
+    for chunk in 0..20 {
+        let rows: Vec<_> = (1..=2_000)
+            .map(|n| reading(chunk * 2_000 + n, (chunk * 2_000 + n).cast_unsigned(), 10))
+            .collect();
+        write(&store, &rows, &[]).await;
+    }
+    let before = pragma(&store, "PRAGMA page_count").await;
+    let max_bytes = 2 << 20;
+    let limits = Limits {
+        max_age_ms: i64::MAX,
+        max_bytes,
+    };
+    let removed = remove(&store, limits, 20, &Metrics::default())
+        .await
+        .unwrap();
+    assert!(removed > 0 && count(&store).await == 40_000 - removed.cast_signed());
+    let after = pragma(&store, "PRAGMA page_count").await;
+    assert!(
+        after < before && after * 4_096 < 2 * max_bytes.cast_signed(),
+        "{before} -> {after} pages"
+    );
+    let oldest: i64 = pragma(&store, "SELECT min(seq) FROM readings").await;
+    assert_eq!(oldest, removed.cast_signed() + 1, "the oldest went first");
+}

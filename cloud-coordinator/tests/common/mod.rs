@@ -1,0 +1,339 @@
+//! What the tests share: a coordinator, clients, a mosquitto, and a plain HTTP request.
+
+use std::{
+    net::SocketAddr,
+    path::Path,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use cloud_coordinator::{Config, Coordinator, Handle, config::BrokerUrl};
+use mesh_core::{Ack, Gap, GapReason, Reading, VERSION};
+use rumqttc::{AsyncClient, Event, Incoming, LastWill, MqttOptions, PublishOptions, QoS};
+use serde_json::Value;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    sync::mpsc,
+    time::timeout,
+};
+
+/// No single step of a test takes longer, also on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+pub fn config(data: &Path) -> Config {
+    let mut config = Config {
+        data: data.to_owned(),
+        http: ([127, 0, 0, 1], 0).into(),
+        ..Config::default()
+    };
+    config.broker.listen = ([127, 0, 0, 1], 0).into();
+    config
+}
+
+pub async fn start(data: &Path) -> Handle {
+    Coordinator::start(config(data)).await.unwrap()
+}
+
+/// A mosquitto of our own, ended with the test.
+pub struct Mosquitto {
+    child: Child,
+    pub address: SocketAddr,
+    _dir: tempfile::TempDir,
+}
+
+impl Mosquitto {
+    pub async fn start() -> Self {
+        // A port that was free a moment ago; somebody may take it, so try a few.
+        for _ in 0..5 {
+            let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+            let address = free.local_addr().unwrap();
+            drop(free);
+            if let Some(started) = Self::start_on(address).await {
+                return started;
+            }
+        }
+        panic!("mosquitto does not start");
+    }
+
+    pub async fn start_on(address: SocketAddr) -> Option<Self> {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("mosquitto.conf");
+        let port = address.port();
+        let text = format!("listener {port} 127.0.0.1\nallow_anonymous true\npersistence false\n");
+        std::fs::write(&file, text).unwrap();
+        let program = ["/usr/sbin/mosquitto", "/usr/bin/mosquitto"];
+        let program = program.into_iter().find(|p| Path::new(p).exists());
+        let child = Command::new(program.unwrap_or("mosquitto"))
+            .arg("-c")
+            .arg(&file)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut started = Self {
+            child,
+            address,
+            _dir: dir,
+        };
+        for _ in 0..200 {
+            if TcpStream::connect(address).await.is_ok() {
+                return Some(started);
+            }
+            if started.child.try_wait().unwrap().is_some() {
+                return None;
+            }
+            tokio::time::sleep(Duration::from_millis(25)).await;
+        }
+        None
+    }
+}
+
+impl Drop for Mosquitto {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+pub async fn start_with(mosquitto: &Mosquitto, data: &Path) -> Handle {
+    let mut config = config(data);
+    config.broker.url = Some(BrokerUrl {
+        host: "127.0.0.1".into(),
+        port: mosquitto.address.port(),
+    });
+    let handle = Coordinator::start(config).await.unwrap();
+    ready(handle.http).await;
+    handle
+}
+
+/// An MQTT client whose messages are gathered.
+pub struct Client {
+    pub client: AsyncClient,
+    messages: mpsc::UnboundedReceiver<(String, Vec<u8>)>,
+    granted: mpsc::UnboundedReceiver<bool>,
+    /// Ends when the connection does.
+    pub ended: tokio::task::JoinHandle<()>,
+}
+
+impl Client {
+    pub async fn connect(broker: SocketAddr, id: &str) -> Self {
+        Self::try_connect(broker, id, None).await.unwrap()
+    }
+
+    pub async fn try_connect(
+        broker: SocketAddr,
+        id: &str,
+        will: Option<LastWill>,
+    ) -> Result<Self, String> {
+        let mut options = MqttOptions::new(id, (broker.ip().to_string(), broker.port()));
+        options.set_max_packet_size(2 << 20, 2 << 20);
+        if let Some(will) = will {
+            options.set_last_will(will);
+        }
+        let (client, mut events) = AsyncClient::builder(options).capacity(1_000).build();
+        match timeout(PATIENCE, events.poll()).await.unwrap() {
+            Ok(Event::Incoming(Incoming::ConnAck(_))) => {}
+            other => return Err(format!("{other:?}")),
+        }
+        let (message, messages) = mpsc::unbounded_channel();
+        let (grant, granted) = mpsc::unbounded_channel();
+        let ended = tokio::spawn(async move {
+            while let Ok(event) = events.poll().await {
+                match event {
+                    Event::Incoming(Incoming::Publish(publish)) => {
+                        let topic = String::from_utf8(publish.topic.to_vec()).unwrap();
+                        let _ = message.send((topic, publish.payload.to_vec()));
+                    }
+                    Event::Incoming(Incoming::SubAck(answer)) => {
+                        let no = rumqttc::SubscribeReasonCode::Failure;
+                        let _ = grant.send(!answer.return_codes.contains(&no));
+                    }
+                    _ => {}
+                }
+            }
+        });
+        Ok(Self {
+            client,
+            messages,
+            granted,
+            ended,
+        })
+    }
+
+    /// Subscribes; says whether it was granted.
+    pub async fn subscribe(&mut self, filter: &str) -> bool {
+        self.client
+            .subscribe(filter, QoS::AtLeastOnce)
+            .await
+            .unwrap();
+        timeout(PATIENCE, self.granted.recv())
+            .await
+            .unwrap()
+            .unwrap_or(false)
+    }
+
+    pub async fn publish(&self, topic: &str, payload: impl Into<Vec<u8>>) {
+        self.publish_as(topic, payload, false).await;
+    }
+
+    pub async fn publish_as(&self, topic: &str, payload: impl Into<Vec<u8>>, retain: bool) {
+        let options = PublishOptions::at_least_once().retain(retain);
+        self.client
+            .publish(topic, payload.into(), options)
+            .await
+            .unwrap();
+    }
+
+    /// The next message.
+    pub async fn next(&mut self) -> (String, Vec<u8>) {
+        timeout(PATIENCE, self.messages.recv())
+            .await
+            .unwrap()
+            .unwrap()
+    }
+
+    /// Waits for an acknowledgement of everything up to `upto`.
+    pub async fn acknowledged(&mut self, epoch: u64, upto: u64) -> Ack {
+        loop {
+            let (topic, bytes) = self.next().await;
+            if topic.ends_with("/ack") {
+                let ack = Ack::decode(&bytes).unwrap();
+                if ack.epoch == epoch && ack.upto >= upto {
+                    return ack;
+                }
+            }
+        }
+    }
+}
+
+/// A device `demo/<name>` that listens for its acknowledgements.
+pub async fn device(broker: SocketAddr, name: &str) -> Client {
+    let mut client = Client::connect(broker, &format!("demo/{name}")).await;
+    assert!(client.subscribe(&topic(name, "_", "ack")).await);
+    client
+}
+
+pub fn topic(device: &str, source: &str, kind: &str) -> String {
+    format!("lacewing/v1/demo/{device}/{source}/{kind}")
+}
+
+pub fn reading(device: &str, epoch: u64, seq: u64) -> Reading {
+    Reading {
+        v: VERSION,
+        device: device.parse().unwrap(),
+        source: "cam0".parse().unwrap(),
+        epoch,
+        seq,
+        ts: 1_700_000_000_000 + seq.cast_signed(),
+        frame: seq,
+        label: if seq.is_multiple_of(3) { "hole" } else { "ok" }.into(),
+        score: 0.875,
+        margin: 0.5,
+        model: "m@1".into(),
+        latency_ms: 1.5,
+        file: None,
+        truth: Some("ok".into()),
+    }
+}
+
+pub fn encoded(device: &str, epoch: u64, seq: u64) -> Vec<u8> {
+    reading(device, epoch, seq).encode().unwrap()
+}
+
+pub fn batch(device: &str, epoch: u64, seqs: impl IntoIterator<Item = u64>) -> Vec<u8> {
+    let readings: Vec<_> = seqs
+        .into_iter()
+        .map(|s| encoded(device, epoch, s))
+        .collect();
+    let views: Vec<&[u8]> = readings.iter().map(Vec::as_slice).collect();
+    let (bytes, taken) = mesh_core::replay_bytes(&views);
+    assert_eq!(taken, views.len());
+    bytes
+}
+
+pub fn gap(device: &str, epoch: u64, from: u64, to: u64) -> Vec<u8> {
+    Gap {
+        v: VERSION,
+        device: device.parse().unwrap(),
+        epoch,
+        from,
+        to,
+        reason: GapReason::Full,
+    }
+    .encode()
+    .unwrap()
+}
+
+/// A request with a body; status, headers in lower case, body.
+pub async fn request(http: SocketAddr, text: &str) -> (u16, String, String) {
+    let mut stream = TcpStream::connect(http).await.unwrap();
+    stream.write_all(text.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    timeout(PATIENCE, stream.read_to_end(&mut answer))
+        .await
+        .unwrap()
+        .unwrap();
+    let answer = String::from_utf8(answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    let status = head[9..12].parse().unwrap();
+    (status, head.to_lowercase(), body.to_owned())
+}
+
+pub async fn get(http: SocketAddr, path: &str) -> (u16, Value) {
+    let text = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+    let (status, head, body) = request(http, &text).await;
+    let body = if head.contains("json") {
+        serde_json::from_str(&body).unwrap()
+    } else {
+        Value::String(body)
+    };
+    (status, body)
+}
+
+/// The value of a metric, 0 if it is not there yet.
+pub async fn metric(http: SocketAddr, name: &str) -> f64 {
+    let (_, text) = get(http, "/metrics").await;
+    let text = text.as_str().unwrap();
+    let line = text
+        .lines()
+        .find(|l| l.rsplit_once(' ').is_some_and(|(n, _)| n == name));
+    line.map_or(0.0, |l| l.rsplit_once(' ').unwrap().1.parse().unwrap())
+}
+
+/// Waits until a metric has at least this value.
+pub async fn metric_reaches(http: SocketAddr, name: &str, value: f64) {
+    let reached = async {
+        while metric(http, name).await < value {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(PATIENCE, reached)
+        .await
+        .unwrap_or_else(|_| panic!("{name} does not reach {value}"));
+}
+
+pub async fn ready(http: SocketAddr) {
+    let ready = async {
+        while get(http, "/readyz").await.0 != 200 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(PATIENCE, ready).await.unwrap();
+}
+
+/// All readings of all pages.
+pub async fn all_readings(http: SocketAddr, query: &str, limit: usize) -> Vec<Value> {
+    let mut all = Vec::new();
+    let mut after = String::new();
+    loop {
+        let path = format!("/api/v1/readings?limit={limit}{query}{after}");
+        let (status, page) = get(http, &path).await;
+        assert_eq!(status, 200, "{page}");
+        all.extend(page["items"].as_array().unwrap().iter().cloned());
+        match page["next"].as_i64() {
+            Some(next) => after = format!("&after={next}"),
+            None => return all,
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! The composition root: opens everything, wires it, starts it, stops it.
+//!
+//! ```text
+//!  capture threads ──frames──> pipeline thread ──results──> store thread ──durable──> uplink task ══> broker
+//!                                    │ reject                  ▲  free, read             │
+//!                                    ▼                         └─────────────────────────┘
+//!                                  board
+//! ```
+
+use std::{
+    sync::{Arc, mpsc},
+    thread::JoinHandle,
+};
+
+use mesh_core::{Info, ModelInfo, State, VERSION};
+use models::{Bundle, Engine, self_test};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    board::{Board, BoardError, State as BoardState},
+    capture,
+    clock::WallClock,
+    config::Config,
+    counters::Counters,
+    outbox::{Opened, Options, Outbox, OutboxError},
+    pipeline::{Loaded, Pipeline},
+    store::{Cursor, Store},
+    uplink::{Identity, Start, Uplink},
+};
+
+/// Frames between the cameras and the pipeline: enough to keep it busy, few enough to be fresh.
+const FRAMES: usize = 2;
+/// Results and requests between pipeline, uplink and store: two full groups.
+const COMMANDS: usize = 256;
+/// Groups between store and uplink.
+const STORED: usize = 16;
+
+/// Why an agent cannot start. A model or a source that does not work is not among these: the agent starts,
+/// says so and does the rest.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The folder for what must survive.
+    #[error("data folder {path}: {error}")]
+    Data {
+        /// The folder.
+        path: std::path::PathBuf,
+        /// What the system says.
+        error: std::io::Error,
+    },
+    /// The outbox.
+    #[error(transparent)]
+    Outbox(#[from] OutboxError),
+    /// The board's pins.
+    #[error(transparent)]
+    Board(#[from] BoardError),
+    /// A thread.
+    #[error("thread {0}: {1}")]
+    Thread(String, std::io::Error),
+}
+
+/// A running agent.
+pub struct AgentHandle {
+    /// What it counts.
+    pub counters: Counters,
+    /// The model in use; a swap is one `send`.
+    pub engine: watch::Sender<Loaded>,
+    stop: CancellationToken,
+    captures: Vec<mpsc::Sender<()>>,
+    /// Capture and pipeline: they end with the cameras. The store ends with the uplink.
+    threads: Vec<JoinHandle<()>>,
+    store: JoinHandle<()>,
+    uplink: tokio::task::JoinHandle<()>,
+}
+
+/// The agent.
+pub struct Agent;
+
+impl Agent {
+    /// Starts everything that `config` names.
+    ///
+    /// # Errors
+    /// If readings could not be kept: see [`AgentError`].
+    pub async fn start(config: Config, clock: WallClock) -> Result<AgentHandle, AgentError> {
+        let counters = Counters::default();
+        std::fs::create_dir_all(&config.data).map_err(|error| AgentError::Data { path: config.data.clone(), error })?;
+        let (board, mut triggers) = Board::start(&config.board)?;
+        board.set_state(BoardState::Starting);
+        let opened = open_outbox(&config)?;
+        let Opened { outbox, pending, gaps, cursor, .. } = opened;
+        let cursor: Cursor = cursor.and_then(|note| serde_json::from_slice(&note).ok()).unwrap_or_default();
+        let loaded = load(&config);
+        let (engine, why) = match loaded {
+            Ok(engine) => (engine, None),
+            Err(why) => {
+                tracing::error!("{why}");
+                (None, Some(why))
+            }
+        };
+        let (to_store, commands) = tokio::sync::mpsc::channel(COMMANDS);
+        let (to_uplink, stored) = tokio::sync::mpsc::channel(STORED);
+        let (to_pipeline, frames) = mpsc::sync_channel(FRAMES);
+        let (swap, engine_watch) = watch::channel(engine.clone());
+
+        let mut threads = Vec::new();
+        let mut captures = Vec::new();
+        let mut broken = Vec::new();
+        for (index, source_config) in config.source.iter().enumerate().filter(|_| engine.is_some()) {
+            match capture::open(source_config) {
+                Ok(source) => {
+                    let (stop, stopped) = mpsc::channel();
+                    captures.push(stop);
+                    // A source goes on after its last frame whose reading is durable.
+                    let first = cursor.get(&source_config.name).copied().unwrap_or(0);
+                    let start = capture::Start {
+                        index,
+                        config: source_config.clone(),
+                        source,
+                        first,
+                        trigger: source_config.trigger.then(|| triggers.take()).flatten(),
+                        frames: to_pipeline.clone(),
+                        stop: stopped,
+                        clock: clock.clone(),
+                        counters: counters.clone(),
+                    };
+                    threads.push(thread(&format!("cap-{}", source_config.name), move || capture::run(start))?);
+                }
+                Err(error) => {
+                    tracing::error!("{error}");
+                    broken.push(error.to_string());
+                }
+            }
+        }
+        drop(to_pipeline);
+
+        let identity = Identity {
+            info: Info {
+                v: VERSION,
+                agent: env!("CARGO_PKG_VERSION").into(),
+                board: config.board.name.clone(),
+                arch: std::env::consts::ARCH.into(),
+                sources: config.source.iter().map(|s| s.name.as_str()).collect::<Vec<_>>().join(","),
+                epoch: outbox.epoch(),
+            },
+            model: engine.as_deref().map(model_info),
+            state: state(clock.now_ms(), engine.is_some(), why, &broken),
+        };
+        let lanes = config.source.iter().map(|s| (s.name.clone(), s.gate)).collect::<Vec<_>>();
+        let pipeline = Pipeline::new(
+            lanes,
+            config.publish,
+            config.reject.clone(),
+            engine_watch,
+            board.clone(),
+            to_store.clone(),
+            counters.clone(),
+        );
+        threads.push(thread("pipeline", move || pipeline.run(&frames))?);
+        let store = Store::new(config.device.clone(), outbox, cursor, to_uplink, counters.clone());
+        let store_thread = thread("store", move || store.run(commands))?;
+        let stop = CancellationToken::new();
+        let uplink = Uplink::new(Start {
+            config,
+            identity,
+            pending,
+            gaps,
+            store: to_store,
+            board,
+            counters: counters.clone(),
+            wall: clock,
+        });
+        let uplink = tokio::spawn(uplink.run(stored, stop.clone()));
+        Ok(AgentHandle { counters, engine: swap, stop, captures, threads, store: store_thread, uplink })
+    }
+}
+
+impl AgentHandle {
+    /// Stops the cameras, makes what they gave durable, sends what can be sent in a moment, and ends.
+    pub async fn stop(self) {
+        drop(self.captures);
+        join(self.threads).await;
+        self.stop.cancel();
+        let _ = self.uplink.await;
+        join(vec![self.store]).await;
+    }
+}
+
+async fn join(threads: Vec<JoinHandle<()>>) {
+    let all = tokio::task::spawn_blocking(move || {
+        for thread in threads {
+            if thread.join().is_err() {
+                tracing::error!("a thread ended by a panic");
+            }
+        }
+    });
+    let _ = all.await;
+}
+
+fn open_outbox(config: &Config) -> Result<Opened, AgentError> {
+    let options = Options::new(config.data.join("outbox"), config.outbox.max_bytes);
+    let opened = Outbox::open(options)?;
+    for warning in &opened.warnings {
+        tracing::warn!("{warning}");
+    }
+    if !opened.pending.is_empty() {
+        tracing::info!(readings = opened.pending.len(), "the outbox holds readings from before");
+    }
+    Ok(opened)
+}
+
+/// A model runs only if its golden images give the golden answers on this device.
+fn load(config: &Config) -> Result<Loaded, String> {
+    let Some(path) = &config.model.bundle else {
+        tracing::warn!("no model is configured (model.bundle): the device looks at nothing");
+        return Ok(None);
+    };
+    let bundle = Bundle::open(path).map_err(|error| format!("model not loaded: {error}"))?;
+    let engine = Engine::load(&bundle).map_err(|error| format!("model not loaded: {error}"))?;
+    let test = self_test(&bundle, &engine);
+    if !test.passed() {
+        return Err(format!("model not used, its self-test failed:\n{test}"));
+    }
+    tracing::info!(model = engine.id(), "model loaded, self-test passed");
+    Ok(Some(Arc::new(engine)))
+}
+
+fn model_info(engine: &Engine) -> ModelInfo {
+    let manifest = engine.manifest();
+    ModelInfo {
+        v: VERSION,
+        name: manifest.name.clone(),
+        version: manifest.version.clone(),
+        sha256: manifest.model.sha256.clone(),
+        task: manifest.task.as_str().into(),
+        labels: manifest.output.labels.join(","),
+    }
+}
+
+fn state(ts: i64, model: bool, why: Option<String>, broken: &[String]) -> State {
+    let (health, detail) = match (model, why, broken) {
+        (false, why, _) => ("no_model", why.unwrap_or_else(|| "no model is configured".into())),
+        (true, _, []) => ("ok", String::new()),
+        (true, _, broken) => ("no_source", broken.join("; ")),
+    };
+    State { v: VERSION, ts, health: health.into(), detail }
+}
+
+fn thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, AgentError> {
+    // The system shows 15 characters.
+    let short: String = name.chars().take(15).collect();
+    std::thread::Builder::new().name(short).spawn(run).map_err(|error| AgentError::Thread(name.into(), error))
+}

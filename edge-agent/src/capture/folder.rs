@@ -1,0 +1,109 @@
+//! A folder of images as a camera.
+
+use std::path::{Path, PathBuf};
+
+use models::Picture;
+
+use super::{Shot, Source, SourceConfig, SourceError};
+
+/// What counts as an image by its name; its content decides whether it is one.
+const ENDINGS: [&str; 6] = ["jpg", "jpeg", "png", "bmp", "gif", "webp"];
+/// A folder is listed once and kept in memory.
+const MAX_FILES: usize = 1_000_000;
+/// Folders inside folders; deeper is a loop or a mistake.
+const MAX_DEPTH: usize = 8;
+
+/// Shows the images of a folder in the order of their paths, once or for ever.
+#[derive(Debug)]
+pub struct Folder {
+    root: PathBuf,
+    files: Vec<PathBuf>,
+    repeat: bool,
+    labelled: bool,
+}
+
+impl Folder {
+    /// Lists the folder.
+    ///
+    /// # Errors
+    /// If it cannot be listed or holds no image.
+    pub fn open(config: &SourceConfig) -> Result<Self, SourceError> {
+        let name = config.name.to_string();
+        let root = config.path.clone().ok_or_else(|| SourceError::Setting(name.clone(), "needs a path".into()))?;
+        let mut files = Vec::new();
+        list(&root, 0, &mut files).map_err(|error| SourceError::Folder { name: name.clone(), path: root.clone(), error })?;
+        if files.is_empty() {
+            return Err(SourceError::Empty { name, path: root });
+        }
+        files.sort();
+        Ok(Self { root, files, repeat: config.repeat, labelled: config.labelled })
+    }
+}
+
+fn list(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        let kind = entry.file_type()?;
+        let path = entry.path();
+        if kind.is_dir() && depth < MAX_DEPTH {
+            list(&path, depth + 1, files)?;
+        } else if !kind.is_dir() && is_image(&path) && files.len() < MAX_FILES {
+            files.push(path);
+        }
+    }
+    Ok(())
+}
+
+fn is_image(path: &Path) -> bool {
+    path.extension().and_then(|e| e.to_str()).is_some_and(|e| ENDINGS.iter().any(|known| e.eq_ignore_ascii_case(known)))
+}
+
+impl Source for Folder {
+    fn shoot(&mut self, number: u64) -> Shot {
+        let count = self.files.len() as u64;
+        if !self.repeat && number >= count {
+            return Shot::End;
+        }
+        let Some(path) = usize::try_from(number % count).ok().and_then(|at| self.files.get(at)) else { return Shot::End };
+        let shown = path.strip_prefix(&self.root).unwrap_or(path).to_string_lossy().into_owned();
+        match Picture::read(path) {
+            Ok(picture) => {
+                let parent = path.parent().and_then(Path::file_name).map(|n| n.to_string_lossy().into_owned());
+                Shot::Picture { picture, file: Some(shown), truth: parent.filter(|_| self.labelled) }
+            }
+            Err(error) => Shot::Bad { why: format!("{shown}: {error}") },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shows_images_in_order_and_names_what_is_none() {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, good) in [("b/2.png", true), ("a/1.PNG", true), ("c/3.jpg", false), ("c/notes.txt", false)] {
+            let path = folder.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            if good {
+                image::RgbImage::new(8, 8).save_with_format(&path, image::ImageFormat::Png).unwrap();
+            } else {
+                std::fs::write(&path, "<svg>").unwrap();
+            }
+        }
+        let text = format!("name = 'c'\nkind = 'folder'\nlabelled = true\npath = {:?}", folder.path());
+        let mut config: SourceConfig = toml::from_str(&text).unwrap();
+        let mut source = Folder::open(&config).unwrap();
+        let seen: Vec<_> = (0..4).map(|n| match source.shoot(n) {
+            Shot::Picture { file, truth, .. } => format!("{} {}", file.unwrap(), truth.unwrap()),
+            Shot::Bad { why } => why.split(':').next().unwrap().to_owned(),
+            Shot::End => "end".into(),
+        }).collect();
+        assert_eq!(seen, ["a/1.PNG a", "b/2.png b", "c/3.jpg", "end"]);
+        config.repeat = true;
+        assert!(matches!(Folder::open(&config).unwrap().shoot(3), Shot::Picture { .. }));
+        config.path = Some(folder.path().join("nowhere"));
+        assert!(Folder::open(&config).unwrap_err().to_string().contains("nowhere"));
+    }
+}

@@ -1,0 +1,116 @@
+//! Runs one source: when to shoot, what to number it, where to go on.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::Write,
+    path::Path,
+    sync::mpsc::{Receiver, RecvTimeoutError, SyncSender},
+    time::Duration,
+};
+
+use super::{Frame, Shot, Source, SourceConfig};
+use crate::{clock::WallClock, counters::Counters};
+
+/// What a capture thread needs.
+pub struct Start {
+    /// The source's place in the configuration.
+    pub index: usize,
+    /// Its settings.
+    pub config: SourceConfig,
+    /// The opened source.
+    pub source: Box<dyn Source>,
+    /// The first frame to take.
+    pub first: u64,
+    /// Pulses of the trigger input, where the source waits for them.
+    pub trigger: Option<Receiver<()>>,
+    /// Where frames go. Closed when the pipeline stops.
+    pub frames: SyncSender<Frame>,
+    /// Closed when the agent stops.
+    pub stop: Receiver<()>,
+    /// Stamps the frames.
+    pub clock: WallClock,
+    /// What is counted.
+    pub counters: Counters,
+}
+
+/// How often a waiting source looks whether it should stop.
+const LOOK_UP: Duration = Duration::from_millis(100);
+/// A folder of nothing but bad files must not spin.
+const AFTER_BAD: Duration = Duration::from_millis(5);
+
+/// Captures until the source ends or the agent stops. Blocks: it has a thread of its own.
+pub fn run(mut start: Start) {
+    let name = start.config.name.clone();
+    let mut journal = start.config.journal.as_deref().and_then(|path| open_journal(path, &name));
+    let period = (start.config.fps > 0.0 && !start.config.trigger).then(|| Duration::from_secs_f64(1.0 / start.config.fps));
+    let mut due = tokio::time::Instant::now();
+    let mut number = start.first;
+    tracing::debug!(source = %name, number, "capture starts");
+    loop {
+        if start.config.frames > 0 && number >= start.config.frames {
+            break;
+        }
+        if !start.wait(due) {
+            return;
+        }
+        if let Some(period) = period {
+            // A device that cannot keep up takes its next frame now, it does not catch up in a burst.
+            due = (due + period).max(tokio::time::Instant::now());
+        }
+        let ts = start.clock.now_ms();
+        let shot = start.source.shoot(number);
+        match shot {
+            Shot::Picture { picture, file, truth } => {
+                start.counters.frames.add(1);
+                if let Some(journal) = &mut journal
+                    && let Err(error) = journal.write_all(format!("{number}\n").as_bytes())
+                {
+                    tracing::warn!(source = %name, %error, "the journal cannot be written");
+                }
+                let frame = Frame { source: start.index, number, ts, picture, file, truth };
+                // Waits while the pipeline is busy. Closed: the agent stops.
+                if start.frames.send(frame).is_err() {
+                    return;
+                }
+            }
+            Shot::Bad { why } => {
+                start.counters.frames_bad.add(1);
+                tracing::warn!(source = %name, frame = number, "frame skipped: {why}");
+                due = due.max(tokio::time::Instant::now() + AFTER_BAD);
+            }
+            Shot::End => break,
+        }
+        number += 1;
+    }
+    tracing::info!(source = %name, frames = number, "the source has ended");
+}
+
+impl Start {
+    /// Waits for the next moment to shoot; false when the agent stops.
+    fn wait(&self, due: tokio::time::Instant) -> bool {
+        if let Some(trigger) = &self.trigger {
+            loop {
+                if matches!(self.stop.try_recv(), Err(std::sync::mpsc::TryRecvError::Disconnected)) {
+                    return false;
+                }
+                match trigger.recv_timeout(LOOK_UP) {
+                    Ok(()) => return true,
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => return false,
+                }
+            }
+        }
+        let wait = due.saturating_duration_since(tokio::time::Instant::now());
+        matches!(self.stop.recv_timeout(wait), Err(RecvTimeoutError::Timeout))
+    }
+}
+
+fn open_journal(path: &Path, name: &mesh_core::Name) -> Option<File> {
+    match OpenOptions::new().create(true).append(true).open(path) {
+        Ok(file) => Some(file),
+        Err(error) => {
+            tracing::warn!(source = %name, path = %path.display(), %error, "the journal cannot be opened");
+            None
+        }
+    }
+}

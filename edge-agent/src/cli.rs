@@ -1,0 +1,210 @@
+//! The command line.
+
+use std::{ffi::OsString, path::PathBuf, process::ExitCode};
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use models::{Bundle, Engine, Picture};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{
+    Agent,
+    capture::scene::{Drift, SceneConfig, draw},
+    clock::WallClock,
+    config::Config,
+    doctor,
+};
+
+/// Looks at images on a small device, and never loses a reading.
+#[derive(Debug, Parser)]
+#[command(name = "edge-agent", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the agent until it is told to stop (Ctrl-C or SIGTERM).
+    ///
+    /// Example: edge-agent run --config base.toml --config raspberry-pi-4.toml --config site.toml
+    Run(Configured),
+    /// Look at single images with a model and say what it sees.
+    ///
+    /// Example: edge-agent infer --bundle models/bundles/steel strip.jpg --json
+    Infer {
+        /// The model's folder.
+        #[arg(long, value_name = "DIR")]
+        bundle: PathBuf,
+        /// One JSON object per line, with all scores and the embedding.
+        #[arg(long)]
+        json: bool,
+        /// Images: JPEG, PNG, BMP, GIF or WebP.
+        #[arg(required = true, value_name = "IMAGE")]
+        images: Vec<PathBuf>,
+    },
+    /// Work with configuration files.
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Try everything that the configuration names and say in plain words what works and what does not.
+    Doctor(Configured),
+    /// Draw pictures of the synthetic camera into a folder, one subfolder per label.
+    Scene(SceneArgs),
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// Check configuration files: every mistake at once, each with its place.
+    Check(Configured),
+}
+
+#[derive(Debug, Args)]
+struct Configured {
+    /// Configuration file (TOML). Several are layered, a later one over an earlier one; LACEWING_SITE,
+    /// LACEWING_DEVICE, LACEWING_DATA, LACEWING_BROKER_URL and LACEWING_MODEL_BUNDLE override them.
+    #[arg(long = "config", value_name = "FILE", required = true)]
+    files: Vec<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct SceneArgs {
+    /// Where to draw to.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// How many frames.
+    #[arg(long, default_value_t = 100)]
+    count: u64,
+    /// The first frame's number.
+    #[arg(long, default_value_t = 0)]
+    first: u64,
+    /// Another seed is another day at the conveyor.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Drift of the light, -1 to 1 or 0 for none.
+    #[arg(long, default_value_t = 0.0)]
+    light: f32,
+    /// Blur, 0 to 1.
+    #[arg(long, default_value_t = 0.0)]
+    blur: f32,
+    /// Change of the background, 0 to 1.
+    #[arg(long, default_value_t = 0.0)]
+    background: f32,
+}
+
+/// Runs the program with `args`, the first of which is its name.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    match run(cli.command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("edge-agent: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Run(configured) => run_agent(configured.load()?),
+        Command::Infer { bundle, json, images } => infer(&bundle, &images, json),
+        Command::Config(ConfigCommand::Check(configured)) => {
+            let config = configured.load()?;
+            println!("the configuration is sound: device {}/{}, {} source(s)", config.site, config.device, config.source.len());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Doctor(configured) => {
+            let config = configured.load()?;
+            let sick = runtime()?.block_on(doctor::examine(&config));
+            Ok(if sick == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        }
+        Command::Scene(args) => scene(&args),
+    }
+}
+
+impl Configured {
+    fn load(&self) -> anyhow::Result<Config> {
+        Ok(Config::load(&self.files, |name| std::env::var(name).ok())?)
+    }
+}
+
+/// One thread drives the network; cameras, model and outbox have threads of their own.
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")
+}
+
+fn run_agent(config: Config) -> anyhow::Result<ExitCode> {
+    log();
+    runtime()?.block_on(async {
+        let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
+        let agent = Agent::start(config, WallClock::system()).await?;
+        tokio::select! {
+            _ = tokio::signal::ctrl_c() => {}
+            _ = terminate.recv() => {}
+        }
+        tracing::info!("stopping");
+        agent.stop().await;
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+/// `RUST_LOG` chooses what is logged (default `info`), `LACEWING_LOG=json` makes it machine-readable.
+fn log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let json = std::env::var("LACEWING_LOG").is_ok_and(|format| format == "json");
+    let started = if json { builder.json().try_init() } else { builder.try_init() };
+    if started.is_err() {
+        tracing::debug!("logging was already set up");
+    }
+}
+
+fn infer(bundle: &std::path::Path, images: &[PathBuf], json: bool) -> anyhow::Result<ExitCode> {
+    let bundle = Bundle::open(bundle)?;
+    let engine = Engine::load(&bundle)?;
+    let mut bad = 0;
+    for path in images {
+        let shown = path.display();
+        let result = Picture::read(path).map_err(anyhow::Error::from).and_then(|picture| Ok(engine.infer(&picture)?));
+        match result {
+            Ok(outcome) if json => {
+                let labels = &engine.manifest().output.labels;
+                let scores: serde_json::Map<_, _> =
+                    labels.iter().zip(&outcome.scores).map(|(label, score)| (label.clone(), (*score).into())).collect();
+                let line = serde_json::json!({
+                    "image": path, "label": outcome.label, "score": outcome.score, "margin": outcome.margin,
+                    "model": engine.id(), "scores": scores, "embedding": outcome.embedding,
+                });
+                println!("{line}");
+            }
+            Ok(outcome) => println!("{shown}: {} {:.1} %", outcome.label, outcome.score * 100.0),
+            Err(error) => {
+                bad += 1;
+                if json {
+                    println!("{}", serde_json::json!({ "image": path, "error": format!("{error:#}") }));
+                }
+                eprintln!("{shown}: {error:#}");
+            }
+        }
+    }
+    Ok(if bad == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn scene(args: &SceneArgs) -> anyhow::Result<ExitCode> {
+    let drift = Drift { light: args.light, blur: args.blur, background: args.background, ..Drift::default() };
+    let config = SceneConfig { seed: args.seed, drift, ..SceneConfig::default() };
+    for frame in args.first..args.first.saturating_add(args.count) {
+        let (picture, truth) = draw(&config, frame);
+        let folder = args.out.join(truth.label);
+        std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
+        let path = folder.join(format!("{frame:07}.png"));
+        picture.save(&path).with_context(|| format!("writing {}", path.display()))?;
+    }
+    println!("{} pictures in {}", args.count, args.out.display());
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,330 @@
+//! The agent's configuration: TOML files in layers, then the environment, then one check of everything.
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
+
+use mesh_core::{
+    Name,
+    decide::{Publish, Rule},
+};
+use serde::Deserialize;
+
+use crate::{board::BoardConfig, capture::SourceConfig};
+
+/// A configuration file is written by people; larger is not one.
+const MAX_FILE_BYTES: u64 = 1024 * 1024;
+/// More cameras and sensors than this do not fit a small board.
+const MAX_SOURCES: usize = 16;
+/// The outbox keeps several segments, so that it can drop the oldest one.
+const MIN_OUTBOX_BYTES: u64 = 4 * 1024 * 1024;
+
+/// Everything that can be set. Each part has working defaults.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// The site that the device belongs to.
+    pub site: Name,
+    /// The device's name, unique in its site. Default: the host's name.
+    pub device: Name,
+    /// The folder for everything that must survive a restart.
+    pub data: PathBuf,
+    /// Where readings go.
+    pub broker: BrokerConfig,
+    /// Cameras.
+    pub source: Vec<SourceConfig>,
+    /// What looks at the frames.
+    pub model: ModelConfig,
+    /// Which results become readings.
+    pub publish: Publish,
+    /// What makes the reject output pulse.
+    pub reject: Option<Rule>,
+    /// What keeps readings until the coordinator has them.
+    pub outbox: OutboxConfig,
+    /// Pins.
+    pub board: BoardConfig,
+    /// How often the device speaks about itself.
+    pub report: ReportConfig,
+}
+
+/// The broker's address and how to keep in touch with it.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BrokerConfig {
+    /// `mqtt://HOST:PORT`.
+    pub url: String,
+    /// Seconds between signs of life, 5 to 3600. A dead broker is noticed after about 1.5 of them.
+    pub keep_alive_s: u16,
+}
+
+/// The model's bundle.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModelConfig {
+    /// Folder of the bundle. Without one the device captures nothing and says so.
+    pub bundle: Option<PathBuf>,
+}
+
+/// Bounds of the outbox.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OutboxConfig {
+    /// The most that it takes on disk, in bytes, at least 4 MiB. Beyond it the oldest readings go, and a gap
+    /// says which.
+    pub max_bytes: u64,
+}
+
+/// How often the device reports on itself.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ReportConfig {
+    /// Seconds between two `metrics` messages, 1 to 86400.
+    pub every_s: u32,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            site: default_name("home"),
+            device: host_name(),
+            data: PathBuf::from("/var/lib/lacewing"),
+            broker: BrokerConfig::default(),
+            source: Vec::new(),
+            model: ModelConfig::default(),
+            publish: Publish::All,
+            reject: None,
+            outbox: OutboxConfig::default(),
+            board: BoardConfig::default(),
+            report: ReportConfig::default(),
+        }
+    }
+}
+
+impl Default for BrokerConfig {
+    fn default() -> Self {
+        Self { url: "mqtt://127.0.0.1:1883".into(), keep_alive_s: 30 }
+    }
+}
+
+impl Default for OutboxConfig {
+    /// A reading takes about 400 bytes: this is a week at one reading a second.
+    fn default() -> Self {
+        Self { max_bytes: 256 * 1024 * 1024 }
+    }
+}
+
+impl Default for ReportConfig {
+    fn default() -> Self {
+        Self { every_s: 60 }
+    }
+}
+
+fn default_name(text: &str) -> Name {
+    text.parse().unwrap_or_else(|_| Name::itself())
+}
+
+fn host_name() -> Name {
+    let node = rustix::system::uname();
+    let text = node.nodename().to_string_lossy().to_lowercase();
+    text.split('.').next().and_then(|host| host.parse().ok()).unwrap_or_else(|| default_name("device"))
+}
+
+/// Every mistake that was found, each with the place it is in.
+#[derive(Debug, thiserror::Error)]
+pub struct ConfigErrors(pub Vec<String>);
+
+impl fmt::Display for ConfigErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let count = self.0.len();
+        write!(f, "the configuration has {count} mistake{}:", if count == 1 { "" } else { "s" })?;
+        self.0.iter().try_for_each(|mistake| write!(f, "\n  {mistake}"))
+    }
+}
+
+/// Settings that the environment may override: the variable, and the path of the key.
+const ENVIRONMENT: [(&str, &[&str]); 5] = [
+    ("LACEWING_SITE", &["site"]),
+    ("LACEWING_DEVICE", &["device"]),
+    ("LACEWING_DATA", &["data"]),
+    ("LACEWING_BROKER_URL", &["broker", "url"]),
+    ("LACEWING_MODEL_BUNDLE", &["model", "bundle"]),
+];
+
+impl Config {
+    /// Reads the files in order, a later one over an earlier one, then the environment, and checks it all.
+    ///
+    /// # Errors
+    /// Every mistake at once.
+    pub fn load(files: &[PathBuf], environment: impl Fn(&str) -> Option<String>) -> Result<Self, ConfigErrors> {
+        let mut whole = toml::Table::new();
+        let mut mistakes = Vec::new();
+        for file in files {
+            match read(file) {
+                Ok(layer) => merge(&mut whole, layer),
+                Err(mistake) => mistakes.push(mistake),
+            }
+        }
+        for (variable, path) in ENVIRONMENT {
+            if let Some(value) = environment(variable) {
+                set(&mut whole, path, toml::Value::String(value));
+            }
+        }
+        Self::from_table(whole, mistakes)
+    }
+
+    /// Reads one text, as [`Config::load`] does with files.
+    ///
+    /// # Errors
+    /// Every mistake at once.
+    pub fn parse(text: &str) -> Result<Self, ConfigErrors> {
+        match text.parse::<toml::Table>() {
+            Ok(table) => Self::from_table(table, Vec::new()),
+            Err(error) => Err(ConfigErrors(vec![error.to_string()])),
+        }
+    }
+
+    /// A key that cannot be read is noted and taken out, so that the next one is seen too.
+    fn from_table(mut table: toml::Table, mut mistakes: Vec<String>) -> Result<Self, ConfigErrors> {
+        let config: Self = loop {
+            match serde_path_to_error::deserialize(table.clone()) {
+                Ok(config) => break config,
+                Err(error) => {
+                    let path = error.path().clone();
+                    mistakes.push(format!("{path}: {}", error.inner().message()));
+                    if !take_out(&mut table, &path) {
+                        return Err(ConfigErrors(mistakes));
+                    }
+                }
+            }
+        };
+        config.check(&mut mistakes);
+        if mistakes.is_empty() { Ok(config) } else { Err(ConfigErrors(mistakes)) }
+    }
+
+    fn check(&self, mistakes: &mut Vec<String>) {
+        let mut must = |good: bool, field: &str, what: &str| {
+            if !good {
+                mistakes.push(format!("{field}: {what}"));
+            }
+        };
+        must(self.site != Name::itself(), "site", "must be a name, `_` is reserved");
+        must(self.device != Name::itself(), "device", "must be a name, `_` is reserved");
+        if let Err(why) = self.broker.address() {
+            must(false, "broker.url", &why);
+        }
+        must((5..=3600).contains(&self.broker.keep_alive_s), "broker.keep_alive_s", "must be 5 to 3600 seconds");
+        must((1..=86_400).contains(&self.report.every_s), "report.every_s", "must be 1 to 86400 seconds");
+        must(self.outbox.max_bytes >= MIN_OUTBOX_BYTES, "outbox.max_bytes", "must be at least 4194304 (4 MiB)");
+        must(self.source.len() <= MAX_SOURCES, "source", "at most 16 sources");
+        if let Publish::AtMostEvery { every_s } = self.publish {
+            must(every_s > 0, "publish.every_s", "must be at least 1 second");
+        }
+        if let Some(rule) = &self.reject {
+            must(!rule.labels.is_empty(), "reject.labels", "must name at least one label");
+            must((0.0..=1.0).contains(&rule.min_score), "reject.min_score", "must lie between 0 and 1");
+        }
+        for (at, source) in self.source.iter().enumerate() {
+            let twice = self.source.iter().take(at).any(|s| s.name == source.name);
+            must(!twice, &format!("source[{at}].name"), "another source has this name");
+            for (field, what) in source.mistakes() {
+                must(false, &format!("source[{at}].{field}"), &what);
+            }
+        }
+        for (field, what) in self.board.mistakes() {
+            must(false, &format!("board.{field}"), &what);
+        }
+    }
+}
+
+impl BrokerConfig {
+    /// Host and port.
+    ///
+    /// # Errors
+    /// Says what the address should look like.
+    pub fn address(&self) -> Result<(String, u16), String> {
+        let wrong = || format!("must be mqtt://HOST:PORT, not {:?}", self.url);
+        let rest = self.url.strip_prefix("mqtt://").ok_or_else(wrong)?;
+        let rest = rest.strip_suffix('/').unwrap_or(rest);
+        let (host, port) = match rest.rsplit_once(':') {
+            Some((host, port)) => (host, port.parse().map_err(|_| wrong())?),
+            None => (rest, 1883),
+        };
+        if host.is_empty() || port == 0 || host.contains(['/', '@', ' ']) {
+            return Err(wrong());
+        }
+        Ok((host.to_owned(), port))
+    }
+}
+
+fn read(file: &Path) -> Result<toml::Table, String> {
+    let shown = file.display();
+    let size = std::fs::metadata(file).map_err(|e| format!("{shown}: cannot be read: {e}"))?.len();
+    if size > MAX_FILE_BYTES {
+        return Err(format!("{shown}: {size} bytes is too large for a configuration"));
+    }
+    let text = std::fs::read_to_string(file).map_err(|e| format!("{shown}: cannot be read: {e}"))?;
+    text.parse().map_err(|e| format!("{shown}: {e}"))
+}
+
+/// Tables are merged key by key, anything else is replaced.
+fn merge(into: &mut toml::Table, from: toml::Table) {
+    for (key, value) in from {
+        match (into.get_mut(&key), value) {
+            (Some(toml::Value::Table(old)), toml::Value::Table(new)) => merge(old, new),
+            (_, value) => {
+                into.insert(key, value);
+            }
+        }
+    }
+}
+
+fn set(table: &mut toml::Table, path: &[&str], value: toml::Value) {
+    match path {
+        [] => {}
+        [key] => {
+            table.insert((*key).to_owned(), value);
+        }
+        [key, rest @ ..] => {
+            let inner = table.entry((*key).to_owned()).or_insert_with(|| toml::Value::Table(toml::Table::new()));
+            if let toml::Value::Table(inner) = inner {
+                set(inner, rest, value);
+            }
+        }
+    }
+}
+
+/// Takes out what `path` points at, or as much of the way to it as exists.
+fn take_out(table: &mut toml::Table, path: &serde_path_to_error::Path) -> bool {
+    use serde_path_to_error::Segment;
+    let mut segments = path.iter().peekable();
+    let Some(Segment::Map { key }) = segments.next() else { return false };
+    let mut key = key.clone();
+    let mut table = table;
+    loop {
+        match (table.get_mut(&key), segments.next()) {
+            (Some(toml::Value::Table(_)), Some(Segment::Map { key: next })) => {
+                let Some(toml::Value::Table(inner)) = table.get_mut(&key) else { return false };
+                (table, key) = (inner, next.clone());
+            }
+            (Some(toml::Value::Array(items)), Some(Segment::Seq { index })) => {
+                let Some(Segment::Map { key: next }) = segments.next() else {
+                    return *index < items.len() && {
+                        items.remove(*index);
+                        true
+                    };
+                };
+                let Some(toml::Value::Array(items)) = table.get_mut(&key) else { return false };
+                let Some(toml::Value::Table(inner)) = items.get_mut(*index) else { return false };
+                if !inner.contains_key(next) {
+                    // A key that is missing: the entry cannot be completed, so it goes.
+                    items.remove(*index);
+                    return true;
+                }
+                (table, key) = (inner, next.clone());
+            }
+            (Some(_), _) => return table.remove(&key).is_some(),
+            (None, _) => return false,
+        }
+    }
+}

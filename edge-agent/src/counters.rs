@@ -1,0 +1,93 @@
+//! What the agent counts about itself.
+
+use std::{
+    ops::Deref,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+/// A number that only grows.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds `n`.
+    pub fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// Replaces the number: for those that say how much there is now.
+    pub fn set(&self, n: u64) {
+        self.0.store(n, Ordering::Relaxed);
+    }
+
+    /// The number.
+    #[must_use]
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// All counters, shared between the threads.
+#[derive(Clone, Debug, Default)]
+pub struct Counters(Arc<Numbers>);
+
+impl Deref for Counters {
+    type Target = Numbers;
+    fn deref(&self) -> &Numbers {
+        &self.0
+    }
+}
+
+/// The numbers.
+#[derive(Debug, Default)]
+pub struct Numbers {
+    /// Frames captured.
+    pub frames: Counter,
+    /// Frames that could not be read, decoded or looked at.
+    pub frames_bad: Counter,
+    /// Frames that the gate held back.
+    pub frames_gated: Counter,
+    /// Results handed to the store.
+    pub results: Counter,
+    /// Readings made durable.
+    pub readings: Counter,
+    /// Connections to the broker that were lost.
+    pub reconnects: Counter,
+    /// Messages from the broker that could not be used.
+    pub refused: Counter,
+    /// Readings that wait for the coordinator's acknowledgement.
+    pub backlog: Counter,
+    /// Bytes that the outbox takes on disk.
+    pub outbox_bytes: Counter,
+    /// Readings dropped whose gap the coordinator does not know yet.
+    pub gaps_pending: Counter,
+    /// Moving average of the time from frame to result, in microseconds.
+    pub latency_us: Counter,
+}
+
+impl Numbers {
+    /// Is every result durable that was handed to the store?
+    #[must_use]
+    pub fn is_stored(&self) -> bool {
+        self.results.get() == self.readings.get()
+    }
+
+    /// Takes one more time from frame to result into the average.
+    pub fn latency(&self, us: u64) {
+        let old = self.latency_us.get();
+        // An eighth of the new value: follows a change within a second or two of frames.
+        self.latency_us.set(if old == 0 { us } else { (old * 7 + us) / 8 });
+    }
+}
+
+/// The resident memory of this process in bytes, 0 where the system does not say.
+#[must_use]
+pub fn resident_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|rest| rest.split_ascii_whitespace().next()).and_then(|kib| kib.parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
+}

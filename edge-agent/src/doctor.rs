@@ -1,0 +1,140 @@
+//! `edge-agent doctor`: tries each part on its own and says in plain words how it is.
+
+use std::{path::Path, time::Duration};
+
+use models::{Bundle, Engine, self_test};
+
+use crate::{
+    capture::{self, Shot, SourceConfig},
+    clock::WallClock,
+    config::Config,
+    connection::{Connection, News},
+};
+
+/// A broker that takes longer is too slow to be of use.
+const BROKER_PATIENCE: Duration = Duration::from_secs(8);
+/// This was written in 2026: an earlier date means that the clock was never set.
+const YEAR_2026_MS: i64 = 1_767_225_600_000;
+/// No device of ours runs in 2100 with a correct clock today.
+const YEAR_2100_MS: i64 = 4_102_444_800_000;
+
+type Finding = Result<String, String>;
+
+/// Tries everything, prints a line for each, and says how many are sick.
+pub async fn examine(config: &Config) -> usize {
+    let mut sick = 0;
+    let mut say = |what: &str, finding: Finding| match finding {
+        Ok(fine) => println!("ok    {what}: {fine}"),
+        Err(wrong) => {
+            sick += 1;
+            println!("FAIL  {what}: {wrong}");
+        }
+    };
+    say("device", Ok(format!("{}/{}", config.site, config.device)));
+    say("disk", disk(&config.data, config.outbox.max_bytes));
+    say("clock", clock(WallClock::system().now_ms()));
+    if config.source.is_empty() {
+        say("source", Err("none is configured; add a [[source]]".into()));
+    }
+    for source_config in &config.source {
+        say(&format!("source {}", source_config.name), source(source_config));
+    }
+    say("model", model(config.model.bundle.as_deref()));
+    say("board", crate::board::Board::try_pins(&config.board).map_err(|error| error.to_string()));
+    say("broker", broker(config).await);
+    if sick == 0 {
+        println!("everything works");
+    } else {
+        println!("{sick} thing(s) to mend");
+    }
+    sick
+}
+
+fn disk(data: &Path, wanted: u64) -> Finding {
+    let shown = data.display();
+    std::fs::create_dir_all(data)
+        .map_err(|error| format!("{shown} cannot be made: {error}; choose another folder with `data`, or its owner"))?;
+    let probe = data.join(".doctor");
+    std::fs::write(&probe, b"doctor")
+        .and_then(|()| std::fs::File::open(&probe)?.sync_all())
+        .and_then(|()| std::fs::remove_file(&probe))
+        .map_err(|error| format!("{shown} cannot be written: {error}"))?;
+    let space = rustix::fs::statvfs(data).map_err(|error| format!("{shown}: {error}"))?;
+    let free = space.f_bavail.saturating_mul(space.f_frsize);
+    let mib = |bytes: u64| bytes / (1024 * 1024);
+    if free < wanted {
+        return Err(format!(
+            "{shown} has {} MiB free, the outbox may take {} MiB: free some space or lower outbox.max_bytes",
+            mib(free),
+            mib(wanted)
+        ));
+    }
+    Ok(format!("{shown} is writable, {} MiB free", mib(free)))
+}
+
+fn clock(now_ms: i64) -> Finding {
+    if (YEAR_2026_MS..YEAR_2100_MS).contains(&now_ms) {
+        Ok("set".into())
+    } else {
+        Err("not set (readings will carry a wrong time, none is lost): is there a network for NTP?".into())
+    }
+}
+
+fn source(config: &SourceConfig) -> Finding {
+    let mut source = capture::open(config).map_err(|error| error.to_string())?;
+    match source.shoot(0) {
+        Shot::Picture { picture, file, .. } => {
+            let from = file.map(|f| format!(" from {f}")).unwrap_or_default();
+            Ok(format!("a frame of {}×{} pixels{from}", picture.width(), picture.height()))
+        }
+        Shot::Bad { why } => Err(format!("its first frame cannot be used: {why}")),
+        Shot::End => Err("it has no frame".into()),
+    }
+}
+
+fn model(path: Option<&Path>) -> Finding {
+    let path = path.ok_or("none is configured; set model.bundle to a bundle's folder")?;
+    let bundle = Bundle::open(path).map_err(|error| error.to_string())?;
+    let engine = Engine::load(&bundle).map_err(|error| error.to_string())?;
+    let test = self_test(&bundle, &engine);
+    if test.passed() { Ok(format!("{}, self-test passed", engine.id())) } else { Err(format!("self-test failed\n{test}")) }
+}
+
+async fn broker(config: &Config) -> Finding {
+    let url = &config.broker.url;
+    let mut connection = Connection::probe(config).map_err(|error| error.to_string())?;
+    let answer = async {
+        loop {
+            match connection.news().await {
+                News::Up => return Ok(format!("{url} answers")),
+                News::Lost(why) => return Err(format!("{url}: {why}; is it running, and is the address right?")),
+                _ => {}
+            }
+        }
+    };
+    let finding = tokio::time::timeout(BROKER_PATIENCE, answer).await;
+    let finding = finding.unwrap_or_else(|_| Err(format!("{url} accepts connections but does not answer")));
+    connection.close(Duration::from_secs(1)).await;
+    finding
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_that_was_never_set_is_noticed() {
+        assert!(clock(0).is_err() && clock(i64::MAX).is_err());
+        assert!(clock(YEAR_2026_MS + 1).is_ok());
+    }
+
+    #[test]
+    fn a_disk_is_tried_not_believed() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(disk(folder.path(), 1).is_ok());
+        assert!(disk(folder.path(), u64::MAX).unwrap_err().contains("lower outbox.max_bytes"));
+        let file = folder.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        assert!(disk(&file.join("below"), 1).is_err());
+    }
+}

@@ -1,0 +1,20 @@
+//! The device: capture → gate → preprocess → infer → decide → outbox → uplink.
+//!
+//! [`Agent::start`] wires it all; start reading there.
+
+mod agent;
+pub mod board;
+pub mod capture;
+pub mod cli;
+pub mod clock;
+pub mod config;
+mod connection;
+pub mod counters;
+mod doctor;
+mod gate;
+pub mod outbox;
+mod pipeline;
+pub mod store;
+mod uplink;
+
+pub use agent::{Agent, AgentError, AgentHandle};

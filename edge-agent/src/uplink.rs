@@ -1,0 +1,481 @@
+//! The uplink: keeps a connection to the broker and delivers what the store made durable.
+//!
+//! All decisions about what to send, and when again, are [`Delivery`]'s; this drives it.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use bytes::Bytes;
+use mesh_core::{
+    Ack, Backoff, Gap, Info, Kind, Metrics, ModelInfo, Name, State, Status, Topic, VERSION,
+    delivery::{Delivery, Pace, Send},
+    replay_bytes,
+};
+use rumqttc::PublishOptions;
+use tokio::sync::mpsc::{Receiver, Sender};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    board::{BoardHandle, State as BoardState},
+    clock::{Monotonic, WallClock},
+    config::Config,
+    connection::{Connection, News},
+    counters::{Counters, resident_bytes},
+    outbox::GapRecord,
+    store::{Command, Durable, Stored},
+};
+
+/// The first wait after a lost connection is at most this …
+const BACKOFF_MS: u64 = 500;
+/// … and no wait is longer: a site notices that its broker is back within half a minute.
+const MAX_BACKOFF_MS: u64 = 30_000;
+/// A gap is said again until it is acknowledged.
+const SAY_GAPS_AGAIN_MS: u64 = 10_000;
+/// What was made durable in the last moments before a stop still gets out, if the coordinator answers.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// What the uplink says about the device, besides readings.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// What it is.
+    pub info: Info,
+    /// The model that is loaded.
+    pub model: Option<ModelInfo>,
+    /// How it is.
+    pub state: State,
+}
+
+/// Everything that can happen to the uplink.
+enum Event {
+    Network(News),
+    Store(Stored),
+    Reconnect,
+    Due,
+    Report,
+    Stop,
+}
+
+/// The uplink's state.
+pub struct Uplink {
+    config: Config,
+    identity: Identity,
+    epoch: u64,
+    delivery: Delivery,
+    /// Live readings whose bytes are still in memory, so that they need not be read back.
+    live: BTreeMap<u64, (Name, Bytes)>,
+    gaps: Vec<GapRecord>,
+    gaps_said_ms: Option<u64>,
+    /// Waits to be sent: asked from the store, or answered and without room in the connection.
+    batch: Batch,
+    /// What the device says about itself and has not said on this connection.
+    greetings: Vec<(String, Bytes, PublishOptions)>,
+    subscribed: bool,
+    connection: Option<Connection>,
+    up: bool,
+    backoff: Backoff,
+    /// Acknowledged, not yet told to the store because it was busy.
+    to_free: Option<mesh_core::RangeSet>,
+    store: Sender<Command>,
+    board: BoardHandle,
+    counters: Counters,
+    wall: WallClock,
+    clock: Monotonic,
+}
+
+/// The backlog's next batch.
+enum Batch {
+    None,
+    Asked,
+    Ready { from: u64, to: u64, payload: Bytes },
+}
+
+/// What the uplink starts from.
+pub struct Start {
+    /// The agent's configuration.
+    pub config: Config,
+    /// What it says about itself.
+    pub identity: Identity,
+    /// What the outbox holds.
+    pub pending: mesh_core::RangeSet,
+    /// What it had to drop.
+    pub gaps: Vec<GapRecord>,
+    /// Commands to the store.
+    pub store: Sender<Command>,
+    /// The board's lights.
+    pub board: BoardHandle,
+    /// What is counted.
+    pub counters: Counters,
+    /// Stamps what the device says about itself.
+    pub wall: WallClock,
+}
+
+impl Uplink {
+    /// Offline, with what the outbox holds.
+    #[must_use]
+    pub fn new(start: Start) -> Self {
+        let Start { config, identity, pending, gaps, store, board, counters, wall } = start;
+        Self {
+            epoch: identity.info.epoch,
+            delivery: Delivery::new(Pace::default(), pending),
+            live: BTreeMap::new(),
+            gaps,
+            gaps_said_ms: None,
+            batch: Batch::None,
+            greetings: Vec::new(),
+            subscribed: false,
+            connection: None,
+            up: false,
+            backoff: Backoff::new(BACKOFF_MS, MAX_BACKOFF_MS),
+            to_free: None,
+            config,
+            identity,
+            store,
+            board,
+            counters,
+            wall,
+            clock: Monotonic::start(),
+        }
+    }
+
+    /// Delivers until `stop`, and a little longer.
+    pub async fn run(mut self, mut stored: Receiver<Stored>, stop: CancellationToken) {
+        let mut reconnect = Some(tokio::time::Instant::now());
+        let period = Duration::from_secs(u64::from(self.config.report.every_s));
+        let mut report = tokio::time::interval(period);
+        report.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut farewell: Option<tokio::time::Instant> = None;
+        loop {
+            let event = {
+                let Self { connection, delivery, clock, gaps, gaps_said_ms, up, .. } = &mut self;
+                let gaps_due = gaps_said_ms.filter(|_| *up && !gaps.is_empty()).map(|at| at + SAY_GAPS_AGAIN_MS);
+                let due = delivery.due_ms().into_iter().chain(gaps_due).min().map(|at| clock.at(at));
+                tokio::select! {
+                    // The store first: what is durable must never wait for the network.
+                    biased;
+                    () = stop.cancelled(), if farewell.is_none() => Event::Stop,
+                    said = stored.recv() => match said {
+                        Some(said) => Event::Store(said),
+                        None => break,
+                    },
+                    news = news(connection) => Event::Network(news),
+                    () = at(reconnect) => Event::Reconnect,
+                    () = at(due) => Event::Due,
+                    () = at(farewell) => break,
+                    _ = report.tick() => Event::Report,
+                }
+            };
+            match event {
+                Event::Network(News::Lost(why)) => {
+                    self.lost(&why);
+                    reconnect = Some(self.next_try());
+                }
+                Event::Network(news) => self.network(news),
+                Event::Store(said) => self.store_said(said),
+                Event::Reconnect => reconnect = self.connect(),
+                Event::Due => self.due(),
+                Event::Report => self.report(),
+                Event::Stop => {
+                    farewell = Some(tokio::time::Instant::now() + FAREWELL);
+                    reconnect = None;
+                }
+            }
+            self.pump();
+            let told = self.delivery.waiting() == 0 && stored.is_empty() && self.counters.is_stored();
+            if farewell.is_some() && (told || !self.up) {
+                break;
+            }
+        }
+        self.say_goodbye().await;
+    }
+
+    fn connect(&mut self) -> Option<tokio::time::Instant> {
+        match Connection::open(&self.config) {
+            Ok(connection) => {
+                self.connection = Some(connection);
+                None
+            }
+            Err(error) => {
+                tracing::error!(%error, "cannot connect");
+                Some(self.next_try())
+            }
+        }
+    }
+
+    fn next_try(&mut self) -> tokio::time::Instant {
+        let wait = self.backoff.next(random());
+        tracing::debug!(wait_ms = wait, "next try to connect");
+        tokio::time::Instant::now() + Duration::from_millis(wait)
+    }
+
+    fn lost(&mut self, why: &str) {
+        if self.up || self.backoff.ceiling() == BACKOFF_MS {
+            tracing::warn!(broker = %self.config.broker.url, "connection lost: {why}; readings are kept and sent later");
+        }
+        if self.up {
+            self.counters.reconnects.add(1);
+        }
+        self.up = false;
+        self.connection = None;
+        self.batch = Batch::None;
+        self.live.clear();
+        self.delivery.disconnected();
+        self.board.set_state(self.board_state());
+    }
+
+    fn network(&mut self, news: News) {
+        match news {
+            News::Up => {
+                tracing::info!(broker = %self.config.broker.url, waiting = self.delivery.waiting(), "connected");
+                self.up = true;
+                self.subscribed = false;
+                self.gaps_said_ms = None;
+                self.greetings = self.greet();
+                self.delivery.connected();
+                self.board.set_state(self.board_state());
+            }
+            // Only a broker that takes messages is worth coming back to at once.
+            News::Taken => self.backoff.reset(),
+            News::Message { topic, payload } => self.message(&topic, &payload),
+            News::Progress | News::Lost(_) => {}
+        }
+    }
+
+    fn message(&mut self, topic: &str, payload: &[u8]) {
+        let understood = match topic.parse::<Topic>() {
+            Ok(Topic { kind: Kind::Ack, site, device, .. })
+                if site == self.config.site && device == self.config.device =>
+            {
+                Ack::decode(payload).map_err(|error| error.to_string())
+            }
+            Ok(_) => Err("not a topic of this device".into()),
+            Err(error) => Err(error.to_string()),
+        };
+        match understood {
+            Ok(ack) if ack.epoch == self.epoch => {
+                self.delivery.acknowledged(&ack);
+                let stored = ack.stored();
+                self.gaps.retain(|gap| !stored.covers(gap.from, gap.to));
+                self.to_free = Some(stored);
+            }
+            // The outbox was made anew since: nothing to free.
+            Ok(_) => {}
+            Err(why) => {
+                self.counters.refused.add(1);
+                tracing::warn!(topic, "message refused: {why}");
+            }
+        }
+    }
+
+    fn store_said(&mut self, said: Stored) {
+        match said {
+            Stored::Appended(readings) => {
+                let (Some(first), Some(last)) = (readings.first(), readings.last()) else { return };
+                self.delivery.appended(first.seq, last.seq);
+                if self.up {
+                    for Durable { seq, source, bytes } in readings {
+                        self.live.insert(seq, (source, bytes));
+                    }
+                    let live = usize::try_from(Pace::default().live).unwrap_or(usize::MAX);
+                    while self.live.len() > live {
+                        self.live.pop_first();
+                    }
+                }
+            }
+            Stored::Batch { from, to, readings } => self.batch_read(from, to, readings),
+            Stored::Unreadable => self.batch = Batch::None,
+            Stored::Gaps(gaps) => {
+                for gap in &gaps {
+                    self.delivery.gone(gap.from, gap.to);
+                }
+                self.gaps = gaps;
+                self.gaps_said_ms = None;
+            }
+        }
+    }
+
+    fn batch_read(&mut self, from: u64, to: u64, readings: Vec<(u64, Vec<u8>)>) {
+        if !matches!(self.batch, Batch::Asked) {
+            return;
+        }
+        let views: Vec<&[u8]> = readings.iter().map(|(_, bytes)| bytes.as_slice()).collect();
+        let (payload, taken) = replay_bytes(&views);
+        let Some(&(last, _)) = taken.checked_sub(1).and_then(|at| readings.get(at)) else {
+            // Nothing of it is left; a gap or an acknowledgement came in between.
+            self.delivery.gone(from, to);
+            self.batch = Batch::None;
+            return;
+        };
+        // What is missing inside the batch is not in the outbox any more.
+        let mut expected = from;
+        for (seq, _) in readings.iter().take(taken) {
+            if *seq > expected {
+                self.delivery.gone(expected, seq - 1);
+            }
+            expected = seq + 1;
+        }
+        self.batch = Batch::Ready { from, to: last, payload: payload.into() };
+    }
+
+    fn due(&mut self) {
+        self.delivery.tick(self.clock.now_ms());
+        if self.gaps_said_ms.is_some_and(|at| self.clock.now_ms() >= at + SAY_GAPS_AGAIN_MS) {
+            self.gaps_said_ms = None;
+        }
+    }
+
+    /// Sends as much as there is room for, the most urgent first.
+    fn pump(&mut self) {
+        self.counters.backlog.set(self.delivery.waiting());
+        if let Some(stored) = self.to_free.take()
+            && let Err(error) = self.store.try_send(Command::Free(stored))
+            && let tokio::sync::mpsc::error::TrySendError::Full(Command::Free(stored)) = error
+        {
+            self.to_free = Some(stored);
+        }
+        let Some(connection) = self.connection.as_ref().filter(|_| self.up) else { return };
+        if !self.subscribed {
+            let topic = Topic::of_device(&self.config.site, &self.config.device, Kind::Ack).to_string();
+            self.subscribed = connection.subscribe(&topic);
+        }
+        while let Some((topic, payload, options)) = self.greetings.last() {
+            if !connection.publish(topic, payload.clone(), *options) {
+                return;
+            }
+            self.greetings.pop();
+        }
+        if self.gaps_said_ms.is_none() {
+            for gap in &self.gaps {
+                if !connection.publish(&self.topic(Kind::Gap), self.gap(*gap), PublishOptions::at_least_once()) {
+                    return;
+                }
+            }
+            self.gaps_said_ms = Some(self.clock.now_ms());
+        }
+        while let Some(next) = self.delivery.next() {
+            match next {
+                Send::Live(seq) => {
+                    let Some((source, bytes)) = self.live.remove(&seq) else {
+                        // Its bytes are no longer at hand: it goes with the backlog.
+                        self.delivery.postpone(seq);
+                        continue;
+                    };
+                    let topic = Topic { source: source.clone(), ..self.topic_of(Kind::Result) }.to_string();
+                    if !connection.publish(&topic, bytes.clone(), PublishOptions::at_least_once()) {
+                        self.live.insert(seq, (source, bytes));
+                        return;
+                    }
+                    self.delivery.sent(next, self.clock.now_ms());
+                }
+                Send::Replay { from, to } => {
+                    match &self.batch {
+                        Batch::Asked => return,
+                        Batch::None => {
+                            if self.store.try_send(Command::Read { from, to }).is_ok() {
+                                self.batch = Batch::Asked;
+                            }
+                            return;
+                        }
+                        Batch::Ready { from: first, .. } if *first != from => self.batch = Batch::None,
+                        Batch::Ready { to: last, payload, .. } => {
+                            let topic = self.topic(Kind::Replay);
+                            if !connection.publish(&topic, payload.clone(), PublishOptions::at_least_once()) {
+                                return;
+                            }
+                            // An acknowledgement may have shortened the range since it was read.
+                            self.delivery.sent(Send::Replay { from, to: to.min(*last) }, self.clock.now_ms());
+                            self.batch = Batch::None;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn topic_of(&self, kind: Kind) -> Topic {
+        Topic::of_device(&self.config.site, &self.config.device, kind)
+    }
+
+    fn topic(&self, kind: Kind) -> String {
+        self.topic_of(kind).to_string()
+    }
+
+    fn gap(&self, gap: GapRecord) -> Bytes {
+        let GapRecord { from, to, reason } = gap;
+        let gap = Gap { v: VERSION, device: self.config.device.clone(), epoch: self.epoch, from, to, reason };
+        gap.encode().unwrap_or_default().into()
+    }
+
+    /// What is said at the start of each connection, the last first.
+    fn greet(&self) -> Vec<(String, Bytes, PublishOptions)> {
+        let retained = PublishOptions::at_least_once().retained();
+        let mut said = vec![
+            (self.topic(Kind::State), self.identity.state.encode().unwrap_or_default().into(), retained),
+            (self.topic(Kind::Info), self.identity.info.encode().unwrap_or_default().into(), retained),
+        ];
+        if let Some(model) = &self.identity.model {
+            said.push((self.topic(Kind::Model), model.encode().unwrap_or_default().into(), retained));
+        }
+        said.push((self.topic(Kind::Status), Status::Online.as_str().into(), retained));
+        said
+    }
+
+    fn report(&mut self) {
+        let Some(connection) = self.connection.as_ref().filter(|_| self.up) else { return };
+        let numbers = &self.counters;
+        let metrics = Metrics {
+            v: VERSION,
+            ts: self.wall.now_ms(),
+            uptime_s: self.clock.now_ms() / 1_000,
+            frames: numbers.frames.get(),
+            frames_bad: numbers.frames_bad.get(),
+            frames_gated: numbers.frames_gated.get(),
+            readings: numbers.readings.get(),
+            backlog: self.delivery.waiting(),
+            outbox_bytes: numbers.outbox_bytes.get(),
+            gaps_pending: numbers.gaps_pending.get(),
+            reconnects: numbers.reconnects.get(),
+            refused: numbers.refused.get(),
+            latency_ms: numbers.latency_us.get() as f32 / 1_000.0,
+            rss_bytes: resident_bytes(),
+        };
+        let payload = metrics.encode().unwrap_or_default();
+        // Lost if there is no room: the next one says the same and more.
+        let _ = connection.publish(&self.topic(Kind::Metrics), payload.into(), PublishOptions::at_most_once());
+    }
+
+    fn board_state(&self) -> BoardState {
+        match (&self.identity.model, self.up) {
+            (None, _) => BoardState::NoModel,
+            (Some(_), true) => BoardState::Running,
+            (Some(_), false) => BoardState::Offline,
+        }
+    }
+
+    async fn say_goodbye(mut self) {
+        let status = self.topic(Kind::Status);
+        if let Some(connection) = self.connection.take().filter(|_| self.up) {
+            let offline = Bytes::from_static(Status::Offline.as_str().as_bytes());
+            let _ = connection.publish(&status, offline, PublishOptions::at_least_once().retained());
+            connection.close(FAREWELL).await;
+        }
+    }
+}
+
+async fn news(connection: &mut Option<Connection>) -> News {
+    match connection {
+        Some(connection) => connection.news().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn at(instant: Option<tokio::time::Instant>) {
+    match instant {
+        Some(instant) => tokio::time::sleep_until(instant).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Evenly drawn, different on every device and at every start; nothing secret depends on it.
+fn random() -> u64 {
+    use std::hash::{BuildHasher, Hasher, RandomState};
+    RandomState::new().build_hasher().finish()
+}

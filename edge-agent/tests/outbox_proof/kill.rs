@@ -1,0 +1,110 @@
+//! The process is killed at any moment: what it reported is there, and no number is given out twice.
+
+use std::{
+    io::{BufRead, BufReader, Write},
+    process::{Command, Stdio},
+};
+
+use edge_agent::outbox::Outbox;
+use mesh_core::RangeSet;
+
+use crate::{Dice, append, reading, small};
+
+const CHILD: &str = "LACEWING_OUTBOX_CHILD";
+const LARGEST: u64 = 3_000;
+
+/// Not a test: what the killed process does. It appends, frees and says each when it is done.
+#[test]
+fn child_of_the_kill_test() {
+    let Ok(dir) = std::env::var(CHILD) else {
+        return;
+    };
+    let mut out = std::io::stdout().lock();
+    let opened = Outbox::open(small(dir.as_ref())).unwrap();
+    assert!(opened.warnings.is_empty(), "{:?}", opened.warnings);
+    assert_eq!(opened.gaps, []);
+    let mut outbox = opened.outbox;
+    let mut dice = Dice::new("child");
+    loop {
+        let count = 1 + dice.below(40) as usize;
+        let done = append(&mut outbox, count, LARGEST).unwrap();
+        writeln!(out, "\nDONE {} {}", done.from, done.to).unwrap();
+        if outbox.pending() > 300 {
+            let mut stored = RangeSet::new();
+            let upto = done.to - 100;
+            writeln!(out, "\nFREE {upto}").unwrap();
+            stored.insert(1, upto);
+            outbox.free(&stored).unwrap();
+        }
+    }
+}
+
+#[test]
+fn nothing_that_was_reported_is_lost_by_a_kill() {
+    let mut dice = Dice::new("kill");
+    let dir = tempfile::tempdir().unwrap();
+    let (mut last, mut free) = (0, 0);
+    for round in 0..20 {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["kill::child_of_the_kill_test", "--exact", "--nocapture"])
+            .env(CHILD, dir.path())
+            .env("LACEWING_SEED", dice.next().to_string())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut before_kill = 1 + dice.below(40);
+        let mut killed = false;
+        // After the kill the pipe still holds what was reported before it.
+        while let Some(Ok(line)) = lines.next() {
+            let mut words = line.split(' ');
+            let kind = words.next();
+            let mut number = || {
+                words
+                    .next()
+                    .and_then(|word| word.parse::<u64>().ok())
+                    .unwrap()
+            };
+            match kind {
+                Some("DONE") => {
+                    let (from, to) = (number(), number());
+                    assert!(
+                        from > last,
+                        "round {round}: number {from} was given out twice"
+                    );
+                    last = to;
+                }
+                Some("FREE") => free = number(),
+                _ => continue,
+            }
+            before_kill = before_kill.saturating_sub(1);
+            if before_kill == 0 && !killed {
+                child.kill().unwrap();
+                killed = true;
+            }
+        }
+        child.wait().unwrap();
+        assert!(killed, "the child died by itself in round {round}");
+        let opened = Outbox::open(small(dir.path())).unwrap();
+        assert!(opened.warnings.is_empty(), "{:?}", opened.warnings);
+        assert_eq!(opened.gaps, [], "round {round}");
+        let held = opened.pending;
+        let mut outbox = opened.outbox;
+        let mut next = free + 1;
+        while next <= last {
+            let got = outbox.read(next, last, 1_000_000).unwrap();
+            assert!(!got.is_empty(), "round {round}: {next} of {last} is gone");
+            for (seq, bytes) in got {
+                assert_eq!(
+                    seq, next,
+                    "round {round}: {free} freed, {last} appended, holds {held:?}"
+                );
+                assert_eq!(bytes, reading(seq, LARGEST));
+                next += 1;
+            }
+        }
+        // A group that was durable but not yet reported keeps its numbers.
+        last = outbox.next_seq() - 1;
+    }
+    println!("20 kills, {last} readings");
+}

@@ -1,0 +1,157 @@
+//! The configuration file of one agent, as the fleet writes it.
+
+use std::{io, path::PathBuf};
+
+use serde::Serialize;
+
+/// Everything that the fleet sets; the rest stays at the agent's defaults.
+#[derive(Clone, Debug, Serialize)]
+pub struct AgentFile {
+    /// The site that the device belongs to.
+    pub site: String,
+    /// The device.
+    pub device: String,
+    /// Outbox and state lie below it.
+    pub data: PathBuf,
+    /// Where it reports.
+    pub broker: BrokerPart,
+    /// What it looks through.
+    pub source: Vec<SourcePart>,
+    /// What it thinks with; without it, frames are only counted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<ModelPart>,
+    /// Which results become readings.
+    pub publish: PublishPart,
+    /// What it remembers.
+    pub outbox: OutboxPart,
+    /// How often it speaks about itself.
+    pub report: ReportPart,
+}
+
+/// `[broker]`
+#[derive(Clone, Debug, Serialize)]
+pub struct BrokerPart {
+    /// `mqtt://host:port`
+    pub url: String,
+    /// Seconds between signs of life.
+    pub keep_alive_s: u16,
+}
+
+/// `[[source]]`
+#[derive(Clone, Debug, Serialize)]
+pub struct SourcePart {
+    /// Its name on the device.
+    pub name: String,
+    /// `scene` or `folder`.
+    pub kind: &'static str,
+    /// Frames per second; 0 is as fast as possible.
+    pub fps: f64,
+    /// Stop after that many; 0 is never.
+    pub frames: u64,
+    /// Where each frame that leaves the source is noted before anything else sees it.
+    pub journal: PathBuf,
+    /// `folder`: where its images lie.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// `folder`: start again at its end?
+    #[serde(rename = "loop")]
+    pub repeat: bool,
+    /// `folder`: is the name of the directory what its images show?
+    pub labelled: bool,
+    /// `scene`: what is drawn.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scene: Option<ScenePart>,
+}
+
+/// `[source.scene]`
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct ScenePart {
+    /// The same seed shows the same parts.
+    pub seed: u64,
+    /// Pixels.
+    pub width: u32,
+    /// Pixels.
+    pub height: u32,
+}
+
+/// `[model]`
+#[derive(Clone, Debug, Serialize)]
+pub struct ModelPart {
+    /// The bundle's directory.
+    pub bundle: PathBuf,
+}
+
+/// `[publish]`
+#[derive(Clone, Debug, Serialize)]
+pub struct PublishPart {
+    /// The policy; the witness counts on `all`.
+    pub when: &'static str,
+}
+
+/// `[outbox]`
+#[derive(Clone, Debug, Serialize)]
+pub struct OutboxPart {
+    /// Its bound on disk.
+    pub max_bytes: u64,
+}
+
+/// `[report]`
+#[derive(Clone, Debug, Serialize)]
+pub struct ReportPart {
+    /// Seconds between two messages of metrics.
+    pub every_s: u32,
+}
+
+impl AgentFile {
+    /// The file's text.
+    ///
+    /// # Errors
+    /// If a value cannot be written as TOML.
+    pub fn text(&self) -> io::Result<String> {
+        toml::to_string(self).map_err(io::Error::other)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_like_the_manual() {
+        let file = AgentFile {
+            site: "demo".into(),
+            device: "d1".into(),
+            data: "data".into(),
+            broker: BrokerPart {
+                url: "mqtt://127.0.0.1:1883".into(),
+                keep_alive_s: 10,
+            },
+            source: vec![SourcePart {
+                name: "cam0".into(),
+                kind: "scene",
+                fps: 5.0,
+                frames: 0,
+                journal: "j".into(),
+                path: None,
+                repeat: false,
+                labelled: false,
+                scene: Some(ScenePart {
+                    seed: 7,
+                    width: 64,
+                    height: 64,
+                }),
+            }],
+            model: None,
+            publish: PublishPart { when: "all" },
+            outbox: OutboxPart { max_bytes: 4 << 20 },
+            report: ReportPart { every_s: 2 },
+        };
+        let parsed: toml::Table = file.text().unwrap().parse().unwrap();
+        let source = &parsed["source"][0];
+        assert_eq!(source["kind"].as_str(), Some("scene"));
+        assert_eq!(source["fps"].as_float(), Some(5.0));
+        assert_eq!(source["scene"]["seed"].as_integer(), Some(7));
+        assert_eq!(parsed["outbox"]["max_bytes"].as_integer(), Some(4 << 20));
+        assert!(parsed.get("model").is_none());
+    }
+}

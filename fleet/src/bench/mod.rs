@@ -1,0 +1,67 @@
+//! Benchmarks: each figure beside its peer's, measured in turns in one run.
+
+mod device;
+mod figures;
+mod image;
+mod ingest;
+mod kill;
+mod outbox;
+mod peer;
+
+use anyhow::{Context, bail};
+
+use crate::cli::BenchArgs;
+use figures::Results;
+
+pub(crate) use outbox::{OUTBOX_LOAD, outbox_load};
+
+/// Each benchmark and what it is about.
+const ALL: [(&str, &str); 5] = [
+    (
+        "outbox",
+        "durable commits, space and start of the outbox, against SQLite in WAL mode",
+    ),
+    (
+        "device",
+        "a whole device, against OpenCV + ONNX Runtime + SQLite + paho-mqtt; its memory",
+    ),
+    ("image", "a 1080p JPEG to a model's input, against Pillow"),
+    (
+        "ingest",
+        "durable readings per CPU second, against mosquitto + paho-mqtt + SQLite",
+    ),
+    (
+        "kill",
+        "SIGKILL of any part at random, under load: nothing lost, doubled or invented (--kills N)",
+    ),
+];
+
+/// Runs the benchmark that was asked for. Says whether every goal was reached.
+///
+/// # Errors
+/// If there is no such benchmark, or it cannot be run.
+pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<bool> {
+    if args.list {
+        for (name, about) in ALL {
+            println!("{name:<8} {about}");
+        }
+        return Ok(true);
+    }
+    let name = args.name.as_deref().unwrap_or_default();
+    let mut results = Results::new(name);
+    match name {
+        "outbox" => outbox::run(args, &mut results).await?,
+        "device" => device::run(args, &mut results).await?,
+        "image" => image::run(args, &mut results).await?,
+        "ingest" => ingest::run(args, &mut results).await?,
+        "kill" => kill::run(args, &mut results).await?,
+        other => bail!("no benchmark {other:?}; `fleet bench --list` names them"),
+    }
+    println!("\n{results}");
+    if let Some(file) = &args.json {
+        results
+            .write(file)
+            .with_context(|| format!("writing {}", file.display()))?;
+    }
+    Ok(results.all_hold())
+}

@@ -1,0 +1,228 @@
+//! The command line of the fleet, and the doors to the parts it plays.
+
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+
+use crate::{bench, demo, process, site::Broker};
+
+/// A whole fleet on one machine.
+#[derive(Debug, Parser)]
+#[command(name = "fleet", version, about, long_about = None)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    demo: DemoArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Shows devices at work, pulls a plug, and counts that nothing was lost (the default).
+    Demo(DemoArgs),
+    /// Measures, each time in turns with its peer.
+    Bench(BenchArgs),
+}
+
+/// What the demo shows.
+#[derive(Clone, Debug, Args)]
+pub struct DemoArgs {
+    /// End by itself after this time, `60s` or `5m` for example.
+    #[arg(long = "for", value_name = "TIME", value_parser = duration)]
+    pub bound: Option<Duration>,
+    /// Write what the witness counted to this file, as JSON.
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+    /// How many devices.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=200))]
+    pub agents: u16,
+    /// Look at the images of this folder, once, instead of the synthetic conveyor. The name of an image's
+    /// folder is taken as what it shows.
+    #[arg(long, value_name = "DIR", requires = "bundle")]
+    pub images: Option<PathBuf>,
+    /// The model bundle.
+    #[arg(long, value_name = "DIR")]
+    pub bundle: Option<PathBuf>,
+    /// Frames per second of each device.
+    #[arg(long, value_parser = fps)]
+    pub fps: Option<f64>,
+    /// The coordinator's own broker, or a mosquitto that forgets everything when it ends.
+    #[arg(long, value_enum, default_value = "embedded")]
+    pub broker: BrokerArg,
+    /// Keep everything in this folder. Default: a temporary one, removed at the end.
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+    /// Leave the network alone.
+    #[arg(long)]
+    pub no_plug: bool,
+}
+
+/// Which broker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum BrokerArg {
+    /// The coordinator's own.
+    Embedded,
+    /// A mosquitto without persistence.
+    Mosquitto,
+}
+
+impl From<BrokerArg> for Broker {
+    fn from(arg: BrokerArg) -> Self {
+        match arg {
+            BrokerArg::Embedded => Self::Embedded,
+            BrokerArg::Mosquitto => Self::Mosquitto,
+        }
+    }
+}
+
+/// What to measure.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// Which benchmark.
+    #[arg(required_unless_present = "list")]
+    pub name: Option<String>,
+    /// Say which benchmarks there are.
+    #[arg(long)]
+    pub list: bool,
+    /// Write the figures to this file, as JSON.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// `kill`: how many kills.
+    #[arg(long, default_value_t = 200)]
+    pub kills: u64,
+    /// `kill`: repeat the run with this seed. Default: a new one, printed.
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Rounds in turns with the peer.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub rounds: u16,
+}
+
+/// Plays the part that the first argument names, or the fleet.
+pub fn main() -> ExitCode {
+    let mut args = std::env::args_os();
+    let _fleet = args.next();
+    let rest: Vec<OsString> = args.collect();
+    match rest.first().and_then(|part| part.to_str()) {
+        Some("edge-agent") => {
+            process::begin_part();
+            edge_agent::cli::main(rest)
+        }
+        Some("cloud-coordinator") => {
+            process::begin_part();
+            cloud_coordinator::cli::main(rest)
+        }
+        Some(bench::OUTBOX_LOAD) => bench::outbox_load(rest.into_iter().skip(1)),
+        Some(process::GUARD) => process::guard(rest.into_iter().skip(1)),
+        _ => match fleet(Cli::parse()) {
+            Ok(code) => code,
+            Err(error) => {
+                eprintln!("fleet: {error:#}");
+                ExitCode::FAILURE
+            }
+        },
+    }
+}
+
+fn fleet(cli: Cli) -> anyhow::Result<ExitCode> {
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_default_env()
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn")),
+        )
+        .with_writer(std::io::stderr)
+        .init();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("starting the runtime")?;
+    let good = match cli.command {
+        Some(Command::Demo(args)) => runtime.block_on(demo::run(&args))?,
+        None => runtime.block_on(demo::run(&cli.demo))?,
+        Some(Command::Bench(args)) => runtime.block_on(bench::run(&args))?,
+    };
+    Ok(if good {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// The bundle of this name: below the working directory, as in a clone, or where the fleet was built.
+///
+/// # Errors
+/// If it is in neither place.
+pub fn shipped_bundle(name: &str) -> anyhow::Result<PathBuf> {
+    let here = Path::new("models/bundles").join(name);
+    let built = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../models/bundles")
+        .join(name);
+    [here, built]
+        .into_iter()
+        .find(|dir| dir.join("manifest.toml").exists())
+        .and_then(|dir| dir.canonicalize().ok())
+        .with_context(|| {
+            format!("no models/bundles/{name} here: run this in the repository, or name a bundle")
+        })
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let at = text
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(at);
+    let factor = match unit {
+        "" | "s" => 1.0,
+        "ms" => 0.001,
+        "m" | "min" => 60.0,
+        "h" => 3_600.0,
+        _ => return Err(format!("{unit:?} is no unit: ms, s, m or h")),
+    };
+    let seconds = number.parse::<f64>().map_err(|e| e.to_string())? * factor;
+    Duration::try_from_secs_f64(seconds).map_err(|e| e.to_string())
+}
+
+fn fps(text: &str) -> Result<f64, String> {
+    let fps: f64 = text.parse().map_err(|_| "not a number".to_owned())?;
+    if (0.0..=1_000.0).contains(&fps) {
+        Ok(fps)
+    } else {
+        Err("must lie between 0 and 1000".to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_holds_together() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+        let cli = Cli::parse_from(["fleet", "--for", "60s", "--agents", "5"]);
+        assert_eq!(cli.demo.bound, Some(Duration::from_secs(60)));
+        assert!(cli.command.is_none() && cli.demo.agents == 5);
+        assert!(Cli::try_parse_from(["fleet", "demo", "--images", "x"]).is_err());
+        assert!(Cli::try_parse_from(["fleet", "demo", "--agents", "0"]).is_err());
+        assert!(Cli::try_parse_from(["fleet", "bench"]).is_err());
+        assert!(Cli::try_parse_from(["fleet", "bench", "--list"]).is_ok());
+    }
+
+    #[test]
+    fn times() {
+        assert_eq!(duration("90"), Ok(Duration::from_secs(90)));
+        assert_eq!(duration("1.5m"), Ok(Duration::from_secs(90)));
+        assert_eq!(duration("250ms"), Ok(Duration::from_millis(250)));
+        assert!(
+            duration("5 parsecs").is_err() && duration("-1s").is_err() && duration("").is_err()
+        );
+        assert!(fps("NaN").is_err() && fps("2000").is_err() && fps("0").is_ok());
+    }
+}

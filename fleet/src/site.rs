@@ -1,0 +1,476 @@
+//! A whole site on one machine: a coordinator, a broker, devices, and a stretch of network for each.
+
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use crate::{
+    agent_file::{
+        AgentFile, BrokerPart, ModelPart, OutboxPart, PublishPart, ReportPart, ScenePart,
+        SourcePart,
+    },
+    broker,
+    net::Link,
+    process::{Process, ProcessError, Program},
+    witness::{Journal, Testimony, Witness, WitnessError},
+};
+
+/// A start includes making a database or loading a model, on a machine that may be busy.
+const READY: Duration = Duration::from_secs(60);
+/// What each part gets to end politely.
+const GRACE: Duration = Duration::from_secs(15);
+/// A network that hangs is noticed within seconds: nobody who watches waits longer.
+const KEEP_ALIVE_S: u16 = 10;
+/// The one camera of each device.
+pub const SOURCE: &str = "cam0";
+
+/// What went wrong with a site.
+#[derive(Debug, thiserror::Error)]
+pub enum SiteError {
+    /// A child process.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// The witness.
+    #[error(transparent)]
+    Witness(#[from] WitnessError),
+    /// A file or a socket.
+    #[error("{doing}: {source}")]
+    Io {
+        /// What was being done.
+        doing: String,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// A part was started and does not answer.
+    #[error("{name} does not answer; the end of its log:\n{log}")]
+    Silent {
+        /// Which.
+        name: String,
+        /// Its last words.
+        log: String,
+    },
+}
+
+fn io_error(doing: impl Into<String>) -> impl FnOnce(io::Error) -> SiteError {
+    let doing = doing.into();
+    move |source| SiteError::Io { doing, source }
+}
+
+/// Which broker the site has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Broker {
+    /// The coordinator's own: it dies with the coordinator.
+    #[default]
+    Embedded,
+    /// A mosquitto that forgets everything when it ends.
+    Mosquitto,
+}
+
+/// What each device looks at.
+#[derive(Clone, Debug)]
+pub enum Camera {
+    /// The synthetic conveyor, each device with parts of its own.
+    Scene {
+        /// Pixels.
+        width: u32,
+        /// Pixels.
+        height: u32,
+    },
+    /// A folder of images; the name of the directory says what an image shows.
+    Folder {
+        /// Where.
+        path: PathBuf,
+        /// Start again at its end?
+        repeat: bool,
+    },
+    /// Nothing.
+    None,
+}
+
+/// What a site is made of.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Plays every part.
+    pub program: Program,
+    /// Everything is kept below it.
+    pub root: PathBuf,
+    /// Where the devices' outboxes lie, if not below `root`.
+    pub outboxes: Option<PathBuf>,
+    /// Which broker.
+    pub broker: Broker,
+    /// How many devices.
+    pub agents: usize,
+    /// Are the agents child processes? If not, whoever made the plan runs them.
+    pub spawn: bool,
+    /// What the devices look at.
+    pub camera: Camera,
+    /// What they think with.
+    pub bundle: Option<PathBuf>,
+    /// Frames per second of each camera; 0 is as fast as possible.
+    pub fps: f64,
+    /// How many frames each camera gives; 0 is no end.
+    pub frames: u64,
+    /// The only processor that the agents may use.
+    pub agent_cpu: Option<usize>,
+    /// Bound of each outbox in bytes.
+    pub outbox_bytes: u64,
+    /// Where the console should be, if that port is free.
+    pub http: Option<SocketAddr>,
+    /// Where the broker should be, if that port is free.
+    pub mqtt: Option<SocketAddr>,
+}
+
+impl Plan {
+    /// Three devices on small scenes, everything on free ports.
+    #[must_use]
+    pub const fn new(program: Program, root: PathBuf, bundle: PathBuf) -> Self {
+        Self {
+            program,
+            root,
+            outboxes: None,
+            broker: Broker::Embedded,
+            agents: 3,
+            spawn: true,
+            camera: Camera::Scene {
+                width: 320,
+                height: 240,
+            },
+            bundle: Some(bundle),
+            fps: 5.0,
+            frames: 0,
+            agent_cpu: None,
+            outbox_bytes: 256 << 20,
+            http: None,
+            mqtt: None,
+        }
+    }
+}
+
+/// One device and its stretch of network.
+#[derive(Debug)]
+pub struct Device {
+    /// Its name.
+    pub name: String,
+    /// What it is configured to be.
+    pub file: AgentFile,
+    /// Its way to the broker.
+    pub link: Link,
+    /// The process, if the site runs it.
+    pub agent: Process,
+    config: PathBuf,
+}
+
+impl Device {
+    fn write_config(&self) -> Result<(), SiteError> {
+        let text = self.file.text();
+        text.and_then(|text| std::fs::write(&self.config, text))
+            .map_err(io_error(format!("writing {}", self.config.display())))
+    }
+
+    fn journal(&self) -> Option<Journal> {
+        let source = self.file.source.first()?;
+        Some(Journal {
+            device: self.name.clone(),
+            source: source.name.clone(),
+            path: source.journal.clone(),
+        })
+    }
+}
+
+/// A site that runs. Its processes end when it is dropped.
+#[derive(Debug)]
+pub struct Site {
+    /// The coordinator.
+    pub coordinator: Process,
+    /// The broker, if it is a process of its own.
+    pub broker: Option<Process>,
+    /// The devices.
+    pub devices: Vec<Device>,
+    spawn: bool,
+    http: SocketAddr,
+    mqtt: SocketAddr,
+    root: PathBuf,
+}
+
+impl Site {
+    /// Starts everything and waits until the coordinator answers.
+    ///
+    /// # Errors
+    /// If a part cannot be started or does not answer.
+    pub async fn start(plan: &Plan) -> Result<Self, SiteError> {
+        let logs = plan.root.join("logs");
+        make_dir(&logs)?;
+        let http = pick(plan.http)?;
+        let mqtt = pick(plan.mqtt)?;
+        let data = plan.root.join("coordinator");
+        make_dir(&data)?;
+        let mut args: Vec<std::ffi::OsString> = vec!["serve".into(), "--data".into(), data.into()];
+        args.extend(["--http".into(), http.to_string().into()]);
+        let broker = match plan.broker {
+            Broker::Embedded => {
+                args.extend(["--mqtt".into(), mqtt.to_string().into()]);
+                None
+            }
+            Broker::Mosquitto => {
+                args.extend(["--broker".into(), format!("mqtt://{mqtt}").into()]);
+                Some(
+                    broker::forgetful(&plan.program, &logs, mqtt)
+                        .map_err(io_error("preparing mosquitto"))?,
+                )
+            }
+        };
+        let log = logs.join("coordinator.log");
+        let coordinator =
+            Process::part("coordinator", &plan.program, "cloud-coordinator", args, log);
+        let mut site = Self {
+            coordinator,
+            broker,
+            devices: Vec::new(),
+            spawn: plan.spawn,
+            http,
+            mqtt,
+            root: plan.root.clone(),
+        };
+        for n in 1..=plan.agents {
+            let device = site.device(plan, n, &logs).await?;
+            site.devices.push(device);
+        }
+        site.start_all()?;
+        site.ready().await?;
+        Ok(site)
+    }
+
+    async fn device(&self, plan: &Plan, n: usize, logs: &Path) -> Result<Device, SiteError> {
+        let name = format!("d{n}");
+        let dir = plan.root.join(&name);
+        make_dir(&dir)?;
+        let data = plan.outboxes.as_ref().unwrap_or(&plan.root).join(&name);
+        let link = Link::new(self.mqtt)
+            .await
+            .map_err(io_error("opening a link"))?;
+        let mut source = SourcePart {
+            name: SOURCE.into(),
+            kind: "scene",
+            fps: plan.fps,
+            frames: plan.frames,
+            journal: dir.join("journal"),
+            path: None,
+            repeat: false,
+            labelled: false,
+            scene: None,
+        };
+        let has_camera = match &plan.camera {
+            Camera::Scene { width, height } => {
+                source.scene = Some(ScenePart {
+                    seed: n as u64,
+                    width: *width,
+                    height: *height,
+                });
+                true
+            }
+            Camera::Folder { path, repeat } => {
+                source.kind = "folder";
+                source.path = Some(path.clone());
+                source.repeat = *repeat;
+                source.labelled = true;
+                true
+            }
+            Camera::None => false,
+        };
+        let file = AgentFile {
+            site: "demo".into(),
+            device: name.clone(),
+            data: data.join("data"),
+            broker: BrokerPart {
+                url: format!("mqtt://{}", link.address()),
+                keep_alive_s: KEEP_ALIVE_S,
+            },
+            source: has_camera.then_some(source).into_iter().collect(),
+            model: plan.bundle.clone().map(|bundle| ModelPart { bundle }),
+            publish: PublishPart { when: "all" },
+            outbox: OutboxPart {
+                max_bytes: plan.outbox_bytes,
+            },
+            report: ReportPart { every_s: 2 },
+        };
+        let config = dir.join("agent.toml");
+        let args = ["run".into(), "--config".into(), config.clone().into()];
+        let log = logs.join(format!("{name}.log"));
+        let device = Device {
+            agent: Process::part(&name, &plan.program, "edge-agent", args, log)
+                .on_cpu(plan.agent_cpu),
+            name,
+            file,
+            link,
+            config,
+        };
+        device.write_config()?;
+        Ok(device)
+    }
+
+    /// Where the console is.
+    #[must_use]
+    pub const fn http(&self) -> SocketAddr {
+        self.http
+    }
+
+    /// Where the broker is.
+    #[must_use]
+    pub const fn mqtt(&self) -> SocketAddr {
+        self.mqtt
+    }
+
+    /// The coordinator's database file.
+    #[must_use]
+    pub fn database(&self) -> PathBuf {
+        self.root.join("coordinator").join("coordinator.db")
+    }
+
+    /// A witness who has seen nothing yet. `held_out` names the files the model was never trained on.
+    #[must_use]
+    pub fn witness(&self, held_out: std::collections::BTreeSet<String>) -> Witness {
+        let journals = self.devices.iter().filter_map(Device::journal);
+        Witness::new(self.database(), journals, held_out)
+    }
+
+    /// Starts whatever does not run.
+    ///
+    /// # Errors
+    /// If a process cannot be started.
+    pub fn start_all(&mut self) -> Result<(), SiteError> {
+        if let Some(broker) = &mut self.broker {
+            broker.start()?;
+        }
+        self.coordinator.start()?;
+        if self.spawn {
+            for device in &mut self.devices {
+                device.agent.start()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until broker and coordinator answer.
+    ///
+    /// # Errors
+    /// [`SiteError::Silent`] if one does not.
+    pub async fn ready(&mut self) -> Result<(), SiteError> {
+        if let Some(broker) = &mut self.broker {
+            answers(self.mqtt, broker).await?;
+        }
+        answers(self.http, &mut self.coordinator).await?;
+        answers(self.mqtt, &mut self.coordinator).await
+    }
+
+    /// Fails if a part that should run has ended by itself.
+    ///
+    /// # Errors
+    /// [`ProcessError::EndedByItself`].
+    pub fn check(&mut self) -> Result<(), SiteError> {
+        self.coordinator.check()?;
+        if let Some(broker) = &mut self.broker {
+            broker.check()?;
+        }
+        for device in &mut self.devices {
+            device.agent.check()?;
+        }
+        Ok(())
+    }
+
+    /// Lets no source begin another frame after those it has in its journal, as of the agents' next start.
+    ///
+    /// # Errors
+    /// If a journal cannot be read or a configuration cannot be written.
+    pub async fn bound_sources(&mut self) -> Result<(), SiteError> {
+        // A witness that sees no database has read the journals only.
+        let nowhere = self.root.join("no database");
+        let journals = self.devices.iter().filter_map(Device::journal);
+        let mut witness = Witness::new(nowhere, journals, Default::default());
+        witness.look().await?;
+        for device in &mut self.devices {
+            let next = witness.next_frame(&device.name);
+            for source in &mut device.file.source {
+                // 0 would be "for ever".
+                source.frames = next.max(1);
+            }
+            device.write_config()?;
+        }
+        Ok(())
+    }
+
+    /// Stops the cameras, heals the network, starts what does not run, and waits (at most for `bound`)
+    /// until all that was produced has arrived. The testimony is counted from nothing.
+    ///
+    /// # Errors
+    /// If a part fails or cannot be read.
+    pub async fn finish(
+        &mut self,
+        held_out: std::collections::BTreeSet<String>,
+        bound: Duration,
+    ) -> Result<Testimony, SiteError> {
+        for device in &mut self.devices {
+            device.link.heal();
+            device.agent.stop(GRACE).await?;
+        }
+        self.bound_sources().await?;
+        self.start_all()?;
+        self.ready().await?;
+        let seen = self.witness(held_out.clone()).settle(bound).await?;
+        self.check()?;
+        if seen.total().is_whole() {
+            return Ok(seen);
+        }
+        // Once more from nothing, in case it is the witness who is confused.
+        Ok(self.witness(held_out).look().await?)
+    }
+
+    /// Ends every part politely. Says which had to be killed.
+    ///
+    /// # Errors
+    /// If a process does not even die.
+    pub async fn stop(&mut self) -> Result<Vec<String>, SiteError> {
+        let mut rude = Vec::new();
+        let agents = self.devices.iter_mut().map(|d| &mut d.agent);
+        for process in agents.chain([&mut self.coordinator]) {
+            if !process.stop(GRACE).await? {
+                rude.push(process.name().to_owned());
+            }
+        }
+        if let Some(broker) = &mut self.broker {
+            // Its guard ends by the signal, which is no success: nothing to report.
+            broker.stop(GRACE).await?;
+        }
+        Ok(rude)
+    }
+}
+
+async fn answers(address: SocketAddr, process: &mut Process) -> Result<(), SiteError> {
+    if broker::answers(address, READY).await {
+        return Ok(());
+    }
+    process.check()?;
+    Err(SiteError::Silent {
+        name: process.name().to_owned(),
+        log: process.last_words(),
+    })
+}
+
+fn make_dir(dir: &Path) -> Result<(), SiteError> {
+    std::fs::create_dir_all(dir).map_err(io_error(format!("making {}", dir.display())))
+}
+
+/// The wanted address if it is free, else another.
+fn pick(wanted: Option<SocketAddr>) -> Result<SocketAddr, SiteError> {
+    match wanted {
+        Some(address) if TcpListener::bind(address).is_ok() => Ok(address),
+        _ => broker::free_port().map_err(io_error("finding a free port")),
+    }
+}
+
+/// The console's usual address.
+pub const HTTP: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
+/// MQTT's usual address.
+pub const MQTT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 1883);

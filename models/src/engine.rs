@@ -1,0 +1,331 @@
+//! Runs a model: loads it once, then turns pictures into outcomes from any thread.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use tract_onnx::prelude::*;
+
+use crate::{
+    analyse,
+    bundle::{Bundle, BundleError},
+    image::{ImageError, Picture},
+    manifest::{Manifest, Task},
+    onnx::{self, OnnxError},
+    outcome::{self, Outcome, OutcomeError},
+    selftest::resident_kib,
+    tensor::{Input, Preprocess, Scratch},
+};
+
+/// Why a model cannot be loaded or a picture not judged.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EngineError {
+    /// A task that the format knows and this engine does not.
+    #[error("{id}: the task {task} is not served yet")]
+    NotServed {
+        /// The model.
+        id: String,
+        /// Its task.
+        task: &'static str,
+    },
+    /// The bundle's files changed under way.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// The file is hostile, damaged or not what the manifest says.
+    #[error("{id}: {source}")]
+    Onnx {
+        /// The model.
+        id: String,
+        /// Why.
+        source: OnnxError,
+    },
+    /// The engine cannot load or run the model.
+    #[error("{id}: cannot {action}: {detail}")]
+    Tract {
+        /// The model.
+        id: String,
+        /// What was tried.
+        action: &'static str,
+        /// The engine's words.
+        detail: String,
+    },
+    /// An output has another size than the manifest says.
+    #[error("{id}: the manifest says {expected}, the model's output {output:?} has {found}")]
+    Output {
+        /// The model.
+        id: String,
+        /// The output.
+        output: String,
+        /// What the manifest says.
+        expected: String,
+        /// What the model has.
+        found: String,
+    },
+    /// The bytes are no picture.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The output is no result.
+    #[error("{id}: {source}")]
+    Outcome {
+        /// The model.
+        id: String,
+        /// Why.
+        source: OutcomeError,
+    },
+}
+
+type Plan = TypedRunnableModel;
+type State = TypedSimpleState;
+
+/// A loaded model. Share it by reference or `Arc`; every run takes buffers of its own.
+pub struct Engine {
+    id: String,
+    manifest: Manifest,
+    preprocess: Preprocess,
+    plan: Arc<Plan>,
+    /// Idle run states. As many as ever ran at the same time.
+    states: Mutex<Vec<State>>,
+    scratch: Mutex<Vec<Scratch>>,
+    memory_kib: Option<u64>,
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Runs `work`; a panic inside becomes an error, so that a bad model cannot take its thread along.
+fn guarded<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|cause| {
+        let words = cause
+            .downcast_ref::<String>()
+            .map(String::as_str)
+            .or_else(|| cause.downcast_ref::<&str>().copied());
+        Err(format!(
+            "the engine gave up on it ({})",
+            words.unwrap_or("no reason given")
+        ))
+    })
+}
+
+/// Takes an idle one, or nothing.
+fn take<T>(pool: &Mutex<Vec<T>>) -> Option<T> {
+    pool.lock().unwrap_or_else(PoisonError::into_inner).pop()
+}
+
+fn give_back<T>(pool: &Mutex<Vec<T>>, item: T) {
+    pool.lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .push(item);
+}
+
+impl Engine {
+    /// Loads the model: checks the file, fixes the input's shape, compares the outputs with the manifest,
+    /// optimises, and runs once on an empty picture so that the first real one is not slow.
+    ///
+    /// # Errors
+    /// See [`EngineError`]. A hostile file is refused before it can take memory or time without bound.
+    pub fn load(bundle: &Bundle) -> Result<Self, EngineError> {
+        let before = resident_kib();
+        let manifest = bundle.manifest.clone();
+        let id = manifest.id();
+        if !matches!(manifest.task, Task::Classify | Task::Embed) {
+            return Err(EngineError::NotServed {
+                id,
+                task: manifest.task.as_str(),
+            });
+        }
+        let plan = {
+            let bytes = bundle.model_bytes()?;
+            let proto = onnx::read(&bytes, &manifest).map_err(|source| EngineError::Onnx {
+                id: id.clone(),
+                source,
+            })?;
+            drop(bytes);
+            let fail = |detail| EngineError::Tract {
+                id: id.clone(),
+                action: "load the model",
+                detail,
+            };
+            let typed = guarded(move || {
+                let parsed = tract_onnx::onnx()
+                    .model_for_proto_model(&proto)
+                    .map_err(|e| format!("{e:#}"))?;
+                drop(proto);
+                analyse::typed(parsed)
+            })
+            .map_err(fail)?;
+            check_outputs(&typed, &manifest)?;
+            guarded(|| {
+                typed
+                    .into_optimized()
+                    .and_then(IntoRunnable::into_runnable)
+                    .map_err(|e| format!("{e:#}"))
+            })
+            .map_err(fail)?
+        };
+        let mut engine = Self {
+            preprocess: Preprocess::new(&manifest.input),
+            id,
+            manifest,
+            plan,
+            states: Mutex::new(Vec::new()),
+            scratch: Mutex::new(Vec::new()),
+            memory_kib: None,
+        };
+        let (width, height) = engine.preprocess.size();
+        let black = vec![0; width as usize * height as usize * 3];
+        let input = engine.tensor(&Picture::from_rgb(width, height, black)?)?;
+        engine.bare_run(&input)?;
+        engine.memory_kib = before
+            .zip(resident_kib())
+            .map(|(before, after)| after.saturating_sub(before));
+        Ok(engine)
+    }
+
+    /// `name@version`.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// What the bundle says about the model.
+    #[must_use]
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// By how many KiB the process grew while the model was loaded; none where that cannot be told.
+    /// Other threads of the process count too.
+    #[must_use]
+    pub fn memory_kib(&self) -> Option<u64> {
+        self.memory_kib
+    }
+
+    /// The model's input from a picture.
+    ///
+    /// # Errors
+    /// When the picture cannot be resized.
+    pub fn tensor(&self, picture: &Picture) -> Result<Input, EngineError> {
+        let mut scratch = take(&self.scratch).unwrap_or_else(|| self.preprocess.scratch());
+        let input = self.preprocess.run(picture, &mut scratch);
+        give_back(&self.scratch, scratch);
+        input.map_err(|detail| self.fail("prepare the picture", detail))
+    }
+
+    /// The model's input straight from an image file's bytes: like [`Picture::decode`] and
+    /// [`Engine::tensor`], but large JPEG photographs cost a fraction, see [`Picture::decode_for`].
+    ///
+    /// # Errors
+    /// When the bytes are no picture.
+    pub fn tensor_from_bytes(&self, bytes: &[u8]) -> Result<Input, EngineError> {
+        self.tensor(&Picture::decode_wanted(bytes, self.preprocess.wanted())?)
+    }
+
+    /// The outcome of a prepared input.
+    ///
+    /// # Errors
+    /// When the model fails, or says something that is not a number.
+    pub fn run(&self, input: &Input) -> Result<Outcome, EngineError> {
+        let outputs = self.bare_run(input)?;
+        let mut outputs = outputs.iter().map(|output| {
+            let view = output
+                .try_as_plain_ram()
+                .map_err(|e| self.fail("read the output", e))?;
+            let values = view
+                .as_slice::<f32>()
+                .map_err(|e| self.fail("read the output", e))?;
+            Ok::<_, EngineError>(values.to_vec())
+        });
+        let mut next = |wanted: bool| {
+            if wanted {
+                outputs.next().unwrap_or(Ok(Vec::new()))
+            } else {
+                Ok(Vec::new())
+            }
+        };
+        let scores = next(self.manifest.output.scores.is_some())?;
+        let embedding = next(self.manifest.output.embedding.is_some())?;
+        outcome::outcome(&self.manifest, scores, embedding).map_err(|source| EngineError::Outcome {
+            id: self.id.clone(),
+            source,
+        })
+    }
+
+    /// The outcome of a picture.
+    ///
+    /// # Errors
+    /// Those of [`Engine::tensor`] and [`Engine::run`].
+    pub fn infer(&self, picture: &Picture) -> Result<Outcome, EngineError> {
+        self.run(&self.tensor(picture)?)
+    }
+
+    /// The model alone, without making sense of what it says: the measure for what everything around
+    /// it costs.
+    ///
+    /// # Errors
+    /// When the model fails.
+    pub fn bare_run(&self, input: &Input) -> Result<TVec<TValue>, EngineError> {
+        guarded(|| {
+            let mut state = match take(&self.states) {
+                Some(state) => state,
+                None => self.plan.spawn().map_err(|e| format!("{e:#}"))?,
+            };
+            // A state that failed is dropped: it may hold anything.
+            let outputs = state
+                .run(tvec![input.0.clone()])
+                .map_err(|e| format!("{e:#}"))?;
+            give_back(&self.states, state);
+            Ok(outputs)
+        })
+        .map_err(|detail| self.fail("run the model", detail))
+    }
+
+    fn fail(&self, action: &'static str, detail: impl ToString) -> EngineError {
+        EngineError::Tract {
+            id: self.id.clone(),
+            action,
+            detail: detail.to_string(),
+        }
+    }
+}
+
+/// Scores must be one per label, the embedding as long as the manifest says, both of f32.
+fn check_outputs(model: &TypedModel, manifest: &Manifest) -> Result<(), EngineError> {
+    let spec = &manifest.output;
+    let scores = spec
+        .scores
+        .iter()
+        .map(|name| (name, spec.labels.len(), "labels"));
+    let embedding = spec
+        .embedding
+        .iter()
+        .map(|name| (name, spec.embedding_dim, "embedding values"));
+    for (at, (name, expected, what)) in scores.chain(embedding).enumerate() {
+        let wrong = |found: String| EngineError::Output {
+            id: manifest.id(),
+            output: name.clone(),
+            expected: format!("{expected} {what}"),
+            found,
+        };
+        let fact = model.output_fact(at).map_err(|e| wrong(format!("{e:#}")))?;
+        let found = fact.shape.volume();
+        if found
+            .to_i64()
+            .ok()
+            .and_then(|found| usize::try_from(found).ok())
+            != Some(expected)
+        {
+            return Err(wrong(format!("{found}")));
+        }
+        if fact.datum_type != f32::datum_type() {
+            return Err(wrong(format!("elements of type {:?}", fact.datum_type)));
+        }
+    }
+    Ok(())
+}

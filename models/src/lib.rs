@@ -1,0 +1,46 @@
+//! Model bundles: manifest, image to tensor, inference, results and self-test.
+//!
+//! This is the only copy of these steps: the device and the coordinator both use it, so that what was
+//! measured in training is what happens in the field.
+//!
+//! ```no_run
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let bundle = models::Bundle::open("models/bundles/steel".as_ref())?;
+//! let engine = models::Engine::load(&bundle)?;
+//! let picture = models::Picture::read("plate.jpg".as_ref())?;
+//! let outcome = engine.infer(&picture)?;
+//! println!("{} {:.2}", outcome.label, outcome.score);
+//! # Ok(())
+//! # }
+//! ```
+#![forbid(unsafe_code)]
+
+mod analyse;
+mod bundle;
+mod engine;
+mod fields;
+mod image;
+mod jpeg;
+mod manifest;
+mod onnx;
+mod outcome;
+mod read;
+mod selftest;
+mod tensor;
+mod wire;
+
+pub use bundle::{Bundle, BundleError};
+pub use engine::{Engine, EngineError};
+pub use fields::FieldError;
+pub use image::{ImageError, MAX_ENCODED_BYTES, MAX_PIXELS, MAX_SIDE, Picture};
+pub use manifest::{
+    Activation, Budget, Color, Filter, GOLDEN_EMBEDDING_VALUES, Golden, InputSpec, Layout, Lineage,
+    Manifest, ManifestErrors, ModelFile, OutputSpec, Resize, SCHEMA, Task, Thresholds,
+};
+pub use onnx::OnnxError;
+pub use outcome::{EMBEDDING, Outcome, OutcomeError, UNKNOWN};
+pub use selftest::{GoldenResult, SelfTest, self_test};
+pub use tensor::Input;
+
+/// The largest model file in bytes, 256 MiB: more than half of a small board's memory.
+pub const MAX_MODEL_BYTES: u64 = 256 << 20;

@@ -1,0 +1,65 @@
+//! Shared helpers of the end-to-end tests.
+
+mod tap;
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use fleet::{process::Program, site::Plan, witness::Account};
+
+pub use tap::{Tap, Tapped};
+
+/// How long anything that should happen may take on a busy machine.
+pub const BOUND: Duration = Duration::from_secs(120);
+
+/// A bundle that ships with the project.
+#[must_use]
+pub fn bundle(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../models/bundles")
+        .join(name)
+}
+
+/// A site below `root` on small scenes, with `node` (the executable of this package) playing every part.
+#[must_use]
+pub fn plan(node: &str, root: &Path) -> Plan {
+    let mut plan = Plan::new(Program(node.into()), root.to_owned(), bundle("conveyor"));
+    plan.camera = fleet::site::Camera::Scene {
+        width: 64,
+        height: 64,
+    };
+    plan.fps = 25.0;
+    plan
+}
+
+/// Says what is wrong with a count, if anything is.
+///
+/// # Errors
+/// In words, with the whole count.
+pub fn exactly_once(total: &Account) -> Result<(), String> {
+    if total.is_whole() && total.produced > 0 && total.stored == total.produced && total.gaps == 0 {
+        Ok(())
+    } else {
+        Err(format!("not everything arrived exactly once: {total:?}"))
+    }
+}
+
+/// Looks again and again until something is so.
+///
+/// # Errors
+/// Names what did not become so within [`BOUND`].
+pub async fn until<F>(what: &str, mut is_so: impl FnMut() -> F) -> Result<(), String>
+where
+    F: Future<Output = bool>,
+{
+    let end = tokio::time::Instant::now() + BOUND;
+    while tokio::time::Instant::now() < end {
+        if is_so().await {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    Err(format!("not within {BOUND:?}: {what}"))
+}

@@ -1,0 +1,256 @@
+//! The promise itself: whatever dies, whenever it dies, every frame is stored exactly once, or its loss is
+//! recorded. An independent witness counts. Seeds are printed.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use fleet::{
+    chaos::{self, Chaos},
+    dice::Dice,
+    process::Program,
+    site::{Broker, Site},
+};
+use tests::{BOUND, exactly_once, plan, until};
+use tokio::sync::Mutex;
+
+/// One site at a time: each is a load of its own.
+static ONE: Mutex<()> = Mutex::const_new(());
+
+/// Two hundred in all; `LACEWING_KILLS` asks for another number per broker.
+fn kills() -> u64 {
+    let wanted = std::env::var("LACEWING_KILLS").ok();
+    wanted.and_then(|n| n.parse().ok()).unwrap_or(100)
+}
+
+async fn survives_kills(broker: Broker) {
+    let _one = ONE.lock().await;
+    let dir = tempfile::tempdir().unwrap();
+    let mut plan = plan(env!("CARGO_BIN_EXE_node"), dir.path());
+    plan.broker = broker;
+    let seed = Dice::seed();
+    println!("{broker:?}: seed {seed}");
+    let told = |line| println!("{broker:?}: {line}");
+    let outcome = chaos::run(&plan, &Chaos::new(kills(), seed), told).await;
+    let outcome =
+        outcome.unwrap_or_else(|error| panic!("{error}\nall is kept in {:?}", dir.keep()));
+    let total = outcome.seen.total();
+    println!(
+        "{broker:?}: killed {} agents, {} coordinators, {} brokers; lost {} answers; {total:?}",
+        outcome.agents, outcome.coordinators, outcome.brokers, outcome.lost_answers
+    );
+    if let Err(why) = exactly_once(&total) {
+        panic!("{why}\nall is kept in {:?}", dir.keep());
+    }
+    assert!(
+        total.replayed > 0,
+        "nothing came from a backlog: this was no test"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kills_with_the_embedded_broker() {
+    survives_kills(Broker::Embedded).await;
+}
+
+/// A broker without persistence forgets sessions, retained messages and whatever it had acknowledged.
+#[tokio::test(flavor = "multi_thread")]
+async fn kills_with_a_broker_that_forgets_everything() {
+    assert!(
+        fleet::broker::mosquitto().is_some(),
+        "mosquitto is not installed (Debian: apt-get install mosquitto)"
+    );
+    survives_kills(Broker::Mosquitto).await;
+}
+
+/// A small file system of its own, if this user may mount one.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn mount(at: &Path) -> Option<Self> {
+        std::fs::create_dir_all(at).ok()?;
+        let mount = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=16m", "tmpfs"])
+            .arg(at)
+            .output()
+            .ok()?;
+        mount.status.success().then(|| Self(at.to_owned()))
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Lazily: a process that was killed a moment ago may still hold it.
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+fn has_gap(outbox: &Path) -> bool {
+    let entries = std::fs::read_dir(outbox).into_iter().flatten().flatten();
+    entries
+        .into_iter()
+        .any(|e| e.file_name().to_string_lossy().starts_with("gap-"))
+}
+
+/// The disk is full, the coordinator away: the oldest readings go, and it is known which.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_is_recorded() {
+    /// Something else has taken most of the disk, so that it is full within a test's time.
+    const TAKEN: usize = 10 << 20;
+    let _one = ONE.lock().await;
+    let dir = tempfile::tempdir().unwrap();
+    let mut plan = plan(env!("CARGO_BIN_EXE_node"), dir.path());
+    let at = dir.path().join("small");
+    let disk = SmallDisk::mount(&at);
+    if disk.is_some() {
+        println!("on a tmpfs of 16 MiB");
+        std::fs::write(at.join("taken"), vec![1; TAKEN]).unwrap();
+        plan.outboxes = Some(at);
+    } else {
+        println!("mounting is not permitted: bounded by outbox.max_bytes instead");
+        plan.outbox_bytes = 4 << 20;
+    }
+    plan.agents = 1;
+    plan.fps = 0.0;
+    let mut site = Site::start(&plan).await.unwrap();
+    site.coordinator.kill().await.unwrap();
+    let outbox = site.devices[0].file.data.join("outbox");
+    until("a gap is recorded on the disk", async || has_gap(&outbox))
+        .await
+        .unwrap();
+    // Half-way through, the device dies too.
+    site.devices[0].agent.kill().await.unwrap();
+    site.devices[0].agent.start().unwrap();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let seen = site.finish(Default::default(), BOUND).await.unwrap();
+    site.stop().await.unwrap();
+    let total = seen.total();
+    println!("{total:?}");
+    assert!(total.gaps > 0 && total.is_whole(), "{total:?}");
+    assert_eq!(total.produced, total.stored + total.gaps, "{total:?}");
+}
+
+/// A year forward, two back, and home again, with a restart and an outage at the wrong moments.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_jumps() {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    };
+
+    use edge_agent::{Agent, AgentHandle, clock::WallClock, config::Config};
+
+    const YEAR_MS: i64 = 365 * 24 * 3_600 * 1_000;
+    let _one = ONE.lock().await;
+    let dir = tempfile::tempdir().unwrap();
+    let mut plan = plan(env!("CARGO_BIN_EXE_node"), dir.path());
+    plan.agents = 2;
+    plan.spawn = false;
+    let mut site = Site::start(&plan).await.unwrap();
+    let offset = Arc::new(AtomicI64::new(0));
+    let start = async |site: &Site| -> Vec<AgentHandle> {
+        let mut agents = Vec::new();
+        for device in &site.devices {
+            let config = Config::parse(&device.file.text().unwrap()).unwrap();
+            let clock = WallClock::shifted(offset.clone());
+            agents.push(Agent::start(config, clock).await.unwrap());
+        }
+        agents
+    };
+    let mut agents = start(&site).await;
+    for (jump, cut) in [(1, false), (-1, true), (0, false), (-1, false), (1, true)] {
+        offset.store(jump * YEAR_MS, Ordering::Relaxed);
+        if cut {
+            site.devices[0].link.cut();
+        }
+        tokio::time::sleep(Duration::from_millis(1_500)).await;
+        site.devices[0].link.heal();
+        if jump == 0 {
+            for agent in agents {
+                agent.stop().await;
+            }
+            offset.store(-2 * YEAR_MS, Ordering::Relaxed);
+            agents = start(&site).await;
+        }
+    }
+    for agent in agents {
+        agent.stop().await;
+    }
+    site.bound_sources().await.unwrap();
+    let agents = start(&site).await;
+    let seen = site
+        .witness(Default::default())
+        .settle(BOUND)
+        .await
+        .unwrap();
+    for agent in agents {
+        agent.stop().await;
+    }
+    site.stop().await.unwrap();
+    exactly_once(&seen.total()).unwrap();
+    assert!(seen.devices.values().all(|d| d.produced > 50), "{seen:?}");
+}
+
+/// When the fleet itself is killed, nothing that it started lives on.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_outlives_the_fleet() {
+    let _one = ONE.lock().await;
+    let dir = tempfile::tempdir().unwrap();
+    let node = Program(env!("CARGO_BIN_EXE_node").into());
+    let data = dir.path().join("data");
+    let args = [
+        "--no-plug",
+        "--agents",
+        "1",
+        "--broker",
+        "mosquitto",
+        "--data",
+    ];
+    let args = args
+        .into_iter()
+        .map(Into::into)
+        .chain([data.clone().into()]);
+    let log = dir.path().join("demo.log");
+    let mut demo = fleet::process::Process::part("demo", &node, "demo", args, log);
+    demo.start().unwrap();
+    let pid = demo.pid().unwrap();
+    // The demo, its coordinator, its agent, a guard and its mosquitto.
+    until("all parts run", async || {
+        family(pid).len() >= 5 && data.join("d1/journal").exists()
+    })
+    .await
+    .unwrap_or_else(|why| panic!("{why}\n{}", demo.last_words()));
+    let family = family(pid);
+    demo.kill().await.unwrap();
+    until("all parts are gone", async || {
+        !family.iter().any(|pid| runs(*pid))
+    })
+    .await
+    .unwrap();
+}
+
+/// A process and all that descend from it.
+fn family(pid: u32) -> Vec<u32> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    let children = tasks.flat_map(|task| {
+        let text = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
+        text.split_whitespace()
+            .filter_map(|p| p.parse().ok())
+            .collect::<Vec<u32>>()
+    });
+    let mut all = vec![pid];
+    children.for_each(|child| all.extend(family(child)));
+    all
+}
+
+/// Does it run? One that has ended and waits to be collected does not.
+fn runs(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ")
+        .is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+}
