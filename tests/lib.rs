@@ -50,10 +50,7 @@ pub fn exactly_once(total: &Account) -> Result<(), String> {
 ///
 /// # Errors
 /// Names what did not become so within [`BOUND`].
-pub async fn until<F>(what: &str, mut is_so: impl FnMut() -> F) -> Result<(), String>
-where
-    F: Future<Output = bool>,
-{
+pub async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) -> Result<(), String> {
     let end = tokio::time::Instant::now() + BOUND;
     while tokio::time::Instant::now() < end {
         if is_so().await {

@@ -34,8 +34,10 @@ async fn survives_kills(broker: Broker) {
     println!("{broker:?}: seed {seed}");
     let told = |line| println!("{broker:?}: {line}");
     let outcome = chaos::run(&plan, &Chaos::new(kills(), seed), told).await;
-    let outcome =
-        outcome.unwrap_or_else(|error| panic!("{error}\nall is kept in {:?}", dir.keep()));
+    let outcome = match outcome {
+        Ok(outcome) => outcome,
+        Err(error) => panic!("{error}\nall is kept in {:?}", dir.keep()),
+    };
     let total = outcome.seen.total();
     println!(
         "{broker:?}: killed {} agents, {} coordinators, {} brokers; lost {} answers; {total:?}",

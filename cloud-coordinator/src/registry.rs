@@ -91,6 +91,12 @@ impl Rate {
         }
     }
 
+    /// The seconds that are over.
+    fn whole(&self) -> impl Iterator<Item = u32> + '_ {
+        let whole = self.counts.len().saturating_sub(1);
+        self.counts.iter().take(whole).copied()
+    }
+
     /// The mean of the last whole seconds.
     fn now(&self) -> f64 {
         let whole = self.counts.len().saturating_sub(1);
@@ -284,7 +290,7 @@ impl Device {
             model: self.model.as_ref().map(ModelView::from),
             last: self.last.clone(),
             rate: self.rate.now(),
-            history: self.rate.counts.iter().copied().collect(),
+            history: self.rate.whole().collect(),
             backlog: self.metrics.as_ref().map(|m| m.backlog),
             rss_bytes: self.metrics.as_ref().map(|m| m.rss_bytes),
             stored: self.stored,

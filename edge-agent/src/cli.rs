@@ -89,6 +89,12 @@ struct SceneArgs {
     /// Change of the background, 0 to 1.
     #[arg(long, default_value_t = 0.0)]
     background: f32,
+    /// Share of the parts that have a fault, 0 to 1.
+    #[arg(long, default_value_t = SceneConfig::default().defect_rate)]
+    defect_rate: f32,
+    /// Share of the frames without a part, 0 to 1.
+    #[arg(long, default_value_t = SceneConfig::default().empty_rate)]
+    empty_rate: f32,
 }
 
 /// Runs the program with `args`, the first of which is its name.
@@ -197,7 +203,8 @@ fn infer(bundle: &std::path::Path, images: &[PathBuf], json: bool) -> anyhow::Re
 
 fn scene(args: &SceneArgs) -> anyhow::Result<ExitCode> {
     let drift = Drift { light: args.light, blur: args.blur, background: args.background, ..Drift::default() };
-    let config = SceneConfig { seed: args.seed, drift, ..SceneConfig::default() };
+    let (defect_rate, empty_rate) = (args.defect_rate, args.empty_rate);
+    let config = SceneConfig { seed: args.seed, defect_rate, empty_rate, drift, ..SceneConfig::default() };
     for frame in args.first..args.first.saturating_add(args.count) {
         let (picture, truth) = draw(&config, frame);
         let folder = args.out.join(truth.label);

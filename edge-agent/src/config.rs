@@ -315,12 +315,13 @@ fn take_out(table: &mut toml::Table, path: &serde_path_to_error::Path) -> bool {
                     };
                 };
                 let Some(toml::Value::Array(items)) = table.get_mut(&key) else { return false };
-                let Some(toml::Value::Table(inner)) = items.get_mut(*index) else { return false };
+                let Some(toml::Value::Table(inner)) = items.get(*index) else { return false };
                 if !inner.contains_key(next) {
                     // A key that is missing: the entry cannot be completed, so it goes.
                     items.remove(*index);
                     return true;
                 }
+                let Some(toml::Value::Table(inner)) = items.get_mut(*index) else { return false };
                 (table, key) = (inner, next.clone());
             }
             (Some(_), _) => return table.remove(&key).is_some(),

@@ -267,10 +267,10 @@ def load(checkpoint):
     return model.eval(), stored["epoch"]
 
 
-def exported(model, head=None):
-    """ONNX of the network, with a head (weight, bias) on its embedding or none."""
+def exported(model):
+    """ONNX of the network, its embedding as the only output."""
     scale = 1 / torch.sqrt(model.norm.running_var + model.norm.eps)
-    return common.build_onnx(model.trunk, model.norm.running_mean.numpy(), scale.numpy(), head, SIDE)
+    return common.build_onnx(model.trunk, model.norm.running_mean.numpy(), scale.numpy(), None, SIDE)
 
 
 def bundle(args, checkpoint):

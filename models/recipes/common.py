@@ -183,17 +183,28 @@ def build_onnx(trunk, shift, scale, head, side):
     joined = node("Flatten", [joined], "pooled", axis=1)
     centred = node("Sub", [joined, constant("embedding.shift", shift[None])], "centred")
     node("Mul", [centred, constant("embedding.scale", scale[None])], "embedding")
-    outputs = [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [1, trunk.dim])]
-    if head is not None:
-        weight, bias = head
-        node("Gemm", ["embedding", constant("head.weight", weight), constant("head.bias", bias)],
-             "logits", transB=1)
-        outputs.insert(0, helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, len(bias)]))
+    output = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [1, trunk.dim])
     image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, side, side])
-    graph = helper.make_graph(nodes, "lacewing", [image], outputs, weights)
+    graph = helper.make_graph(nodes, "lacewing", [image], [output], weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)],
                               producer_name="lacewing")
     model.ir_version = IR_VERSION
+    if head is not None:
+        return with_head(model, head)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def with_head(model, head):
+    """The model with one Gemm on its embedding, whose output `logits` comes first.
+    head: (weight [C, D], bias [C])."""
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    graph = model.graph
+    for name, value in zip(("head.weight", "head.bias"), head):
+        graph.initializer.append(numpy_helper.from_array(np.asarray(value, dtype=np.float32), name))
+    graph.node.append(helper.make_node("Gemm", ["embedding", "head.weight", "head.bias"], ["logits"],
+                                       name="logits", transB=1))
+    graph.output.insert(0, helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, len(head[1])]))
     onnx.checker.check_model(model, full_check=True)
     return model
 

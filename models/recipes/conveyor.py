@@ -35,9 +35,9 @@ TESTS = {"no drift": (0, 0, 0), "moderate drift": (0.25, 0.2, 0.25), "strong lig
          "strong blur": (0, 1, 0), "strong background": (0, 0, 1), "all strong": (1, 1, 1)}
 # Faults are rare on the line and frequent here, for equal shares of the labels.
 RATES = ["--defect-rate", "0.8", "--empty-rate", "0.08"]
-EPOCHS = 9
 BATCH = 32
-PEAK_RATE = 0.04
+# Epochs and greatest rate of each cycle, which ends at almost no rate.
+CYCLES = [(9, 0.04)]
 HEAD_DIVISOR = 4.0
 AVERAGE_STEPS = 300
 
@@ -114,14 +114,24 @@ def train(args, model):
           f"{model.trunk.parameters_count()} parameters, {model.trunk.macs(SIDE) / 1e6:.1f} MMAC", flush=True)
     generator = torch.Generator().manual_seed(args.seed)
     model.to(memory_format=torch.channels_last)
+    for number, cycle in enumerate(CYCLES):
+        if number >= args.resume:
+            model = train_cycle(model, images, numbers, cycle, generator)
+            torch.save(model.state_dict(), common.cache_folder() / f"conveyor-{args.seed}.pt")
+    return model
+
+
+def train_cycle(model, images, numbers, cycle, generator):
+    """One climb and fall of the learning rate; gives the average of the last steps' weights."""
+    epochs, peak = cycle
     mean_of = lambda old, new, step: old + (new - old) / min(step + 1, AVERAGE_STEPS)
     average = torch.optim.swa_utils.AveragedModel(model, avg_fn=mean_of, use_buffers=True)
-    optimiser = torch.optim.SGD(model.parameters(), lr=PEAK_RATE, momentum=0.9, nesterov=True,
+    optimiser = torch.optim.SGD(model.parameters(), lr=peak, momentum=0.9, nesterov=True,
                                 weight_decay=5e-4)
     steps = len(images) // BATCH
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, PEAK_RATE, total_steps=steps * EPOCHS,
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, total_steps=steps * epochs,
                                                    pct_start=0.2, final_div_factor=200)
-    for epoch in range(EPOCHS):
+    for epoch in range(epochs):
         started, losses, right = time.monotonic(), [], 0
         order = torch.randperm(len(images), generator=generator)
         model.train()
@@ -137,9 +147,8 @@ def train(args, model):
             average.update_parameters(model)
             losses.append(loss.item())
             right += (scores.argmax(1) == numbers[chosen]).sum().item()
-        print(f"epoch {epoch + 1}/{EPOCHS} loss {np.mean(losses):.4f} accuracy in training "
+        print(f"epoch {epoch + 1}/{epochs} loss {np.mean(losses):.4f} accuracy in training "
               f"{right / (steps * BATCH):.4f} {time.monotonic() - started:.0f} s", flush=True)
-        torch.save(average.module.state_dict(), common.cache_folder() / f"conveyor-{args.seed}.pt")
     return average.module
 
 
@@ -168,12 +177,14 @@ def goldens(session, seed):
 
 
 def main():
-    args = common.arguments(__doc__, stage=(str, "all", "bundle: export the last checkpoint; or all"))
+    args = common.arguments(
+        __doc__, stage=(str, "all", "bundle: export the last checkpoint; or all"),
+        resume=(int, 0, "go on from the last checkpoint, with this cycle (from 0)"))
     model = Network()
-    if args.stage == "bundle":
+    if args.stage == "bundle" or args.resume:
         stored = torch.load(common.cache_folder() / f"conveyor-{args.seed}.pt", weights_only=True)
         model.load_state_dict(stored)
-    else:
+    if args.stage == "all":
         model = train(args, model)
     model = model.to(memory_format=torch.contiguous_format).eval()
     onnx_model = exported(model)

@@ -9,6 +9,7 @@ probabilities. The graph gives `logits` and the backbone's `embedding`.
 import warnings
 
 import numpy as np
+import onnx
 from PIL import Image
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -100,8 +101,8 @@ def main():
     truth = np.array([labels.index(f.parent.name) for f in files])
     held = np.array([number_of(f) % HOLDOUT_EVERY == 0 for f in files])
     names = [str(f.relative_to(root)) for f in files]
-    model, epoch = backbone.load(common.cache_folder() / f"backbone-{args.seed}.pt")
-    session = common.Session(backbone.exported(model), args.threads)
+    model = onnx.load(args.out / "backbone" / "model.onnx")
+    session = common.Session(model, args.threads)
     pixels = np.stack([common.resize(Image.open(f), backbone.SIDE) for f in files])
     embed = lambda images: session.run(images)["embedding"].astype(np.float64)
     plain = embed(pixels)
@@ -123,7 +124,7 @@ def main():
         print(f"{FEW_PER_CLASS} per class, seed {seed}: {few[-1]:.4f} (C {strength})", flush=True)
     head, strength = train_head(plain, spread, truth, everything, args.seed)
 
-    onnx_model = backbone.exported(model, head)
+    onnx_model = common.with_head(model, head)
     final = common.Session(onnx_model)
     logits = final.run(pixels[held])["logits"].astype(np.float64)
     accuracy, table = common.confusion_table(truth[held], logits.argmax(1), labels)
@@ -134,7 +135,7 @@ def main():
     common.write_bundle(
         args.out, name="steel", version=VERSION, task="classify",
         description="Six surface defects of hot-rolled steel strip",
-        model=onnx_model, side=backbone.SIDE, labels=labels, dim=model.trunk.dim,
+        model=onnx_model, side=backbone.SIDE, labels=labels, dim=plain.shape[1],
         goldens=goldens(final, labels), thresholds={"min_score": 0.5},
         budget={"latency_ms": 250, "memory_mib": 64},
         lineage={"parent": f"backbone@{backbone.VERSION}",
@@ -188,8 +189,8 @@ than the data set's were not measured.
 
 ## Remake
 
-`models/recipes/run.sh backbone`, then `models/recipes/run.sh steel` (seed {seed}, C = {strength};
-some minutes).
+`models/recipes/run.sh steel` (seed {seed}, C = {strength}; some minutes). It stands on the backbone in
+`models/bundles/backbone`.
 """
 
 if __name__ == "__main__":

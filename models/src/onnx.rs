@@ -119,7 +119,7 @@ fn tensor(tensor: &TensorProto, place: &str) -> Result<(), OnnxError> {
     };
     let found = if tensor.raw_data.is_empty() {
         listed as u64
-    } else if tensor.raw_data.len() % size == 0 {
+    } else if tensor.raw_data.len().is_multiple_of(size) {
         (tensor.raw_data.len() / size) as u64
     } else {
         return Err(refuse(

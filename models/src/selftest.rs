@@ -168,7 +168,7 @@ pub fn self_test(bundle: &Bundle, engine: &Engine) -> SelfTest {
             let outcome = bundle
                 .image_bytes(&case.image)
                 .map_err(EngineError::from)
-                .and_then(|bytes| Ok(engine.tensor(&Picture::decode(&bytes)?)?))
+                .and_then(|bytes| engine.tensor(&Picture::decode(&bytes)?))
                 .and_then(|tensor| {
                     let outcome = engine.run(&tensor);
                     input.get_or_insert(tensor);

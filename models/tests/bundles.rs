@@ -1,4 +1,10 @@
 //! Every bundle that ships passes its own self-test.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test may fail"
+)]
 
 use std::{fs, path::Path};
 

@@ -1,4 +1,10 @@
 //! Loading and running: what a good model says, and what becomes of hostile ones.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test may fail"
+)]
 
 mod common;
 

@@ -1,4 +1,10 @@
 //! Images as they come: whole, cut, hostile, turned. And what becomes of them as tensors.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test may fail"
+)]
 
 mod common;
 

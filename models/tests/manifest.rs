@@ -1,4 +1,10 @@
 //! Manifests and bundles: what is wrong is said all at once, and nothing leads out of the folder.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test may fail"
+)]
 
 mod common;
 

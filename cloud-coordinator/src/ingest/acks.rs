@@ -46,6 +46,12 @@ impl Acks {
         self.wake.notify_one();
     }
 
+    /// Does none wait?
+    pub(crate) fn is_empty(&self) -> bool {
+        let waiting = self.waiting.lock().unwrap_or_else(|e| e.into_inner());
+        waiting.order.is_empty()
+    }
+
     /// The next ones, all of one device, the newest last; waits for some.
     pub(crate) async fn next(&self) -> (Topic, Vec<Ack>) {
         loop {
@@ -85,6 +91,6 @@ mod tests {
         assert_eq!((first.len(), first[0].upto), (1, 99));
         let (_, second) = acks.next().await;
         assert_eq!(second.iter().map(|a| a.epoch).collect::<Vec<_>>(), [8, 9]);
-        assert!(acks.waiting.lock().unwrap().acks.is_empty());
+        assert!(acks.is_empty() && acks.waiting.lock().unwrap().acks.is_empty());
     }
 }

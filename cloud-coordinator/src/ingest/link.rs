@@ -18,6 +18,9 @@ const MAX_PACKET: u32 = 520 * 1024;
 const REQUESTS: usize = 64;
 /// Between pings; a broker that is silent for twice as long is gone.
 const KEEP_ALIVE_S: u16 = 10;
+/// Acknowledgements are sent this far apart, so that a device gets some twenty a second under load and not one
+/// for every commit.
+const GATHER: Duration = Duration::from_millis(50);
 /// A broker that is away is tried again after at most this, in milliseconds.
 const MAX_RETRY_MS: u64 = 10_000;
 const FIRST_RETRY_MS: u64 = 200;
@@ -69,6 +72,12 @@ pub(crate) async fn publish_acks(
             };
             if sent {
                 metrics.acks.inc();
+            }
+        }
+        if acks.is_empty() {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(GATHER) => {}
             }
         }
     }

@@ -10,7 +10,11 @@ mod inbox;
 mod link;
 mod plan;
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use mesh_core::{
     Backoff, Event, Info, Kind, Metrics as DeviceMetrics, ModelInfo, RangeSet, Status,
@@ -45,6 +49,9 @@ const SMALL: usize = 512;
 const LINGER: Duration = Duration::from_millis(20);
 /// Outboxes whose progress is kept in memory; each takes a few hundred bytes. Others are read when needed.
 const CACHED_OUTBOXES: usize = 150_000;
+/// Outboxes of one device: a new one is made when a device is set up anew or its disk was damaged. Each is
+/// remembered for ever, so a device that makes one for every reading is refused.
+const MAX_OUTBOXES: i64 = 10_000;
 /// A failed commit is tried again after at most this, in milliseconds.
 const MAX_RETRY_MS: u64 = 5_000;
 const FIRST_RETRY_MS: u64 = 50;
@@ -203,20 +210,19 @@ impl Ingest {
         Ok(())
     }
 
-    /// What is stored of every outbox that the events name; `None` if it was stopped before it could be read.
+    /// What is stored of every outbox that the events name, except those that are one too many; `None` if it
+    /// was stopped before it could be read.
     async fn known(&mut self, arrived: &[Arrived], stop: &CancellationToken) -> Option<Progress> {
+        let keys = arrived.iter().map(|a| (a.device, plan::epoch(&a.event)));
+        let keys: HashSet<(i64, u64)> = keys.collect();
         let mut known = Progress::new();
         let mut retry = Backoff::new(FIRST_RETRY_MS, MAX_RETRY_MS);
-        for a in arrived {
-            let key = (a.device, plan::epoch(&a.event));
-            while !known.contains_key(&key) {
-                let read = match self.cache.get(&key) {
-                    Some((stored, _)) => Ok(stored.clone()),
-                    None => self.store.progress(key.0, key.1).await,
-                };
-                match read {
+        for key in keys {
+            loop {
+                match self.of_outbox(key).await {
                     Ok(stored) => {
-                        known.insert(key, stored);
+                        known.extend(stored.map(|stored| (key, stored)));
+                        break;
                     }
                     Err(error) if self.failed(&error, &mut retry, stop).await => return None,
                     Err(_) => {}
@@ -224,6 +230,18 @@ impl Ingest {
             }
         }
         Some(known)
+    }
+
+    /// What is stored of one outbox; `None` if it is new and the device has had too many.
+    async fn of_outbox(&self, key: (i64, u64)) -> Result<Option<RangeSet>, StoreError> {
+        if let Some((stored, _)) = self.cache.get(&key) {
+            return Ok(Some(stored.clone()));
+        }
+        if let Some(stored) = self.store.progress(key.0, key.1).await? {
+            return Ok(Some(stored));
+        }
+        let had = self.store.outboxes(key.0).await?;
+        Ok((had < MAX_OUTBOXES).then(RangeSet::new))
     }
 
     /// Says that the database failed and waits a while; true if it is time to stop.

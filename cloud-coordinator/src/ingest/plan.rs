@@ -22,6 +22,8 @@ pub(crate) enum Refusal {
     Scattered,
     #[error("more devices than this coordinator takes")]
     Devices,
+    #[error("the device has had more outboxes than can be told from a fault")]
+    Outboxes,
 }
 
 impl Refusal {
@@ -35,6 +37,7 @@ impl Refusal {
             Self::Event(EventError::Value(_)) | Self::Status => "value",
             Self::Scattered => "scattered",
             Self::Devices => "too_many_devices",
+            Self::Outboxes => "too_many_outboxes",
         }
     }
 }
@@ -78,7 +81,7 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    /// Starts with what is stored of the outboxes that the messages name.
+    /// Starts with what is stored of the outboxes that the messages name; others are refused.
     pub(crate) fn new(progress: Progress, next_id: i64, now_ms: i64) -> Self {
         Self {
             progress,
@@ -106,7 +109,7 @@ impl Plan {
         replayed: bool,
     ) -> Result<(), Refusal> {
         let key = (device, reading.epoch);
-        let known = self.progress.entry(key).or_default();
+        let known = self.progress.get_mut(&key).ok_or(Refusal::Outboxes)?;
         if known.contains(reading.seq) {
             self.duplicates += 1;
             return Ok(());
@@ -129,7 +132,7 @@ impl Plan {
     /// had arrived here, before the device could know.
     fn add_gap(&mut self, device: i64, gap: &Gap) -> Result<(), Refusal> {
         let key = (device, gap.epoch);
-        let known = self.progress.entry(key).or_default();
+        let known = self.progress.get_mut(&key).ok_or(Refusal::Outboxes)?;
         room(known, gap.from, gap.to)?;
         let mut missing = RangeSet::new();
         missing.insert(gap.from, gap.to);
@@ -173,7 +176,7 @@ mod tests {
 
     use super::*;
 
-    pub(crate) fn reading(epoch: u64, seq: u64) -> Reading {
+    fn reading(epoch: u64, seq: u64) -> Reading {
         Reading {
             v: VERSION,
             device: "d1".parse().unwrap(),
@@ -205,7 +208,10 @@ mod tests {
 
     #[test]
     fn a_shattered_outbox_is_bounded_but_its_holes_can_be_filled() {
-        let mut plan = Plan::new(Progress::new(), 1, 0);
+        let known = Progress::from([((1, 1), RangeSet::new())]);
+        let mut plan = Plan::new(known, 1, 0);
+        let stranger = plan.add(1, Event::Reading(reading(2, 1)), false);
+        assert!(matches!(stranger, Err(Refusal::Outboxes)));
         let add = |plan: &mut Plan, seq| plan.add(1, Event::Reading(reading(1, seq)), false);
         for n in 1..=MAX_PIECES as u64 {
             add(&mut plan, n * 2).unwrap();
@@ -223,7 +229,7 @@ mod tests {
         fn every_number_is_counted_once(
             steps in prop::collection::vec((any::<bool>(), 0u64..2, 1u64..50, 0u64..10, any::<bool>()), 1..120)
         ) {
-            let mut progress = Progress::new();
+            let mut progress = Progress::from([0, 1].map(|epoch| ((1, epoch), RangeSet::new())));
             let (mut stored, mut missing) = (BTreeSet::new(), BTreeSet::new());
             let (mut next_id, mut came) = (1, BTreeSet::new());
             for chunk in steps.chunks(7) {

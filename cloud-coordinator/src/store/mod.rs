@@ -145,8 +145,12 @@ impl Store {
             .map_err(StoreError::sql("read the last id of the readings"))
     }
 
-    /// What is stored of one outbox; empty if nothing is.
-    pub(crate) async fn progress(&self, device: i64, epoch: u64) -> Result<RangeSet, StoreError> {
+    /// What is stored of one outbox; `None` if nothing is known of it.
+    pub(crate) async fn progress(
+        &self,
+        device: i64,
+        epoch: u64,
+    ) -> Result<Option<RangeSet>, StoreError> {
         let text: Option<String> =
             sqlx::query_scalar("SELECT stored FROM progress WHERE device = ? AND epoch = ?")
                 .bind(device)
@@ -154,7 +158,16 @@ impl Store {
                 .fetch_optional(&self.readers)
                 .await
                 .map_err(StoreError::sql("read the progress of a device"))?;
-        text.map_or(Ok(RangeSet::new()), |text| parse_ranges(&text))
+        text.map(|text| parse_ranges(&text)).transpose()
+    }
+
+    /// How many outboxes a device has had.
+    pub(crate) async fn outboxes(&self, device: i64) -> Result<i64, StoreError> {
+        sqlx::query_scalar("SELECT count(*) FROM progress WHERE device = ?")
+            .bind(device)
+            .fetch_one(&self.readers)
+            .await
+            .map_err(StoreError::sql("count the outboxes of a device"))
     }
 
     /// The newest outbox of each device that was heard of since `since_ms`: device, epoch, what is stored.

@@ -99,8 +99,10 @@ async fn what_is_committed_is_on_the_disk_and_reads_back() {
     assert_eq!((row.score, row.margin, row.latency_ms), (0.25, 0.125, 2.0));
     assert_eq!((row.file.as_deref(), row.truth), (Some("a.png"), None));
     assert_eq!(store.last_reading().await.unwrap(), 300);
-    let progress = store.progress(1, (1 << 53) - 1).await.unwrap();
+    let progress = store.progress(1, (1 << 53) - 1).await.unwrap().unwrap();
     assert!(progress.covers(1, 9) && progress.len() == 9);
+    assert!(store.progress(1, 5).await.unwrap().is_none());
+    assert_eq!(store.outboxes(1).await.unwrap(), 1);
     assert_eq!(store.recent_progress(5).await.unwrap().len(), 1);
     assert_eq!(store.recent_progress(6).await.unwrap().len(), 0);
 }

@@ -77,11 +77,12 @@ impl Mosquitto {
             _dir: dir,
         };
         for _ in 0..200 {
-            if TcpStream::connect(address).await.is_ok() {
-                return Some(started);
-            }
             if started.child.try_wait().unwrap().is_some() {
                 return None;
+            }
+            let second = Duration::from_secs(1);
+            if let Ok(Ok(_)) = timeout(second, TcpStream::connect(address)).await {
+                return Some(started);
             }
             tokio::time::sleep(Duration::from_millis(25)).await;
         }
@@ -267,7 +268,8 @@ pub fn gap(device: &str, epoch: u64, from: u64, to: u64) -> Vec<u8> {
 
 /// A request with a body; status, headers in lower case, body.
 pub async fn request(http: SocketAddr, text: &str) -> (u16, String, String) {
-    let mut stream = TcpStream::connect(http).await.unwrap();
+    let stream = timeout(PATIENCE, TcpStream::connect(http)).await.unwrap();
+    let mut stream = stream.unwrap();
     stream.write_all(text.as_bytes()).await.unwrap();
     let mut answer = Vec::new();
     timeout(PATIENCE, stream.read_to_end(&mut answer))

@@ -93,8 +93,8 @@ impl Options {
         Self {
             dir: dir.into(),
             max_bytes,
-            // Half a segment: a live reading is sent from memory, a replay reads each page once.
-            cache_bytes: 2 * 1024 * 1024,
+            // A quarter of a segment: a live reading is sent from memory, a replay reads each page once.
+            cache_bytes: 1024 * 1024,
             on_sync: None,
         }
     }

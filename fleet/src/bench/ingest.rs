@@ -22,6 +22,8 @@ use crate::{
 const DEVICES: u64 = 4;
 /// Readings of each per round.
 const EACH: u64 = 10_000;
+/// Rounds before the first that counts: they fill the coordinator's page cache, which is bounded.
+const WARM: u64 = 5;
 /// Readings of one device without an acknowledgement: what an agent's own pace allows in a burst.
 const WINDOW: u64 = 500;
 /// How long a round may take.
@@ -43,7 +45,13 @@ pub(crate) async fn run(args: &BenchArgs, results: &mut Results) -> anyhow::Resu
     let mut witness = site.witness(Default::default());
     let (mut rates, mut peer_rates, mut delays, mut memory) =
         (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    for round in 0..u64::from(args.rounds) {
+    for round in 0..WARM {
+        tokio::time::timeout(BOUND, load(site.mqtt(), round, true))
+            .await
+            .context("the load")??;
+    }
+    let warm = usage(pid)?.rss as f64;
+    for round in WARM..WARM + u64::from(args.rounds) {
         let before = usage(pid)?.cpu_s;
         let load = load(site.mqtt(), round, true);
         delays.extend(
@@ -57,7 +65,7 @@ pub(crate) async fn run(args: &BenchArgs, results: &mut Results) -> anyhow::Resu
         let (peer_rate, peer_rss) = peer_round(dir.path(), round).await?;
         println!(
             "round {}: {rate:.0} readings per CPU second in {:.0} MiB, the peer {peer_rate:.0} in {:.0} MiB",
-            round + 1,
+            round + 1 - WARM,
             used.rss as f64 / MIB,
             peer_rss / MIB
         );
@@ -85,22 +93,16 @@ pub(crate) async fn run(args: &BenchArgs, results: &mut Results) -> anyhow::Resu
         None,
         Goal::AtMost(1_000.0),
     );
-    if let (Some(first), Some(last)) = (memory.get(memory.len() / 3), memory.last()) {
-        results.add(
-            "resident memory at the end",
-            last / MIB,
-            "MiB",
-            None,
-            Goal::None,
-        );
-        results.add(
-            "resident memory, the end ÷ after a third",
-            last / first,
-            "",
-            None,
-            Goal::AtMost(1.15),
-        );
-    }
+    let most = memory.into_iter().fold(warm, f64::max);
+    results.add(
+        "resident memory, the most",
+        most / MIB,
+        "MiB",
+        None,
+        Goal::None,
+    );
+    let grown = "resident memory, the most ÷ when its cache was full";
+    results.add(grown, most / warm, "", None, Goal::AtMost(1.15));
     Ok(())
 }
 

@@ -26,7 +26,10 @@ impl Peer {
     ///
     /// # Errors
     /// If the peers' environment or the script is missing; says how to make it.
-    pub(crate) fn start(script: &str, args: impl IntoIterator<Item = OsString>) -> anyhow::Result<Self> {
+    pub(crate) fn start(
+        script: &str,
+        args: impl IntoIterator<Item = OsString>,
+    ) -> anyhow::Result<Self> {
         let scripts = scripts()?;
         let python = environment()?.join("bin/python");
         if !python.exists() {

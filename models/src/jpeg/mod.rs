@@ -188,11 +188,7 @@ fn colors(planes: &[Plane], width: usize, height: usize) -> Vec<u8> {
 }
 
 fn byte(value: i32) -> u8 {
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "clamped to 0..=255"
-    )]
+    #[expect(clippy::cast_sign_loss, reason = "clamped to 0..=255")]
     let byte = value.clamp(0, 255) as u8;
     byte
 }

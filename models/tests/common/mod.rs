@@ -1,6 +1,7 @@
 //! Builds small bundles on the fly, so that the tests stand on their own.
 #![allow(dead_code, reason = "each test file uses a part of this")]
 #![allow(missing_docs, reason = "test support")]
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
 
 use std::{fs, path::Path};
 
@@ -17,9 +18,9 @@ use tract_onnx::pb::{
     type_proto,
 };
 
-pub const SIDE: i64 = 16;
+pub(crate) const SIDE: i64 = 16;
 
-pub fn value(name: &str, shape: &[i64]) -> ValueInfoProto {
+pub(crate) fn value(name: &str, shape: &[i64]) -> ValueInfoProto {
     let dim = |&size: &i64| Dimension {
         value: Some(dimension::Value::DimValue(size)),
         ..Dimension::default()
@@ -39,7 +40,7 @@ pub fn value(name: &str, shape: &[i64]) -> ValueInfoProto {
     }
 }
 
-pub fn node(op: &str, inputs: &[&str], output: &str) -> NodeProto {
+pub(crate) fn node(op: &str, inputs: &[&str], output: &str) -> NodeProto {
     NodeProto {
         op_type: op.into(),
         name: output.into(),
@@ -49,7 +50,7 @@ pub fn node(op: &str, inputs: &[&str], output: &str) -> NodeProto {
     }
 }
 
-pub fn int(name: &str, i: i64) -> AttributeProto {
+pub(crate) fn int(name: &str, i: i64) -> AttributeProto {
     AttributeProto {
         name: name.into(),
         i,
@@ -58,7 +59,7 @@ pub fn int(name: &str, i: i64) -> AttributeProto {
     }
 }
 
-pub fn floats(name: &str, dims: &[i64], values: &[f32]) -> TensorProto {
+pub(crate) fn floats(name: &str, dims: &[i64], values: &[f32]) -> TensorProto {
     TensorProto {
         name: name.into(),
         dims: dims.to_vec(),
@@ -68,7 +69,7 @@ pub fn floats(name: &str, dims: &[i64], values: &[f32]) -> TensorProto {
     }
 }
 
-pub fn ints(name: &str, values: &[i64]) -> TensorProto {
+pub(crate) fn ints(name: &str, values: &[i64]) -> TensorProto {
     TensorProto {
         name: name.into(),
         dims: vec![i64::try_from(values.len()).unwrap()],
@@ -79,7 +80,7 @@ pub fn ints(name: &str, values: &[i64]) -> TensorProto {
 }
 
 /// The mean colour of the picture is the embedding; the label is the strongest channel.
-pub fn model() -> ModelProto {
+pub(crate) fn model() -> ModelProto {
     let mut gemm = node("Gemm", &["embedding", "weight"], "logits");
     gemm.attribute.push(int("transB", 1));
     let mut weight = [0.0; 9];
@@ -106,12 +107,12 @@ pub fn model() -> ModelProto {
     }
 }
 
-pub fn graph(model: &mut ModelProto) -> &mut GraphProto {
+pub(crate) fn graph(model: &mut ModelProto) -> &mut GraphProto {
     model.graph.as_mut().unwrap()
 }
 
 /// A manifest for [`model`], with placeholders for the model's digest and length.
-pub const MANIFEST: &str = r#"
+pub(crate) const MANIFEST: &str = r#"
 schema = 1
 name = "colour"
 version = "1.0.0"
@@ -161,7 +162,7 @@ accuracy = 1.0
 "#;
 
 /// The manifest's text for a model file.
-pub fn manifest_for(text: &str, bytes: &[u8]) -> String {
+pub(crate) fn manifest_for(text: &str, bytes: &[u8]) -> String {
     let digest: String = Sha256::digest(bytes)
         .iter()
         .map(|b| format!("{b:02x}"))
@@ -171,7 +172,7 @@ pub fn manifest_for(text: &str, bytes: &[u8]) -> String {
 }
 
 /// Writes a bundle with this manifest (placeholders are filled in) and model file.
-pub fn write(dir: &Path, manifest: &str, bytes: &[u8]) {
+pub(crate) fn write(dir: &Path, manifest: &str, bytes: &[u8]) {
     fs::create_dir_all(dir.join("golden")).unwrap();
     fs::write(dir.join("model.onnx"), bytes).unwrap();
     fs::write(dir.join("manifest.toml"), manifest_for(manifest, bytes)).unwrap();
@@ -182,7 +183,10 @@ pub fn write(dir: &Path, manifest: &str, bytes: &[u8]) {
 }
 
 /// A bundle in a fresh folder.
-pub fn bundle_of(manifest: &str, bytes: &[u8]) -> (tempfile::TempDir, Result<Bundle, BundleError>) {
+pub(crate) fn bundle_of(
+    manifest: &str,
+    bytes: &[u8],
+) -> (tempfile::TempDir, Result<Bundle, BundleError>) {
     let dir = tempfile::tempdir().unwrap();
     write(dir.path(), manifest, bytes);
     let bundle = Bundle::open(dir.path());
@@ -190,7 +194,7 @@ pub fn bundle_of(manifest: &str, bytes: &[u8]) -> (tempfile::TempDir, Result<Bun
 }
 
 /// The bundle of [`model`], changed by `change`.
-pub fn bundle(change: impl FnOnce(&mut ModelProto)) -> (tempfile::TempDir, Bundle) {
+pub(crate) fn bundle(change: impl FnOnce(&mut ModelProto)) -> (tempfile::TempDir, Bundle) {
     let mut model = model();
     change(&mut model);
     let (dir, bundle) = bundle_of(MANIFEST, &model.encode_to_vec());
