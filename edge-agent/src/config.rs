@@ -56,6 +56,8 @@ pub struct BrokerConfig {
     pub url: String,
     /// Seconds between signs of life, 5 to 3600. A dead broker is noticed after about 1.5 of them.
     pub keep_alive_s: u16,
+    /// The longest wait between two tries to connect, 1 to 3600 seconds.
+    pub max_backoff_s: u16,
 }
 
 /// The model's bundle.
@@ -103,7 +105,7 @@ impl Default for Config {
 
 impl Default for BrokerConfig {
     fn default() -> Self {
-        Self { url: "mqtt://127.0.0.1:1883".into(), keep_alive_s: 30 }
+        Self { url: "mqtt://127.0.0.1:1883".into(), keep_alive_s: 30, max_backoff_s: 30 }
     }
 }
 
@@ -214,6 +216,7 @@ impl Config {
             must(false, "broker.url", &why);
         }
         must((5..=3600).contains(&self.broker.keep_alive_s), "broker.keep_alive_s", "must be 5 to 3600 seconds");
+        must((1..=3600).contains(&self.broker.max_backoff_s), "broker.max_backoff_s", "must be 1 to 3600 seconds");
         must((1..=86_400).contains(&self.report.every_s), "report.every_s", "must be 1 to 86400 seconds");
         must(self.outbox.max_bytes >= MIN_OUTBOX_BYTES, "outbox.max_bytes", "must be at least 4194304 (4 MiB)");
         must(self.source.len() <= MAX_SOURCES, "source", "at most 16 sources");

@@ -24,10 +24,8 @@ use crate::{
     store::{Command, Durable, Stored},
 };
 
-/// The first wait after a lost connection is at most this …
+/// The first wait after a lost connection is at most this; the configuration says how far it grows.
 const BACKOFF_MS: u64 = 500;
-/// … and no wait is longer: a site notices that its broker is back within half a minute.
-const MAX_BACKOFF_MS: u64 = 30_000;
 /// A gap is said again until it is acknowledged.
 const SAY_GAPS_AGAIN_MS: u64 = 10_000;
 /// What was made durable in the last moments before a stop still gets out, if the coordinator answers.
@@ -124,7 +122,7 @@ impl Uplink {
             subscribed: false,
             connection: None,
             up: false,
-            backoff: Backoff::new(BACKOFF_MS, MAX_BACKOFF_MS),
+            backoff: Backoff::new(BACKOFF_MS, u64::from(config.broker.max_backoff_s) * 1_000),
             to_free: None,
             config,
             identity,
