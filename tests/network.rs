@@ -57,6 +57,8 @@ async fn weathers(broker: Broker) {
         .iter()
         .map(|d| d.link.counters().resets())
         .sum();
+    let refused = std::fs::read_to_string(site.coordinator.log()).unwrap_or_default();
+    let refused: Vec<&str> = refused.lines().filter(|l| l.contains("refused")).collect();
     site.stop().await.unwrap();
     println!(
         "{:?}\n{:?}\n{resets} connections broken",
@@ -66,6 +68,10 @@ async fn weathers(broker: Broker) {
     exactly_once(&seen.total()).unwrap();
     assert!(resets > 3 && seen.total().replayed > 0);
     assert!(tapped.bad.is_empty(), "{:#?}", tapped.bad);
+    assert!(
+        refused.is_empty(),
+        "the coordinator refused what its own devices say: {refused:#?}"
+    );
     for kind in [
         Kind::Status,
         Kind::Info,

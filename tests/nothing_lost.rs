@@ -13,7 +13,8 @@ use fleet::{
     process::Program,
     site::{Broker, Site},
 };
-use tests::{BOUND, exactly_once, plan, until};
+use mesh_core::Kind;
+use tests::{BOUND, Tap, exactly_once, plan, until};
 use tokio::sync::Mutex;
 
 /// One site at a time: each is a load of its own.
@@ -116,7 +117,9 @@ async fn a_full_disk_is_recorded() {
     }
     plan.agents = 1;
     plan.fps = 0.0;
+    // The embedded broker goes with the coordinator; the tap outlives both.
     let mut site = Site::start(&plan).await.unwrap();
+    let tap = Tap::start(site.mqtt()).unwrap();
     site.coordinator.kill().await.unwrap();
     let outbox = site.devices[0].file.data.join("outbox");
     until("a gap is recorded on the disk", async || has_gap(&outbox))
@@ -127,9 +130,14 @@ async fn a_full_disk_is_recorded() {
     site.devices[0].agent.start().unwrap();
     tokio::time::sleep(Duration::from_secs(2)).await;
     let seen = site.finish(Default::default(), BOUND).await.unwrap();
+    let tapped = tap.stop().await;
     site.stop().await.unwrap();
     let total = seen.total();
-    println!("{total:?}");
+    println!("{total:?}\n{:?}", tapped.counts);
+    assert!(
+        tapped.bad.is_empty() && tapped.count(Kind::Gap) > 0,
+        "{tapped:#?}"
+    );
     assert!(total.gaps > 0 && total.is_whole(), "{total:?}");
     assert_eq!(total.produced, total.stored + total.gaps, "{total:?}");
 }

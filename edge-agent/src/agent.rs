@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    board::{Board, BoardError, State as BoardState},
+    board::{Board, BoardHandle, State as BoardState},
     capture,
     clock::WallClock,
     config::Config,
@@ -36,7 +36,7 @@ const COMMANDS: usize = 256;
 /// Groups between store and uplink.
 const STORED: usize = 16;
 
-/// Why an agent cannot start. A model or a source that does not work is not among these: the agent starts,
+/// Why an agent cannot start. A model, a source or a pin that does not work is not among these: the agent starts,
 /// says so and does the rest.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
@@ -51,9 +51,6 @@ pub enum AgentError {
     /// The outbox.
     #[error(transparent)]
     Outbox(#[from] OutboxError),
-    /// The board's pins.
-    #[error(transparent)]
-    Board(#[from] BoardError),
     /// A thread.
     #[error("thread {0}: {1}")]
     Thread(String, std::io::Error),
@@ -83,12 +80,28 @@ impl Agent {
     /// If readings could not be kept: see [`AgentError`].
     pub async fn start(config: Config, clock: WallClock) -> Result<AgentHandle, AgentError> {
         let counters = Counters::default();
-        std::fs::create_dir_all(&config.data).map_err(|error| AgentError::Data { path: config.data.clone(), error })?;
-        let (board, mut triggers) = Board::start(&config.board)?;
+        std::fs::create_dir_all(&config.data).map_err(|error| AgentError::Data {
+            path: config.data.clone(),
+            error,
+        })?;
+        let mut broken = Vec::new();
+        let (board, mut triggers) = Board::start(&config.board).unwrap_or_else(|error| {
+            tracing::error!("{error}; the device goes on without its pins");
+            broken.push(error.to_string());
+            (BoardHandle::default(), None)
+        });
         board.set_state(BoardState::Starting);
         let opened = open_outbox(&config)?;
-        let Opened { outbox, pending, gaps, cursor, .. } = opened;
-        let cursor: Cursor = cursor.and_then(|note| serde_json::from_slice(&note).ok()).unwrap_or_default();
+        let Opened {
+            outbox,
+            pending,
+            gaps,
+            cursor,
+            ..
+        } = opened;
+        let cursor: Cursor = cursor
+            .and_then(|note| serde_json::from_slice(&note).ok())
+            .unwrap_or_default();
         let loaded = load(&config);
         let (engine, why) = match loaded {
             Ok(engine) => (engine, None),
@@ -104,9 +117,15 @@ impl Agent {
 
         let mut threads = Vec::new();
         let mut captures = Vec::new();
-        let mut broken = Vec::new();
-        for (index, source_config) in config.source.iter().enumerate().filter(|_| engine.is_some()) {
-            match capture::open(source_config) {
+        let mut blind = Vec::new();
+        let wanted = engine.as_deref().map(wanted_size);
+        for (index, source_config) in config
+            .source
+            .iter()
+            .enumerate()
+            .filter(|_| engine.is_some())
+        {
+            match capture::open(source_config, wanted) {
                 Ok(source) => {
                     let (stop, stopped) = mpsc::channel();
                     captures.push(stop);
@@ -123,11 +142,13 @@ impl Agent {
                         clock: clock.clone(),
                         counters: counters.clone(),
                     };
-                    threads.push(thread(&format!("cap-{}", source_config.name), move || capture::run(start))?);
+                    threads.push(thread(&format!("cap-{}", source_config.name), move || {
+                        capture::run(start)
+                    })?);
                 }
                 Err(error) => {
                     tracing::error!("{error}");
-                    broken.push(error.to_string());
+                    blind.push(error.to_string());
                 }
             }
         }
@@ -139,13 +160,22 @@ impl Agent {
                 agent: env!("CARGO_PKG_VERSION").into(),
                 board: config.board.name.clone(),
                 arch: std::env::consts::ARCH.into(),
-                sources: config.source.iter().map(|s| s.name.as_str()).collect::<Vec<_>>().join(","),
+                sources: config
+                    .source
+                    .iter()
+                    .map(|s| s.name.as_str())
+                    .collect::<Vec<_>>()
+                    .join(","),
                 epoch: outbox.epoch(),
             },
             model: engine.as_deref().map(model_info),
-            state: state(clock.now_ms(), engine.is_some(), why, &broken),
+            state: state(clock.now_ms(), engine.is_some(), why, &blind, &broken),
         };
-        let lanes = config.source.iter().map(|s| (s.name.clone(), s.gate)).collect::<Vec<_>>();
+        let lanes = config
+            .source
+            .iter()
+            .map(|s| (s.name.clone(), s.gate))
+            .collect::<Vec<_>>();
         let pipeline = Pipeline::new(
             lanes,
             config.publish,
@@ -156,7 +186,13 @@ impl Agent {
             counters.clone(),
         );
         threads.push(thread("pipeline", move || pipeline.run(&frames))?);
-        let store = Store::new(config.device.clone(), outbox, cursor, to_uplink, counters.clone());
+        let store = Store::new(
+            config.device.clone(),
+            outbox,
+            cursor,
+            to_uplink,
+            counters.clone(),
+        );
         let store_thread = thread("store", move || store.run(commands))?;
         let stop = CancellationToken::new();
         let uplink = Uplink::new(Start {
@@ -170,7 +206,15 @@ impl Agent {
             wall: clock,
         });
         let uplink = tokio::spawn(uplink.run(stored, stop.clone()));
-        Ok(AgentHandle { counters, engine: swap, stop, captures, threads, store: store_thread, uplink })
+        Ok(AgentHandle {
+            counters,
+            engine: swap,
+            stop,
+            captures,
+            threads,
+            store: store_thread,
+            uplink,
+        })
     }
 }
 
@@ -203,7 +247,10 @@ fn open_outbox(config: &Config) -> Result<Opened, AgentError> {
         tracing::warn!("{warning}");
     }
     if !opened.pending.is_empty() {
-        tracing::info!(readings = opened.pending.len(), "the outbox holds readings from before");
+        tracing::info!(
+            readings = opened.pending.len(),
+            "the outbox holds readings from before"
+        );
     }
     Ok(opened)
 }
@@ -236,17 +283,35 @@ fn model_info(engine: &Engine) -> ModelInfo {
     }
 }
 
-fn state(ts: i64, model: bool, why: Option<String>, broken: &[String]) -> State {
-    let (health, detail) = match (model, why, broken) {
-        (false, why, _) => ("no_model", why.unwrap_or_else(|| "no model is configured".into())),
-        (true, _, []) => ("ok", String::new()),
-        (true, _, broken) => ("no_source", broken.join("; ")),
+/// Width and height of the model's input in pixels.
+fn wanted_size(engine: &Engine) -> (u32, u32) {
+    let (_, height, width) = engine.manifest().input.channels_height_width();
+    let pixels = |side: usize| u32::try_from(side).unwrap_or(u32::MAX);
+    (pixels(width), pixels(height))
+}
+
+fn state(ts: i64, model: bool, why: Option<String>, blind: &[String], broken: &[String]) -> State {
+    let (health, detail) = match (model, why, blind) {
+        (false, why, _) => (
+            "no_model",
+            why.unwrap_or_else(|| "no model is configured".into()),
+        ),
+        (true, _, []) => ("ok", broken.join("; ")),
+        (true, _, blind) => ("no_source", blind.join("; ")),
     };
-    State { v: VERSION, ts, health: health.into(), detail }
+    State {
+        v: VERSION,
+        ts,
+        health: health.into(),
+        detail,
+    }
 }
 
 fn thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, AgentError> {
     // The system shows 15 characters.
     let short: String = name.chars().take(15).collect();
-    std::thread::Builder::new().name(short).spawn(run).map_err(|error| AgentError::Thread(name.into(), error))
+    std::thread::Builder::new()
+        .name(short)
+        .spawn(run)
+        .map_err(|error| AgentError::Thread(name.into(), error))
 }

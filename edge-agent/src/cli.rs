@@ -118,16 +118,29 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Run(configured) => run_agent(configured.load()?),
-        Command::Infer { bundle, json, images } => infer(&bundle, &images, json),
+        Command::Infer {
+            bundle,
+            json,
+            images,
+        } => infer(&bundle, &images, json),
         Command::Config(ConfigCommand::Check(configured)) => {
             let config = configured.load()?;
-            println!("the configuration is sound: device {}/{}, {} source(s)", config.site, config.device, config.source.len());
+            println!(
+                "the configuration is sound: device {}/{}, {} source(s)",
+                config.site,
+                config.device,
+                config.source.len()
+            );
             Ok(ExitCode::SUCCESS)
         }
         Command::Doctor(configured) => {
             let config = configured.load()?;
             let sick = runtime()?.block_on(doctor::examine(&config));
-            Ok(if sick == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+            Ok(if sick == 0 {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            })
         }
         Command::Scene(args) => scene(&args),
     }
@@ -141,11 +154,15 @@ impl Configured {
 
 /// One thread drives the network; cameras, model and outbox have threads of their own.
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("starting the runtime")
 }
 
 fn run_agent(config: Config) -> anyhow::Result<ExitCode> {
     log();
+    spare_memory();
     runtime()?.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
         let agent = Agent::start(config, WallClock::system()).await?;
@@ -159,12 +176,37 @@ fn run_agent(config: Config) -> anyhow::Result<ExitCode> {
     })
 }
 
+/// Makes the allocator give large blocks back to the system at once and share one arena between the threads.
+/// Without it the outbox's page tables, a few MiB each, stay on the heap after they are done with: 24 MiB
+/// more in use after a long fill, instead of 6.
+fn spare_memory() {
+    /// Blocks of this size and more are mapped on their own; glibc's own start value, made constant.
+    const MAPPED_FROM: i32 = 128 * 1024;
+    #[cfg(target_env = "gnu")]
+    #[expect(
+        unsafe_code,
+        reason = "mallopt only sets two numbers, before other threads exist"
+    )]
+    // SAFETY: called once, before the runtime and the agent start their threads.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED_FROM);
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
 /// `RUST_LOG` chooses what is logged (default `info`), `LACEWING_LOG=json` makes it machine-readable.
 fn log() {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let filter =
+        tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
     let json = std::env::var("LACEWING_LOG").is_ok_and(|format| format == "json");
-    let started = if json { builder.json().try_init() } else { builder.try_init() };
+    let started = if json {
+        builder.json().try_init()
+    } else {
+        builder.try_init()
+    };
     if started.is_err() {
         tracing::debug!("logging was already set up");
     }
@@ -176,12 +218,17 @@ fn infer(bundle: &std::path::Path, images: &[PathBuf], json: bool) -> anyhow::Re
     let mut bad = 0;
     for path in images {
         let shown = path.display();
-        let result = Picture::read(path).map_err(anyhow::Error::from).and_then(|picture| Ok(engine.infer(&picture)?));
+        let result = Picture::read(path)
+            .map_err(anyhow::Error::from)
+            .and_then(|picture| Ok(engine.infer(&picture)?));
         match result {
             Ok(outcome) if json => {
                 let labels = &engine.manifest().output.labels;
-                let scores: serde_json::Map<_, _> =
-                    labels.iter().zip(&outcome.scores).map(|(label, score)| (label.clone(), (*score).into())).collect();
+                let scores: serde_json::Map<_, _> = labels
+                    .iter()
+                    .zip(&outcome.scores)
+                    .map(|(label, score)| (label.clone(), (*score).into()))
+                    .collect();
                 let line = serde_json::json!({
                     "image": path, "label": outcome.label, "score": outcome.score, "margin": outcome.margin,
                     "model": engine.id(), "scores": scores, "embedding": outcome.embedding,
@@ -192,25 +239,45 @@ fn infer(bundle: &std::path::Path, images: &[PathBuf], json: bool) -> anyhow::Re
             Err(error) => {
                 bad += 1;
                 if json {
-                    println!("{}", serde_json::json!({ "image": path, "error": format!("{error:#}") }));
+                    println!(
+                        "{}",
+                        serde_json::json!({ "image": path, "error": format!("{error:#}") })
+                    );
                 }
                 eprintln!("{shown}: {error:#}");
             }
         }
     }
-    Ok(if bad == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if bad == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 fn scene(args: &SceneArgs) -> anyhow::Result<ExitCode> {
-    let drift = Drift { light: args.light, blur: args.blur, background: args.background, ..Drift::default() };
+    let drift = Drift {
+        light: args.light,
+        blur: args.blur,
+        background: args.background,
+        ..Drift::default()
+    };
     let (defect_rate, empty_rate) = (args.defect_rate, args.empty_rate);
-    let config = SceneConfig { seed: args.seed, defect_rate, empty_rate, drift, ..SceneConfig::default() };
+    let config = SceneConfig {
+        seed: args.seed,
+        defect_rate,
+        empty_rate,
+        drift,
+        ..SceneConfig::default()
+    };
     for frame in args.first..args.first.saturating_add(args.count) {
         let (picture, truth) = draw(&config, frame);
         let folder = args.out.join(truth.label);
         std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
         let path = folder.join(format!("{frame:07}.png"));
-        picture.save(&path).with_context(|| format!("writing {}", path.display()))?;
+        picture
+            .save(&path)
+            .with_context(|| format!("writing {}", path.display()))?;
     }
     println!("{} pictures in {}", args.count, args.out.display());
     Ok(ExitCode::SUCCESS)

@@ -33,7 +33,10 @@ impl WallClock {
     /// Milliseconds since the Unix epoch.
     #[must_use]
     pub fn now_ms(&self) -> i64 {
-        #[expect(clippy::disallowed_methods, reason = "this is the one place that reads the wall clock")]
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "this is the one place that reads the wall clock"
+        )]
         let now = SystemTime::now();
         let ms = match now.duration_since(UNIX_EPOCH) {
             Ok(since) => i64::try_from(since.as_millis()).unwrap_or(i64::MAX),

@@ -105,14 +105,20 @@ impl Default for Config {
 
 impl Default for BrokerConfig {
     fn default() -> Self {
-        Self { url: "mqtt://127.0.0.1:1883".into(), keep_alive_s: 30, max_backoff_s: 30 }
+        Self {
+            url: "mqtt://127.0.0.1:1883".into(),
+            keep_alive_s: 30,
+            max_backoff_s: 30,
+        }
     }
 }
 
 impl Default for OutboxConfig {
     /// A reading takes about 400 bytes: this is a week at one reading a second.
     fn default() -> Self {
-        Self { max_bytes: 256 * 1024 * 1024 }
+        Self {
+            max_bytes: 256 * 1024 * 1024,
+        }
     }
 }
 
@@ -129,7 +135,10 @@ fn default_name(text: &str) -> Name {
 fn host_name() -> Name {
     let node = rustix::system::uname();
     let text = node.nodename().to_string_lossy().to_lowercase();
-    text.split('.').next().and_then(|host| host.parse().ok()).unwrap_or_else(|| default_name("device"))
+    text.split('.')
+        .next()
+        .and_then(|host| host.parse().ok())
+        .unwrap_or_else(|| default_name("device"))
 }
 
 /// Every mistake that was found, each with the place it is in.
@@ -139,8 +148,14 @@ pub struct ConfigErrors(pub Vec<String>);
 impl fmt::Display for ConfigErrors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let count = self.0.len();
-        write!(f, "the configuration has {count} mistake{}:", if count == 1 { "" } else { "s" })?;
-        self.0.iter().try_for_each(|mistake| write!(f, "\n  {mistake}"))
+        write!(
+            f,
+            "the configuration has {count} mistake{}:",
+            if count == 1 { "" } else { "s" }
+        )?;
+        self.0
+            .iter()
+            .try_for_each(|mistake| write!(f, "\n  {mistake}"))
     }
 }
 
@@ -158,7 +173,10 @@ impl Config {
     ///
     /// # Errors
     /// Every mistake at once.
-    pub fn load(files: &[PathBuf], environment: impl Fn(&str) -> Option<String>) -> Result<Self, ConfigErrors> {
+    pub fn load(
+        files: &[PathBuf],
+        environment: impl Fn(&str) -> Option<String>,
+    ) -> Result<Self, ConfigErrors> {
         let mut whole = toml::Table::new();
         let mut mistakes = Vec::new();
         for file in files {
@@ -201,7 +219,11 @@ impl Config {
             }
         };
         config.check(&mut mistakes);
-        if mistakes.is_empty() { Ok(config) } else { Err(ConfigErrors(mistakes)) }
+        if mistakes.is_empty() {
+            Ok(config)
+        } else {
+            Err(ConfigErrors(mistakes))
+        }
     }
 
     fn check(&self, mistakes: &mut Vec<String>) {
@@ -210,26 +232,66 @@ impl Config {
                 mistakes.push(format!("{field}: {what}"));
             }
         };
-        must(self.site != Name::itself(), "site", "must be a name, `_` is reserved");
-        must(self.device != Name::itself(), "device", "must be a name, `_` is reserved");
+        must(
+            self.site != Name::itself(),
+            "site",
+            "must be a name, `_` is reserved",
+        );
+        must(
+            self.device != Name::itself(),
+            "device",
+            "must be a name, `_` is reserved",
+        );
         if let Err(why) = self.broker.address() {
             must(false, "broker.url", &why);
         }
-        must((5..=3600).contains(&self.broker.keep_alive_s), "broker.keep_alive_s", "must be 5 to 3600 seconds");
-        must((1..=3600).contains(&self.broker.max_backoff_s), "broker.max_backoff_s", "must be 1 to 3600 seconds");
-        must((1..=86_400).contains(&self.report.every_s), "report.every_s", "must be 1 to 86400 seconds");
-        must(self.outbox.max_bytes >= MIN_OUTBOX_BYTES, "outbox.max_bytes", "must be at least 4194304 (4 MiB)");
-        must(self.source.len() <= MAX_SOURCES, "source", "at most 16 sources");
+        must(
+            (5..=3600).contains(&self.broker.keep_alive_s),
+            "broker.keep_alive_s",
+            "must be 5 to 3600 seconds",
+        );
+        must(
+            (1..=3600).contains(&self.broker.max_backoff_s),
+            "broker.max_backoff_s",
+            "must be 1 to 3600 seconds",
+        );
+        must(
+            (1..=86_400).contains(&self.report.every_s),
+            "report.every_s",
+            "must be 1 to 86400 seconds",
+        );
+        must(
+            self.outbox.max_bytes >= MIN_OUTBOX_BYTES,
+            "outbox.max_bytes",
+            "must be at least 4194304 (4 MiB)",
+        );
+        must(
+            self.source.len() <= MAX_SOURCES,
+            "source",
+            "at most 16 sources",
+        );
         if let Publish::AtMostEvery { every_s } = self.publish {
             must(every_s > 0, "publish.every_s", "must be at least 1 second");
         }
         if let Some(rule) = &self.reject {
-            must(!rule.labels.is_empty(), "reject.labels", "must name at least one label");
-            must((0.0..=1.0).contains(&rule.min_score), "reject.min_score", "must lie between 0 and 1");
+            must(
+                !rule.labels.is_empty(),
+                "reject.labels",
+                "must name at least one label",
+            );
+            must(
+                (0.0..=1.0).contains(&rule.min_score),
+                "reject.min_score",
+                "must lie between 0 and 1",
+            );
         }
         for (at, source) in self.source.iter().enumerate() {
             let twice = self.source.iter().take(at).any(|s| s.name == source.name);
-            must(!twice, &format!("source[{at}].name"), "another source has this name");
+            must(
+                !twice,
+                &format!("source[{at}].name"),
+                "another source has this name",
+            );
             for (field, what) in source.mistakes() {
                 must(false, &format!("source[{at}].{field}"), &what);
             }
@@ -262,11 +324,16 @@ impl BrokerConfig {
 
 fn read(file: &Path) -> Result<toml::Table, String> {
     let shown = file.display();
-    let size = std::fs::metadata(file).map_err(|e| format!("{shown}: cannot be read: {e}"))?.len();
+    let size = std::fs::metadata(file)
+        .map_err(|e| format!("{shown}: cannot be read: {e}"))?
+        .len();
     if size > MAX_FILE_BYTES {
-        return Err(format!("{shown}: {size} bytes is too large for a configuration"));
+        return Err(format!(
+            "{shown}: {size} bytes is too large for a configuration"
+        ));
     }
-    let text = std::fs::read_to_string(file).map_err(|e| format!("{shown}: cannot be read: {e}"))?;
+    let text =
+        std::fs::read_to_string(file).map_err(|e| format!("{shown}: cannot be read: {e}"))?;
     text.parse().map_err(|e| format!("{shown}: {e}"))
 }
 
@@ -289,7 +356,9 @@ fn set(table: &mut toml::Table, path: &[&str], value: toml::Value) {
             table.insert((*key).to_owned(), value);
         }
         [key, rest @ ..] => {
-            let inner = table.entry((*key).to_owned()).or_insert_with(|| toml::Value::Table(toml::Table::new()));
+            let inner = table
+                .entry((*key).to_owned())
+                .or_insert_with(|| toml::Value::Table(toml::Table::new()));
             if let toml::Value::Table(inner) = inner {
                 set(inner, rest, value);
             }
@@ -301,13 +370,17 @@ fn set(table: &mut toml::Table, path: &[&str], value: toml::Value) {
 fn take_out(table: &mut toml::Table, path: &serde_path_to_error::Path) -> bool {
     use serde_path_to_error::Segment;
     let mut segments = path.iter().peekable();
-    let Some(Segment::Map { key }) = segments.next() else { return false };
+    let Some(Segment::Map { key }) = segments.next() else {
+        return false;
+    };
     let mut key = key.clone();
     let mut table = table;
     loop {
         match (table.get_mut(&key), segments.next()) {
             (Some(toml::Value::Table(_)), Some(Segment::Map { key: next })) => {
-                let Some(toml::Value::Table(inner)) = table.get_mut(&key) else { return false };
+                let Some(toml::Value::Table(inner)) = table.get_mut(&key) else {
+                    return false;
+                };
                 (table, key) = (inner, next.clone());
             }
             (Some(toml::Value::Array(items)), Some(Segment::Seq { index })) => {
@@ -317,14 +390,20 @@ fn take_out(table: &mut toml::Table, path: &serde_path_to_error::Path) -> bool {
                         true
                     };
                 };
-                let Some(toml::Value::Array(items)) = table.get_mut(&key) else { return false };
-                let Some(toml::Value::Table(inner)) = items.get(*index) else { return false };
+                let Some(toml::Value::Array(items)) = table.get_mut(&key) else {
+                    return false;
+                };
+                let Some(toml::Value::Table(inner)) = items.get(*index) else {
+                    return false;
+                };
                 if !inner.contains_key(next) {
                     // A key that is missing: the entry cannot be completed, so it goes.
                     items.remove(*index);
                     return true;
                 }
-                let Some(toml::Value::Table(inner)) = items.get_mut(*index) else { return false };
+                let Some(toml::Value::Table(inner)) = items.get_mut(*index) else {
+                    return false;
+                };
                 (table, key) = (inner, next.clone());
             }
             (Some(_), _) => return table.remove(&key).is_some(),

@@ -5,7 +5,8 @@
 
 use mesh_core::{Kind, Name, Status, Topic};
 use rumqttc::{
-    AsyncClient, Event, EventLoop, LastWill, MqttOptions, NetworkOptions, Packet, PublishOptions, QoS,
+    AsyncClient, Event, EventLoop, LastWill, MqttOptions, NetworkOptions, Packet, PublishOptions,
+    QoS,
 };
 use tokio::sync::mpsc;
 
@@ -13,7 +14,7 @@ use crate::config::{BrokerConfig, Config};
 
 /// What a connection tells its owner.
 #[derive(Debug)]
-pub enum News {
+pub(crate) enum News {
     /// CONNACK came.
     Up,
     /// Something moved: there may be room to send.
@@ -43,7 +44,7 @@ const MAX_OUTGOING: usize = 512 * 1024;
 const CONNECT_TIMEOUT_S: u64 = 10;
 
 /// An open or opening connection.
-pub struct Connection {
+pub(crate) struct Connection {
     client: AsyncClient,
     news: mpsc::Receiver<News>,
     driver: tokio::task::JoinHandle<()>,
@@ -52,14 +53,19 @@ pub struct Connection {
 /// Why a connection could not even be tried.
 #[derive(Debug, thiserror::Error)]
 #[error("broker {url}: {why}")]
-pub struct ConnectError {
+pub(crate) struct ConnectError {
     url: String,
     why: String,
 }
 
 fn options(broker: &BrokerConfig, client_id: String) -> Result<MqttOptions, ConnectError> {
-    let BrokerConfig { url, keep_alive_s } = broker;
-    let (host, port) = broker.address().map_err(|why| ConnectError { url: url.clone(), why })?;
+    let BrokerConfig {
+        url, keep_alive_s, ..
+    } = broker;
+    let (host, port) = broker.address().map_err(|why| ConnectError {
+        url: url.clone(),
+        why,
+    })?;
     let mut options = MqttOptions::new(client_id, (host, port));
     options
         .set_keep_alive(*keep_alive_s)
@@ -71,7 +77,7 @@ fn options(broker: &BrokerConfig, client_id: String) -> Result<MqttOptions, Conn
 
 /// The client id that the broker's topic rights go by.
 #[must_use]
-pub fn client_id(site: &Name, device: &Name) -> String {
+pub(crate) fn client_id(site: &Name, device: &Name) -> String {
     format!("{site}/{device}")
 }
 
@@ -80,10 +86,15 @@ impl Connection {
     ///
     /// # Errors
     /// If the options make no sense; everything else comes as [`News::Lost`].
-    pub fn open(config: &Config) -> Result<Self, ConnectError> {
+    pub(crate) fn open(config: &Config) -> Result<Self, ConnectError> {
         let mut options = options(&config.broker, client_id(&config.site, &config.device))?;
         let status = Topic::of_device(&config.site, &config.device, Kind::Status).to_string();
-        options.set_last_will(LastWill::new(status, Status::Offline.as_str(), QoS::AtLeastOnce, true));
+        options.set_last_will(LastWill::new(
+            status,
+            Status::Offline.as_str(),
+            QoS::AtLeastOnce,
+            true,
+        ));
         Self::start(config, options)
     }
 
@@ -91,40 +102,64 @@ impl Connection {
     ///
     /// # Errors
     /// As [`Connection::open`].
-    pub fn probe(config: &Config) -> Result<Self, ConnectError> {
-        Self::start(config, options(&config.broker, format!("doctor-{}-{}", config.device, std::process::id()))?)
+    pub(crate) fn probe(config: &Config) -> Result<Self, ConnectError> {
+        Self::start(
+            config,
+            options(
+                &config.broker,
+                format!("doctor-{}-{}", config.device, std::process::id()),
+            )?,
+        )
     }
 
     fn start(config: &Config, options: MqttOptions) -> Result<Self, ConnectError> {
-        let (client, mut event_loop) = AsyncClient::builder(options)
-            .try_build()
-            .map_err(|error| ConnectError { url: config.broker.url.clone(), why: error.to_string() })?;
+        let (client, mut event_loop) =
+            AsyncClient::builder(options)
+                .try_build()
+                .map_err(|error| ConnectError {
+                    url: config.broker.url.clone(),
+                    why: error.to_string(),
+                })?;
         let mut network = NetworkOptions::new();
-        network.set_connection_timeout(CONNECT_TIMEOUT_S).set_tcp_nodelay(true);
+        network
+            .set_connection_timeout(CONNECT_TIMEOUT_S)
+            .set_tcp_nodelay(true);
         event_loop.set_network_options(network);
         let (tell, news) = mpsc::channel(QUEUE);
-        Ok(Self { client, news, driver: tokio::spawn(drive(event_loop, tell)) })
+        Ok(Self {
+            client,
+            news,
+            driver: tokio::spawn(drive(event_loop, tell)),
+        })
     }
 
     /// What happens next on it.
-    pub async fn news(&mut self) -> News {
-        self.news.recv().await.unwrap_or_else(|| News::Lost("the connection was closed".into()))
+    pub(crate) async fn news(&mut self) -> News {
+        self.news
+            .recv()
+            .await
+            .unwrap_or_else(|| News::Lost("the connection was closed".into()))
     }
 
     /// Hands a message over; false where there is no room just now.
     #[must_use]
-    pub fn publish(&self, topic: &str, payload: bytes::Bytes, options: PublishOptions) -> bool {
+    pub(crate) fn publish(
+        &self,
+        topic: &str,
+        payload: bytes::Bytes,
+        options: PublishOptions,
+    ) -> bool {
         self.client.try_publish(topic, payload, options).is_ok()
     }
 
     /// Asks for the messages of `topic`; false where there is no room just now.
     #[must_use]
-    pub fn subscribe(&self, topic: &str) -> bool {
+    pub(crate) fn subscribe(&self, topic: &str) -> bool {
         self.client.try_subscribe(topic, QoS::AtLeastOnce).is_ok()
     }
 
     /// Says goodbye, so that the last will is not sent, and waits until it is said or `wait` is over.
-    pub async fn close(mut self, wait: std::time::Duration) {
+    pub(crate) async fn close(mut self, wait: std::time::Duration) {
         let goodbye = async {
             if self.client.disconnect().await.is_ok() {
                 while !matches!(self.news().await, News::Lost(_)) {}

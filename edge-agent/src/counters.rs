@@ -79,7 +79,8 @@ impl Numbers {
     pub fn latency(&self, us: u64) {
         let old = self.latency_us.get();
         // An eighth of the new value: follows a change within a second or two of frames.
-        self.latency_us.set(if old == 0 { us } else { (old * 7 + us) / 8 });
+        self.latency_us
+            .set(if old == 0 { us } else { (old * 7 + us) / 8 });
     }
 }
 
@@ -88,6 +89,8 @@ impl Numbers {
 pub fn resident_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib = line.and_then(|rest| rest.split_ascii_whitespace().next()).and_then(|kib| kib.parse::<u64>().ok());
+    let kib = line
+        .and_then(|rest| rest.split_ascii_whitespace().next())
+        .and_then(|kib| kib.parse::<u64>().ok());
     kib.unwrap_or(0) * 1024
 }

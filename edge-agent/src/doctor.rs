@@ -21,7 +21,7 @@ const YEAR_2100_MS: i64 = 4_102_444_800_000;
 type Finding = Result<String, String>;
 
 /// Tries everything, prints a line for each, and says how many are sick.
-pub async fn examine(config: &Config) -> usize {
+pub(crate) async fn examine(config: &Config) -> usize {
     let mut sick = 0;
     let mut say = |what: &str, finding: Finding| match finding {
         Ok(fine) => println!("ok    {what}: {fine}"),
@@ -37,10 +37,16 @@ pub async fn examine(config: &Config) -> usize {
         say("source", Err("none is configured; add a [[source]]".into()));
     }
     for source_config in &config.source {
-        say(&format!("source {}", source_config.name), source(source_config));
+        say(
+            &format!("source {}", source_config.name),
+            source(source_config),
+        );
     }
     say("model", model(config.model.bundle.as_deref()));
-    say("board", crate::board::Board::try_pins(&config.board).map_err(|error| error.to_string()));
+    say(
+        "board",
+        crate::board::Board::try_pins(&config.board).map_err(|error| error.to_string()),
+    );
     say("broker", broker(config).await);
     if sick == 0 {
         println!("everything works");
@@ -52,8 +58,9 @@ pub async fn examine(config: &Config) -> usize {
 
 fn disk(data: &Path, wanted: u64) -> Finding {
     let shown = data.display();
-    std::fs::create_dir_all(data)
-        .map_err(|error| format!("{shown} cannot be made: {error}; choose another folder with `data`, or its owner"))?;
+    std::fs::create_dir_all(data).map_err(|error| {
+        format!("{shown} cannot be made: {error}; choose another folder with `data`, or its owner")
+    })?;
     let probe = data.join(".doctor");
     std::fs::write(&probe, b"doctor")
         .and_then(|()| std::fs::File::open(&probe)?.sync_all())
@@ -76,16 +83,23 @@ fn clock(now_ms: i64) -> Finding {
     if (YEAR_2026_MS..YEAR_2100_MS).contains(&now_ms) {
         Ok("set".into())
     } else {
-        Err("not set (readings will carry a wrong time, none is lost): is there a network for NTP?".into())
+        Err(
+            "not set (readings will carry a wrong time, none is lost): is there a network for NTP?"
+                .into(),
+        )
     }
 }
 
 fn source(config: &SourceConfig) -> Finding {
-    let mut source = capture::open(config).map_err(|error| error.to_string())?;
+    let mut source = capture::open(config, None).map_err(|error| error.to_string())?;
     match source.shoot(0) {
         Shot::Picture { picture, file, .. } => {
             let from = file.map(|f| format!(" from {f}")).unwrap_or_default();
-            Ok(format!("a frame of {}×{} pixels{from}", picture.width(), picture.height()))
+            Ok(format!(
+                "a frame of {}×{} pixels{from}",
+                picture.width(),
+                picture.height()
+            ))
         }
         Shot::Bad { why } => Err(format!("its first frame cannot be used: {why}")),
         Shot::End => Err("it has no frame".into()),
@@ -97,7 +111,11 @@ fn model(path: Option<&Path>) -> Finding {
     let bundle = Bundle::open(path).map_err(|error| error.to_string())?;
     let engine = Engine::load(&bundle).map_err(|error| error.to_string())?;
     let test = self_test(&bundle, &engine);
-    if test.passed() { Ok(format!("{}, self-test passed", engine.id())) } else { Err(format!("self-test failed\n{test}")) }
+    if test.passed() {
+        Ok(format!("{}, self-test passed", engine.id()))
+    } else {
+        Err(format!("self-test failed\n{test}"))
+    }
 }
 
 async fn broker(config: &Config) -> Finding {
@@ -107,13 +125,18 @@ async fn broker(config: &Config) -> Finding {
         loop {
             match connection.news().await {
                 News::Up => return Ok(format!("{url} answers")),
-                News::Lost(why) => return Err(format!("{url}: {why}; is it running, and is the address right?")),
+                News::Lost(why) => {
+                    return Err(format!(
+                        "{url}: {why}; is it running, and is the address right?"
+                    ));
+                }
                 _ => {}
             }
         }
     };
     let finding = tokio::time::timeout(BROKER_PATIENCE, answer).await;
-    let finding = finding.unwrap_or_else(|_| Err(format!("{url} accepts connections but does not answer")));
+    let finding =
+        finding.unwrap_or_else(|_| Err(format!("{url} accepts connections but does not answer")));
     connection.close(Duration::from_secs(1)).await;
     finding
 }
@@ -132,7 +155,11 @@ mod tests {
     fn a_disk_is_tried_not_believed() {
         let folder = tempfile::tempdir().unwrap();
         assert!(disk(folder.path(), 1).is_ok());
-        assert!(disk(folder.path(), u64::MAX).unwrap_err().contains("lower outbox.max_bytes"));
+        assert!(
+            disk(folder.path(), u64::MAX)
+                .unwrap_err()
+                .contains("lower outbox.max_bytes")
+        );
         let file = folder.path().join("file");
         std::fs::write(&file, "").unwrap();
         assert!(disk(&file.join("below"), 1).is_err());

@@ -16,7 +16,10 @@ pub struct GateConfig {
 
 impl Default for GateConfig {
     fn default() -> Self {
-        Self { every: 1, motion: 0.0 }
+        Self {
+            every: 1,
+            motion: 0.0,
+        }
     }
 }
 
@@ -62,7 +65,12 @@ impl Gate {
         }
         let grid = grid(picture);
         if let Some(last) = &self.last {
-            let moved: f32 = grid.iter().zip(last).map(|(a, b)| (a - b).abs()).sum::<f32>() / grid.len() as f32;
+            let moved: f32 = grid
+                .iter()
+                .zip(last)
+                .map(|(a, b)| (a - b).abs())
+                .sum::<f32>()
+                / grid.len() as f32;
             if moved < self.config.motion {
                 return false;
             }
@@ -77,7 +85,10 @@ fn grid(picture: &Picture) -> [f32; GRID * GRID] {
     let (width, height) = (picture.width() as usize, picture.height() as usize);
     let mut sums = [(0u32, 0u32); GRID * GRID];
     for y in (0..height).step_by(4) {
-        let row = picture.rgb().get(y * width * 3..(y + 1) * width * 3).unwrap_or_default();
+        let row = picture
+            .rgb()
+            .get(y * width * 3..(y + 1) * width * 3)
+            .unwrap_or_default();
         for (x, pixel) in row.chunks_exact(3).enumerate().step_by(4) {
             let cell = (y * GRID / height) * GRID + x * GRID / width;
             if let Some((sum, count)) = sums.get_mut(cell) {
@@ -86,7 +97,13 @@ fn grid(picture: &Picture) -> [f32; GRID * GRID] {
             }
         }
     }
-    sums.map(|(sum, count)| if count == 0 { 0.0 } else { sum as f32 / (count as f32 * 255.0) })
+    sums.map(|(sum, count)| {
+        if count == 0 {
+            0.0
+        } else {
+            sum as f32 / (count as f32 * 255.0)
+        }
+    })
 }
 
 #[cfg(test)]
@@ -99,22 +116,33 @@ mod tests {
 
     #[test]
     fn every_nth() {
-        let mut gate = Gate::new(GateConfig { every: 3, motion: 0.0 });
+        let mut gate = Gate::new(GateConfig {
+            every: 3,
+            motion: 0.0,
+        });
         let passed: Vec<_> = (0..7).filter(|n| gate.pass(*n, &grey(0))).collect();
         assert_eq!(passed, [0, 3, 6]);
     }
 
     #[test]
     fn motion_is_judged_against_the_last_frame_that_passed() {
-        let mut gate = Gate::new(GateConfig { every: 1, motion: 0.05 });
+        let mut gate = Gate::new(GateConfig {
+            every: 1,
+            motion: 0.05,
+        });
         // A slow drift of 4/255 a frame: each step is below the threshold, their sum is not.
-        let passed: Vec<_> = (0..9u8).filter(|n| gate.pass(u64::from(*n), &grey(100 + n * 4))).collect();
+        let passed: Vec<_> = (0..9u8)
+            .filter(|n| gate.pass(u64::from(*n), &grey(100 + n * 4)))
+            .collect();
         assert_eq!(passed, [0, 4, 8]);
     }
 
     #[test]
     fn tiny_pictures_have_a_grid_too() {
-        let mut gate = Gate::new(GateConfig { every: 1, motion: 0.5 });
+        let mut gate = Gate::new(GateConfig {
+            every: 1,
+            motion: 0.5,
+        });
         let dot = |v| Picture::from_rgb(1, 1, vec![v; 3]).unwrap();
         assert!(gate.pass(0, &dot(0)));
         assert!(!gate.pass(1, &dot(255)), "one cell of 256 moved");

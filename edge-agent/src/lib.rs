@@ -11,7 +11,7 @@ pub mod config;
 mod connection;
 pub mod counters;
 mod doctor;
-mod gate;
+pub mod gate;
 pub mod outbox;
 mod pipeline;
 pub mod store;

@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// The model in use. A swap is one `send`: the thread takes it between two frames.
-pub type Loaded = Option<Arc<Engine>>;
+pub(crate) type Loaded = Option<Arc<Engine>>;
 
 /// One source, as the pipeline sees it.
 struct Lane {
@@ -29,7 +29,7 @@ struct Lane {
 }
 
 /// The thread's state.
-pub struct Pipeline {
+pub(crate) struct Pipeline {
     lanes: Vec<Lane>,
     engine: watch::Receiver<Loaded>,
     model: Arc<str>,
@@ -43,7 +43,7 @@ pub struct Pipeline {
 impl Pipeline {
     /// One lane per source, in the order of the configuration.
     #[must_use]
-    pub fn new(
+    pub(crate) fn new(
         sources: impl IntoIterator<Item = (Name, GateConfig)>,
         publish: Publish,
         reject: Option<Rule>,
@@ -52,7 +52,11 @@ impl Pipeline {
         store: Sender<Command>,
         counters: Counters,
     ) -> Self {
-        let lane = |(name, gate)| Lane { name, gate: Gate::new(gate), decider: Decider::new(publish) };
+        let lane = |(name, gate)| Lane {
+            name,
+            gate: Gate::new(gate),
+            decider: Decider::new(publish),
+        };
         Self {
             lanes: sources.into_iter().map(lane).collect(),
             engine,
@@ -66,9 +70,11 @@ impl Pipeline {
     }
 
     /// Looks at frames until the cameras or the store are gone. Blocks: it has a thread of its own.
-    pub fn run(mut self, frames: &Receiver<Frame>) {
+    pub(crate) fn run(mut self, frames: &Receiver<Frame>) {
         while let Ok(frame) = frames.recv() {
-            let Some(draft) = self.look(frame) else { continue };
+            let Some(draft) = self.look(frame) else {
+                continue;
+            };
             self.counters.results.add(1);
             if self.store.blocking_send(Command::Append(draft)).is_err() {
                 return;
@@ -96,8 +102,13 @@ impl Pipeline {
             }
         };
         let latency = begin.elapsed();
-        self.counters.latency(u64::try_from(latency.as_micros()).unwrap_or(u64::MAX));
-        if self.reject.as_ref().is_some_and(|rule| rule.matches(&outcome.label, outcome.score)) {
+        self.counters
+            .latency(u64::try_from(latency.as_micros()).unwrap_or(u64::MAX));
+        if self
+            .reject
+            .as_ref()
+            .is_some_and(|rule| rule.matches(&outcome.label, outcome.score))
+        {
             self.board.reject();
         }
         if !lane.decider.decide(&outcome.label, self.clock.now_ms()) {

@@ -110,9 +110,22 @@ pub struct Store {
 impl Store {
     /// Owns `outbox`, speaks to the uplink.
     #[must_use]
-    pub fn new(device: Name, outbox: Outbox, cursor: Cursor, to_uplink: Sender<Stored>, counters: Counters) -> Self {
+    pub fn new(
+        device: Name,
+        outbox: Outbox,
+        cursor: Cursor,
+        to_uplink: Sender<Stored>,
+        counters: Counters,
+    ) -> Self {
         let gaps_said = outbox.gaps().to_vec();
-        let store = Self { device, outbox, cursor, gaps_said, to_uplink, counters };
+        let store = Self {
+            device,
+            outbox,
+            cursor,
+            gaps_said,
+            to_uplink,
+            counters,
+        };
         store.count();
         store
     }
@@ -175,9 +188,15 @@ impl Store {
                 if durable.len() == group.len() {
                     durable.clear();
                 }
-                let draft = group.get(durable.len()).ok_or(EventError::Value("more numbers than results"))?;
+                let draft = group
+                    .get(durable.len())
+                    .ok_or(EventError::Value("more numbers than results"))?;
                 let bytes = reading(device, epoch, seq, draft).encode()?;
-                durable.push(Durable { seq, source: draft.source.clone(), bytes: Bytes::from(bytes.clone()) });
+                durable.push(Durable {
+                    seq,
+                    source: draft.source.clone(),
+                    bytes: Bytes::from(bytes.clone()),
+                });
                 Ok::<_, EventError>(bytes)
             };
             match self.outbox.append(group.len(), encode, &note) {
@@ -189,7 +208,12 @@ impl Store {
                     return;
                 }
                 // Nothing that trying again could mend.
-                Err(error @ (OutboxError::Encode(_) | OutboxError::Reading { .. } | OutboxError::Group { .. } | OutboxError::Cursor(_))) => {
+                Err(
+                    error @ (OutboxError::Encode(_)
+                    | OutboxError::Reading { .. }
+                    | OutboxError::Group { .. }
+                    | OutboxError::Cursor(_)),
+                ) => {
                     self.counters.frames_bad.add(group.len() as u64);
                     tracing::error!(%error, results = group.len(), "results dropped: they make no reading");
                     return;
@@ -222,7 +246,9 @@ impl Store {
 
     fn count(&self) {
         self.counters.outbox_bytes.set(self.outbox.bytes());
-        self.counters.gaps_pending.set(self.gaps_said.iter().map(|g| g.to - g.from + 1).sum());
+        self.counters
+            .gaps_pending
+            .set(self.gaps_said.iter().map(|g| g.to - g.from + 1).sum());
     }
 }
 

@@ -33,13 +33,13 @@ const FAREWELL: Duration = Duration::from_secs(2);
 
 /// What the uplink says about the device, besides readings.
 #[derive(Clone, Debug)]
-pub struct Identity {
+pub(crate) struct Identity {
     /// What it is.
-    pub info: Info,
+    pub(crate) info: Info,
     /// The model that is loaded.
-    pub model: Option<ModelInfo>,
+    pub(crate) model: Option<ModelInfo>,
     /// How it is.
-    pub state: State,
+    pub(crate) state: State,
 }
 
 /// Everything that can happen to the uplink.
@@ -53,7 +53,7 @@ enum Event {
 }
 
 /// The uplink's state.
-pub struct Uplink {
+pub(crate) struct Uplink {
     config: Config,
     identity: Identity,
     epoch: u64,
@@ -87,30 +87,39 @@ enum Batch {
 }
 
 /// What the uplink starts from.
-pub struct Start {
+pub(crate) struct Start {
     /// The agent's configuration.
-    pub config: Config,
+    pub(crate) config: Config,
     /// What it says about itself.
-    pub identity: Identity,
+    pub(crate) identity: Identity,
     /// What the outbox holds.
-    pub pending: mesh_core::RangeSet,
+    pub(crate) pending: mesh_core::RangeSet,
     /// What it had to drop.
-    pub gaps: Vec<GapRecord>,
+    pub(crate) gaps: Vec<GapRecord>,
     /// Commands to the store.
-    pub store: Sender<Command>,
+    pub(crate) store: Sender<Command>,
     /// The board's lights.
-    pub board: BoardHandle,
+    pub(crate) board: BoardHandle,
     /// What is counted.
-    pub counters: Counters,
+    pub(crate) counters: Counters,
     /// Stamps what the device says about itself.
-    pub wall: WallClock,
+    pub(crate) wall: WallClock,
 }
 
 impl Uplink {
     /// Offline, with what the outbox holds.
     #[must_use]
-    pub fn new(start: Start) -> Self {
-        let Start { config, identity, pending, gaps, store, board, counters, wall } = start;
+    pub(crate) fn new(start: Start) -> Self {
+        let Start {
+            config,
+            identity,
+            pending,
+            gaps,
+            store,
+            board,
+            counters,
+            wall,
+        } = start;
         Self {
             epoch: identity.info.epoch,
             delivery: Delivery::new(Pace::default(), pending),
@@ -135,7 +144,7 @@ impl Uplink {
     }
 
     /// Delivers until `stop`, and a little longer.
-    pub async fn run(mut self, mut stored: Receiver<Stored>, stop: CancellationToken) {
+    pub(crate) async fn run(mut self, mut stored: Receiver<Stored>, stop: CancellationToken) {
         let mut reconnect = Some(tokio::time::Instant::now());
         let period = Duration::from_secs(u64::from(self.config.report.every_s));
         let mut report = tokio::time::interval(period);
@@ -143,9 +152,24 @@ impl Uplink {
         let mut farewell: Option<tokio::time::Instant> = None;
         loop {
             let event = {
-                let Self { connection, delivery, clock, gaps, gaps_said_ms, up, .. } = &mut self;
-                let gaps_due = gaps_said_ms.filter(|_| *up && !gaps.is_empty()).map(|at| at + SAY_GAPS_AGAIN_MS);
-                let due = delivery.due_ms().into_iter().chain(gaps_due).min().map(|at| clock.at(at));
+                let Self {
+                    connection,
+                    delivery,
+                    clock,
+                    gaps,
+                    gaps_said_ms,
+                    up,
+                    ..
+                } = &mut self;
+                let gaps_due = gaps_said_ms
+                    .filter(|_| *up && !gaps.is_empty())
+                    .map(|at| at + SAY_GAPS_AGAIN_MS);
+                let due = delivery
+                    .due_ms()
+                    .into_iter()
+                    .chain(gaps_due)
+                    .min()
+                    .map(|at| clock.at(at));
                 tokio::select! {
                     // The store first: what is durable must never wait for the network.
                     biased;
@@ -177,7 +201,8 @@ impl Uplink {
                 }
             }
             self.pump();
-            let told = self.delivery.waiting() == 0 && stored.is_empty() && self.counters.is_stored();
+            let told =
+                self.delivery.waiting() == 0 && stored.is_empty() && self.counters.is_stored();
             if farewell.is_some() && (told || !self.up) {
                 break;
             }
@@ -239,9 +264,12 @@ impl Uplink {
 
     fn message(&mut self, topic: &str, payload: &[u8]) {
         let understood = match topic.parse::<Topic>() {
-            Ok(Topic { kind: Kind::Ack, site, device, .. })
-                if site == self.config.site && device == self.config.device =>
-            {
+            Ok(Topic {
+                kind: Kind::Ack,
+                site,
+                device,
+                ..
+            }) if site == self.config.site && device == self.config.device => {
                 Ack::decode(payload).map_err(|error| error.to_string())
             }
             Ok(_) => Err("not a topic of this device".into()),
@@ -266,7 +294,9 @@ impl Uplink {
     fn store_said(&mut self, said: Stored) {
         match said {
             Stored::Appended(readings) => {
-                let (Some(first), Some(last)) = (readings.first(), readings.last()) else { return };
+                let (Some(first), Some(last)) = (readings.first(), readings.last()) else {
+                    return;
+                };
                 self.delivery.appended(first.seq, last.seq);
                 if self.up {
                     for Durable { seq, source, bytes } in readings {
@@ -310,12 +340,19 @@ impl Uplink {
             }
             expected = seq + 1;
         }
-        self.batch = Batch::Ready { from, to: last, payload: payload.into() };
+        self.batch = Batch::Ready {
+            from,
+            to: last,
+            payload: payload.into(),
+        };
     }
 
     fn due(&mut self) {
         self.delivery.tick(self.clock.now_ms());
-        if self.gaps_said_ms.is_some_and(|at| self.clock.now_ms() >= at + SAY_GAPS_AGAIN_MS) {
+        if self
+            .gaps_said_ms
+            .is_some_and(|at| self.clock.now_ms() >= at + SAY_GAPS_AGAIN_MS)
+        {
             self.gaps_said_ms = None;
         }
     }
@@ -329,9 +366,12 @@ impl Uplink {
         {
             self.to_free = Some(stored);
         }
-        let Some(connection) = self.connection.as_ref().filter(|_| self.up) else { return };
+        let Some(connection) = self.connection.as_ref().filter(|_| self.up) else {
+            return;
+        };
         if !self.subscribed {
-            let topic = Topic::of_device(&self.config.site, &self.config.device, Kind::Ack).to_string();
+            let topic =
+                Topic::of_device(&self.config.site, &self.config.device, Kind::Ack).to_string();
             self.subscribed = connection.subscribe(&topic);
         }
         while let Some((topic, payload, options)) = self.greetings.last() {
@@ -342,7 +382,11 @@ impl Uplink {
         }
         if self.gaps_said_ms.is_none() {
             for gap in &self.gaps {
-                if !connection.publish(&self.topic(Kind::Gap), self.gap(*gap), PublishOptions::at_least_once()) {
+                if !connection.publish(
+                    &self.topic(Kind::Gap),
+                    self.gap(*gap),
+                    PublishOptions::at_least_once(),
+                ) {
                     return;
                 }
             }
@@ -356,7 +400,11 @@ impl Uplink {
                         self.delivery.postpone(seq);
                         continue;
                     };
-                    let topic = Topic { source: source.clone(), ..self.topic_of(Kind::Result) }.to_string();
+                    let topic = Topic {
+                        source: source.clone(),
+                        ..self.topic_of(Kind::Result)
+                    }
+                    .to_string();
                     if !connection.publish(&topic, bytes.clone(), PublishOptions::at_least_once()) {
                         self.live.insert(seq, (source, bytes));
                         return;
@@ -372,14 +420,28 @@ impl Uplink {
                             }
                             return;
                         }
-                        Batch::Ready { from: first, .. } if *first != from => self.batch = Batch::None,
-                        Batch::Ready { to: last, payload, .. } => {
+                        Batch::Ready { from: first, .. } if *first != from => {
+                            self.batch = Batch::None
+                        }
+                        Batch::Ready {
+                            to: last, payload, ..
+                        } => {
                             let topic = self.topic(Kind::Replay);
-                            if !connection.publish(&topic, payload.clone(), PublishOptions::at_least_once()) {
+                            if !connection.publish(
+                                &topic,
+                                payload.clone(),
+                                PublishOptions::at_least_once(),
+                            ) {
                                 return;
                             }
                             // An acknowledgement may have shortened the range since it was read.
-                            self.delivery.sent(Send::Replay { from, to: to.min(*last) }, self.clock.now_ms());
+                            self.delivery.sent(
+                                Send::Replay {
+                                    from,
+                                    to: to.min(*last),
+                                },
+                                self.clock.now_ms(),
+                            );
                             self.batch = Batch::None;
                         }
                     }
@@ -398,7 +460,14 @@ impl Uplink {
 
     fn gap(&self, gap: GapRecord) -> Bytes {
         let GapRecord { from, to, reason } = gap;
-        let gap = Gap { v: VERSION, device: self.config.device.clone(), epoch: self.epoch, from, to, reason };
+        let gap = Gap {
+            v: VERSION,
+            device: self.config.device.clone(),
+            epoch: self.epoch,
+            from,
+            to,
+            reason,
+        };
         gap.encode().unwrap_or_default().into()
     }
 
@@ -406,18 +475,36 @@ impl Uplink {
     fn greet(&self) -> Vec<(String, Bytes, PublishOptions)> {
         let retained = PublishOptions::at_least_once().retained();
         let mut said = vec![
-            (self.topic(Kind::State), self.identity.state.encode().unwrap_or_default().into(), retained),
-            (self.topic(Kind::Info), self.identity.info.encode().unwrap_or_default().into(), retained),
+            (
+                self.topic(Kind::State),
+                self.identity.state.encode().unwrap_or_default().into(),
+                retained,
+            ),
+            (
+                self.topic(Kind::Info),
+                self.identity.info.encode().unwrap_or_default().into(),
+                retained,
+            ),
         ];
         if let Some(model) = &self.identity.model {
-            said.push((self.topic(Kind::Model), model.encode().unwrap_or_default().into(), retained));
+            said.push((
+                self.topic(Kind::Model),
+                model.encode().unwrap_or_default().into(),
+                retained,
+            ));
         }
-        said.push((self.topic(Kind::Status), Status::Online.as_str().into(), retained));
+        said.push((
+            self.topic(Kind::Status),
+            Status::Online.as_str().into(),
+            retained,
+        ));
         said
     }
 
     fn report(&mut self) {
-        let Some(connection) = self.connection.as_ref().filter(|_| self.up) else { return };
+        let Some(connection) = self.connection.as_ref().filter(|_| self.up) else {
+            return;
+        };
         let numbers = &self.counters;
         let metrics = Metrics {
             v: VERSION,
@@ -437,7 +524,11 @@ impl Uplink {
         };
         let payload = metrics.encode().unwrap_or_default();
         // Lost if there is no room: the next one says the same and more.
-        let _ = connection.publish(&self.topic(Kind::Metrics), payload.into(), PublishOptions::at_most_once());
+        let _ = connection.publish(
+            &self.topic(Kind::Metrics),
+            payload.into(),
+            PublishOptions::at_most_once(),
+        );
     }
 
     fn board_state(&self) -> BoardState {
@@ -452,7 +543,8 @@ impl Uplink {
         let status = self.topic(Kind::Status);
         if let Some(connection) = self.connection.take().filter(|_| self.up) {
             let offline = Bytes::from_static(Status::Offline.as_str().as_bytes());
-            let _ = connection.publish(&status, offline, PublishOptions::at_least_once().retained());
+            let _ =
+                connection.publish(&status, offline, PublishOptions::at_least_once().retained());
             connection.close(FAREWELL).await;
         }
     }

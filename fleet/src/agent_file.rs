@@ -35,6 +35,8 @@ pub struct BrokerPart {
     pub url: String,
     /// Seconds between signs of life.
     pub keep_alive_s: u16,
+    /// The longest wait between two tries to connect, in seconds.
+    pub max_backoff_s: u16,
 }
 
 /// `[[source]]`
@@ -125,6 +127,7 @@ mod tests {
             broker: BrokerPart {
                 url: "mqtt://127.0.0.1:1883".into(),
                 keep_alive_s: 10,
+                max_backoff_s: 3,
             },
             source: vec![SourcePart {
                 name: "cam0".into(),

@@ -24,6 +24,8 @@ const READY: Duration = Duration::from_secs(60);
 const GRACE: Duration = Duration::from_secs(15);
 /// A network that hangs is noticed within seconds: nobody who watches waits longer.
 const KEEP_ALIVE_S: u16 = 10;
+/// People watch: a network that is back is to be noticed at once. A large fleet would spread its devices more.
+const MAX_BACKOFF_S: u16 = 3;
 /// The one camera of each device.
 pub const SOURCE: &str = "cam0";
 
@@ -287,6 +289,7 @@ impl Site {
             broker: BrokerPart {
                 url: format!("mqtt://{}", link.address()),
                 keep_alive_s: KEEP_ALIVE_S,
+                max_backoff_s: MAX_BACKOFF_S,
             },
             source: has_camera.then_some(source).into_iter().collect(),
             model: plan.bundle.clone().map(|bundle| ModelPart { bundle }),

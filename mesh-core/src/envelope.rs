@@ -212,7 +212,7 @@ pub struct State {
     pub ts: i64,
     /// `ok`, `no_model` or `no_source`.
     pub health: String,
-    /// What is wrong, in words; empty where nothing is.
+    /// What is wrong, in words; empty where nothing is. Pins that do not work are named here only.
     pub detail: String,
 }
 

@@ -102,6 +102,16 @@ pub(crate) fn check_size(width: u32, height: u32) -> Result<(), ImageError> {
     }
 }
 
+/// The bytes of an image file, at most [`MAX_ENCODED_BYTES`].
+fn file(path: &Path) -> Result<Vec<u8>, ImageError> {
+    let read = |source| ImageError::Read {
+        path: path.to_owned(),
+        source,
+    };
+    let bytes = read_bounded(path, MAX_ENCODED_BYTES as u64).map_err(read)?;
+    bytes.ok_or(ImageError::TooManyBytes)
+}
+
 impl Picture {
     /// Pixels that are in memory already.
     ///
@@ -166,12 +176,15 @@ impl Picture {
     /// # Errors
     /// As [`Picture::decode`], and when the file cannot be read.
     pub fn read(path: &Path) -> Result<Self, ImageError> {
-        let bytes =
-            read_bounded(path, MAX_ENCODED_BYTES as u64).map_err(|source| ImageError::Read {
-                path: path.to_owned(),
-                source,
-            })?;
-        Self::decode(&bytes.ok_or(ImageError::TooManyBytes)?)
+        Self::decode(&file(path)?)
+    }
+
+    /// Reads a file and decodes it as [`Picture::decode_for`] does.
+    ///
+    /// # Errors
+    /// As [`Picture::read`].
+    pub fn read_for(path: &Path, width: u32, height: u32) -> Result<Self, ImageError> {
+        Self::decode_for(&file(path)?, width, height)
     }
 
     /// Pixels across, at least 1.

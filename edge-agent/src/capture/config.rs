@@ -73,10 +73,26 @@ impl SourceConfig {
                 all.push((field.to_owned(), what.to_owned()));
             }
         };
-        must(self.name != Name::itself(), "name", "must be a name, `_` is the device itself");
-        must((0.0..=MAX_FPS).contains(&self.fps), "fps", "must lie between 0 and 1000");
-        must(self.kind != SourceKind::Folder || self.path.is_some(), "path", "a folder source needs the folder");
-        must(self.kind == SourceKind::Folder || self.path.is_none(), "path", "only a folder source has one");
+        must(
+            self.name != Name::itself(),
+            "name",
+            "must be a name, `_` is the device itself",
+        );
+        must(
+            (0.0..=MAX_FPS).contains(&self.fps),
+            "fps",
+            "must lie between 0 and 1000",
+        );
+        must(
+            self.kind != SourceKind::Folder || self.path.is_some(),
+            "path",
+            "a folder source needs the folder",
+        );
+        must(
+            self.kind == SourceKind::Folder || self.path.is_none(),
+            "path",
+            "only a folder source has one",
+        );
         for (field, what) in self.gate.mistakes() {
             must(false, &format!("gate.{field}"), what);
         }

@@ -15,11 +15,12 @@ const MAX_DEPTH: usize = 8;
 
 /// Shows the images of a folder in the order of their paths, once or for ever.
 #[derive(Debug)]
-pub struct Folder {
+pub(crate) struct Folder {
     root: PathBuf,
     files: Vec<PathBuf>,
     repeat: bool,
     labelled: bool,
+    wanted: Option<(u32, u32)>,
 }
 
 impl Folder {
@@ -27,16 +28,32 @@ impl Folder {
     ///
     /// # Errors
     /// If it cannot be listed or holds no image.
-    pub fn open(config: &SourceConfig) -> Result<Self, SourceError> {
+    pub(crate) fn open(
+        config: &SourceConfig,
+        wanted: Option<(u32, u32)>,
+    ) -> Result<Self, SourceError> {
         let name = config.name.to_string();
-        let root = config.path.clone().ok_or_else(|| SourceError::Setting(name.clone(), "needs a path".into()))?;
+        let root = config
+            .path
+            .clone()
+            .ok_or_else(|| SourceError::Setting(name.clone(), "needs a path".into()))?;
         let mut files = Vec::new();
-        list(&root, 0, &mut files).map_err(|error| SourceError::Folder { name: name.clone(), path: root.clone(), error })?;
+        list(&root, 0, &mut files).map_err(|error| SourceError::Folder {
+            name: name.clone(),
+            path: root.clone(),
+            error,
+        })?;
         if files.is_empty() {
             return Err(SourceError::Empty { name, path: root });
         }
         files.sort();
-        Ok(Self { root, files, repeat: config.repeat, labelled: config.labelled })
+        Ok(Self {
+            root,
+            files,
+            repeat: config.repeat,
+            labelled: config.labelled,
+            wanted,
+        })
     }
 }
 
@@ -55,7 +72,9 @@ fn list(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> std::io::Resul
 }
 
 fn is_image(path: &Path) -> bool {
-    path.extension().and_then(|e| e.to_str()).is_some_and(|e| ENDINGS.iter().any(|known| e.eq_ignore_ascii_case(known)))
+    path.extension()
+        .and_then(|e| e.to_str())
+        .is_some_and(|e| ENDINGS.iter().any(|known| e.eq_ignore_ascii_case(known)))
 }
 
 impl Source for Folder {
@@ -64,14 +83,36 @@ impl Source for Folder {
         if !self.repeat && number >= count {
             return Shot::End;
         }
-        let Some(path) = usize::try_from(number % count).ok().and_then(|at| self.files.get(at)) else { return Shot::End };
-        let shown = path.strip_prefix(&self.root).unwrap_or(path).to_string_lossy().into_owned();
-        match Picture::read(path) {
+        let Some(path) = usize::try_from(number % count)
+            .ok()
+            .and_then(|at| self.files.get(at))
+        else {
+            return Shot::End;
+        };
+        let shown = path
+            .strip_prefix(&self.root)
+            .unwrap_or(path)
+            .to_string_lossy()
+            .into_owned();
+        let picture = match self.wanted {
+            Some((width, height)) => Picture::read_for(path, width, height),
+            None => Picture::read(path),
+        };
+        match picture {
             Ok(picture) => {
-                let parent = path.parent().and_then(Path::file_name).map(|n| n.to_string_lossy().into_owned());
-                Shot::Picture { picture, file: Some(shown), truth: parent.filter(|_| self.labelled) }
+                let parent = path
+                    .parent()
+                    .and_then(Path::file_name)
+                    .map(|n| n.to_string_lossy().into_owned());
+                Shot::Picture {
+                    picture,
+                    file: Some(shown),
+                    truth: parent.filter(|_| self.labelled),
+                }
             }
-            Err(error) => Shot::Bad { why: format!("{shown}: {error}") },
+            Err(error) => Shot::Bad {
+                why: format!("{shown}: {error}"),
+            },
         }
     }
 }
@@ -83,27 +124,49 @@ mod tests {
     #[test]
     fn shows_images_in_order_and_names_what_is_none() {
         let folder = tempfile::tempdir().unwrap();
-        for (name, good) in [("b/2.png", true), ("a/1.PNG", true), ("c/3.jpg", false), ("c/notes.txt", false)] {
+        for (name, good) in [
+            ("b/2.png", true),
+            ("a/1.PNG", true),
+            ("c/3.jpg", false),
+            ("c/notes.txt", false),
+        ] {
             let path = folder.path().join(name);
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             if good {
-                image::RgbImage::new(8, 8).save_with_format(&path, image::ImageFormat::Png).unwrap();
+                image::RgbImage::new(8, 8)
+                    .save_with_format(&path, image::ImageFormat::Png)
+                    .unwrap();
             } else {
                 std::fs::write(&path, "<svg>").unwrap();
             }
         }
-        let text = format!("name = 'c'\nkind = 'folder'\nlabelled = true\npath = {:?}", folder.path());
+        let text = format!(
+            "name = 'c'\nkind = 'folder'\nlabelled = true\npath = {:?}",
+            folder.path()
+        );
         let mut config: SourceConfig = toml::from_str(&text).unwrap();
-        let mut source = Folder::open(&config).unwrap();
-        let seen: Vec<_> = (0..4).map(|n| match source.shoot(n) {
-            Shot::Picture { file, truth, .. } => format!("{} {}", file.unwrap(), truth.unwrap()),
-            Shot::Bad { why } => why.split(':').next().unwrap().to_owned(),
-            Shot::End => "end".into(),
-        }).collect();
+        let mut source = Folder::open(&config, None).unwrap();
+        let seen: Vec<_> = (0..4)
+            .map(|n| match source.shoot(n) {
+                Shot::Picture { file, truth, .. } => {
+                    format!("{} {}", file.unwrap(), truth.unwrap())
+                }
+                Shot::Bad { why } => why.split(':').next().unwrap().to_owned(),
+                Shot::End => "end".into(),
+            })
+            .collect();
         assert_eq!(seen, ["a/1.PNG a", "b/2.png b", "c/3.jpg", "end"]);
         config.repeat = true;
-        assert!(matches!(Folder::open(&config).unwrap().shoot(3), Shot::Picture { .. }));
+        assert!(matches!(
+            Folder::open(&config, None).unwrap().shoot(3),
+            Shot::Picture { .. }
+        ));
         config.path = Some(folder.path().join("nowhere"));
-        assert!(Folder::open(&config).unwrap_err().to_string().contains("nowhere"));
+        assert!(
+            Folder::open(&config, None)
+                .unwrap_err()
+                .to_string()
+                .contains("nowhere")
+        );
     }
 }

@@ -84,13 +84,17 @@ pub enum SourceError {
     Setting(String, String),
 }
 
-/// Opens what the configuration names.
+/// Opens what the configuration names. `wanted` is the size (width, height) that the model will ask for: a
+/// picture may come back smaller than it was taken, as long as nothing is lost for that size.
 ///
 /// # Errors
 /// If it cannot start: see [`SourceError`].
-pub fn open(config: &SourceConfig) -> Result<Box<dyn Source>, SourceError> {
+pub fn open(
+    config: &SourceConfig,
+    wanted: Option<(u32, u32)>,
+) -> Result<Box<dyn Source>, SourceError> {
     Ok(match config.kind {
         SourceKind::Scene => Box::new(synthetic::Synthetic::new(config.scene.clone())),
-        SourceKind::Folder => Box::new(folder::Folder::open(config)?),
+        SourceKind::Folder => Box::new(folder::Folder::open(config, wanted)?),
     })
 }

@@ -41,8 +41,13 @@ const AFTER_BAD: Duration = Duration::from_millis(5);
 /// Captures until the source ends or the agent stops. Blocks: it has a thread of its own.
 pub fn run(mut start: Start) {
     let name = start.config.name.clone();
-    let mut journal = start.config.journal.as_deref().and_then(|path| open_journal(path, &name));
-    let period = (start.config.fps > 0.0 && !start.config.trigger).then(|| Duration::from_secs_f64(1.0 / start.config.fps));
+    let mut journal = start
+        .config
+        .journal
+        .as_deref()
+        .and_then(|path| open_journal(path, &name));
+    let period = (start.config.fps > 0.0 && !start.config.trigger)
+        .then(|| Duration::from_secs_f64(1.0 / start.config.fps));
     let mut due = tokio::time::Instant::now();
     let mut number = start.first;
     tracing::debug!(source = %name, number, "capture starts");
@@ -60,14 +65,25 @@ pub fn run(mut start: Start) {
         let ts = start.clock.now_ms();
         let shot = start.source.shoot(number);
         match shot {
-            Shot::Picture { picture, file, truth } => {
+            Shot::Picture {
+                picture,
+                file,
+                truth,
+            } => {
                 start.counters.frames.add(1);
                 if let Some(journal) = &mut journal
                     && let Err(error) = journal.write_all(format!("{number}\n").as_bytes())
                 {
                     tracing::warn!(source = %name, %error, "the journal cannot be written");
                 }
-                let frame = Frame { source: start.index, number, ts, picture, file, truth };
+                let frame = Frame {
+                    source: start.index,
+                    number,
+                    ts,
+                    picture,
+                    file,
+                    truth,
+                };
                 // Waits while the pipeline is busy. Closed: the agent stops.
                 if start.frames.send(frame).is_err() {
                     return;
@@ -90,7 +106,10 @@ impl Start {
     fn wait(&self, due: tokio::time::Instant) -> bool {
         if let Some(trigger) = &self.trigger {
             loop {
-                if matches!(self.stop.try_recv(), Err(std::sync::mpsc::TryRecvError::Disconnected)) {
+                if matches!(
+                    self.stop.try_recv(),
+                    Err(std::sync::mpsc::TryRecvError::Disconnected)
+                ) {
                     return false;
                 }
                 match trigger.recv_timeout(LOOK_UP) {

@@ -9,14 +9,14 @@ use super::{
 
 /// Shows the scene, for ever.
 #[derive(Debug)]
-pub struct Synthetic {
+pub(crate) struct Synthetic {
     config: SceneConfig,
 }
 
 impl Synthetic {
     /// Looks at the scene.
     #[must_use]
-    pub const fn new(config: SceneConfig) -> Self {
+    pub(crate) const fn new(config: SceneConfig) -> Self {
         Self { config }
     }
 }
@@ -25,8 +25,14 @@ impl Source for Synthetic {
     fn shoot(&mut self, number: u64) -> Shot {
         let (image, truth) = draw(&self.config, number);
         match Picture::from_rgb(image.width(), image.height(), image.into_raw()) {
-            Ok(picture) => Shot::Picture { picture, file: None, truth: Some(truth.label.to_owned()) },
-            Err(error) => Shot::Bad { why: error.to_string() },
+            Ok(picture) => Shot::Picture {
+                picture,
+                file: None,
+                truth: Some(truth.label.to_owned()),
+            },
+            Err(error) => Shot::Bad {
+                why: error.to_string(),
+            },
         }
     }
 }
