@@ -5,7 +5,7 @@ use std::{
     sync::{Mutex, MutexGuard},
 };
 
-use mesh_core::{Info, Metrics, ModelInfo, Name, Reading, Status};
+use mesh_core::{Info, Metrics, ModelInfo, Name, Reading, State as Health, Status};
 use serde::Serialize;
 
 use crate::store::DeviceRow;
@@ -26,6 +26,8 @@ pub(crate) struct Device {
     pub(crate) status: Option<Status>,
     pub(crate) info: Option<Info>,
     pub(crate) model: Option<ModelInfo>,
+    pub(crate) health: Option<Health>,
+    /// Of the moment: not kept in the database.
     pub(crate) metrics: Option<Metrics>,
     pub(crate) stored: u64,
     pub(crate) missing: u64,
@@ -149,6 +151,12 @@ pub(crate) struct View {
     rate: f64,
     /// Readings stored in each of the last seconds, the newest last.
     history: Vec<u32>,
+    /// `ok`, `no_model` or `no_source`, as it last said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    health: Option<String>,
+    /// What is wrong, in the device's words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    detail: Option<String>,
     /// Readings that wait on the device, as it last said.
     #[serde(skip_serializing_if = "Option::is_none")]
     backlog: Option<u64>,
@@ -221,6 +229,7 @@ impl Device {
             status: None,
             info: None,
             model: None,
+            health: None,
             metrics: None,
             stored: 0,
             missing: 0,
@@ -246,7 +255,7 @@ impl Device {
             status: self.status.map(|s| s.as_str().to_owned()),
             info: json(self.info.as_ref()),
             model: json(self.model.as_ref()),
-            state: json(self.metrics.as_ref()),
+            state: json(self.health.as_ref()),
             stored: self.stored.cast_signed(),
             missing: self.missing.cast_signed(),
             right_count: self.right.cast_signed(),
@@ -265,7 +274,7 @@ impl Device {
             status: row.status.and_then(|s| Status::decode(s.as_bytes())),
             info: json(row.info),
             model: json(row.model),
-            metrics: json(row.state),
+            health: json(row.state),
             stored: row.stored.cast_unsigned(),
             missing: row.missing.cast_unsigned(),
             right: row.right_count.cast_unsigned(),
@@ -291,6 +300,12 @@ impl Device {
             last: self.last.clone(),
             rate: self.rate.now(),
             history: self.rate.whole().collect(),
+            health: self.health.as_ref().map(|h| h.health.clone()),
+            detail: self
+                .health
+                .as_ref()
+                .map(|h| h.detail.clone())
+                .filter(|d| !d.is_empty()),
             backlog: self.metrics.as_ref().map(|m| m.backlog),
             rss_bytes: self.metrics.as_ref().map(|m| m.rss_bytes),
             stored: self.stored,

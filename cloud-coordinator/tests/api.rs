@@ -269,7 +269,8 @@ async fn a_slow_watcher_is_told() {
             }
         }
     };
-    assert!(timeout(PATIENCE, lagged).await.unwrap() > 0);
+    // A busy machine takes its time to read what the buffers hold.
+    assert!(timeout(PATIENCE * 10, lagged).await.unwrap() > 0);
     handle.stop().await;
 }
 

@@ -132,12 +132,14 @@ async fn reports(broker: SocketAddr, http: SocketAddr) {
         r#"{"v":1,"name":"steel","version":"1","sha256":"ab","task":"classify","labels":"a,b"}"#;
     d3.publish_as(&topic("d3", "_", "model"), model, true).await;
     let metrics = r#"{"v":1,"ts":1,"uptime_s":1,"frames":1,"frames_bad":0,"frames_gated":0,"readings":1,"backlog":17,"outbox_bytes":1,"gaps_pending":0,"reconnects":0,"refused":0,"latency_ms":1.0,"rss_bytes":1}"#;
-    d3.publish_as(&topic("d3", "_", "state"), metrics, true)
+    d3.publish_as(&topic("d3", "_", "metrics"), metrics, false)
         .await;
+    let state = r#"{"v":1,"ts":1,"health":"no_source","detail":"cam0 is gone"}"#;
+    d3.publish_as(&topic("d3", "_", "state"), state, true).await;
     let complete = async {
         loop {
             let (status, d) = get(http, "/api/v1/devices/demo/d3").await;
-            if status == 200 && d["backlog"] == 17 {
+            if status == 200 && d["backlog"] == 17 && d["detail"] == "cam0 is gone" {
                 return d;
             }
         }

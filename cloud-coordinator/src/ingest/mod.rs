@@ -17,7 +17,8 @@ use std::{
 };
 
 use mesh_core::{
-    Backoff, Event, Info, Kind, Metrics as DeviceMetrics, ModelInfo, RangeSet, Status,
+    Backoff, Event, Info, Kind, Metrics as DeviceMetrics, ModelInfo, RangeSet, State as Health,
+    Status,
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -185,12 +186,17 @@ impl Ingest {
                 let set = |d: &mut Device| d.model.replace(model.clone()).as_ref() != Some(&model);
                 self.registry.update(id, set)
             }
-            Kind::State | Kind::Metrics => {
+            Kind::State => {
+                let health = Health::decode(payload)?;
+                let set =
+                    |d: &mut Device| d.health.replace(health.clone()).as_ref() != Some(&health);
+                self.registry.update(id, set)
+            }
+            Kind::Metrics => {
                 let metrics = DeviceMetrics::decode(payload)?;
                 self.registry.update(id, |d| {
                     d.metrics = Some(metrics);
-                    // Metrics come often and are of the moment; the state is kept.
-                    kind == Kind::State
+                    false
                 })
             }
             Kind::Result | Kind::Replay | Kind::Gap => {

@@ -65,7 +65,8 @@ function draw(entry) {
   card.className = `card ${device.status || ""}`;
   set(find("status"), device.status || "unknown", `status ${device.status || ""}`);
   const model = device.model;
-  set(find("model"), model ? `${model.name} ${model.version} · ${model.sha256.slice(0, 8)}` : "no model reported");
+  if (device.detail) set(find("model"), device.detail);
+  else set(find("model"), model ? `${model.name} ${model.version} · ${model.sha256.slice(0, 8)}` : "no model reported");
   const last = device.last;
   if (last) {
     set(find("label"), last.label);
