@@ -9,7 +9,7 @@ use super::{Store, StoreError};
 
 /// Rows of one statement: each size is one prepared statement that is kept. The largest stays far below
 /// SQLite's 32,766 parameters and keeps the cost of a statement small beside that of its rows.
-const ROWS: [usize; 3] = [128, 16, 1];
+const ROWS: [usize; 4] = [1024, 128, 16, 1];
 
 /// A reading with a place to go.
 #[derive(Clone, Debug)]
