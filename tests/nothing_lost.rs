@@ -243,19 +243,8 @@ async fn nothing_outlives_the_fleet() {
 
 /// A process and all that descend from it.
 fn family(pid: u32) -> Vec<u32> {
-    let tasks = std::fs::read_dir(format!("/proc/{pid}/task"))
-        .into_iter()
-        .flatten()
-        .flatten();
-    let children = tasks.flat_map(|task| {
-        let text = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
-        text.split_whitespace()
-            .filter_map(|p| p.parse().ok())
-            .collect::<Vec<u32>>()
-    });
-    let mut all = vec![pid];
-    children.for_each(|child| all.extend(family(child)));
-    all
+    let children = fleet::process::children(pid).into_iter().flat_map(family);
+    std::iter::once(pid).chain(children).collect()
 }
 
 /// Does it run? One that has ended and waits to be collected does not.

@@ -119,7 +119,10 @@ pub fn main() -> ExitCode {
             cloud_coordinator::cli::main(rest)
         }
         Some(bench::OUTBOX_LOAD) => bench::outbox_load(rest.into_iter().skip(1)),
-        Some(process::GUARD) => process::guard(rest.into_iter().skip(1)),
+        Some(process::GUARD) => {
+            process::choose_cpu();
+            process::guard(rest.into_iter().skip(1))
+        }
         _ => match fleet(Cli::parse()) {
             Ok(code) => code,
             Err(error) => {

@@ -16,6 +16,7 @@ use rustix::{
 };
 use tokio::{
     process::{Child, ChildStdin, Command},
+    signal::unix::{SignalKind, signal},
     time::timeout,
 };
 
@@ -300,15 +301,7 @@ fn signal_group(child: &Child, signal: Signal) -> io::Result<()> {
 
 /// In a child, before anything else: does what the fleet asked for when it started it.
 pub fn begin_part() {
-    if let Some(cpu) = std::env::var(CPU).ok().and_then(|cpu| cpu.parse().ok()) {
-        let mut only = CpuSet::new();
-        if cpu < CpuSet::MAX_CPU {
-            only.set(cpu);
-        }
-        if let Err(error) = sched_setaffinity(None, &only) {
-            eprintln!("processor {cpu} cannot be chosen: {error}");
-        }
-    }
+    choose_cpu();
     if std::env::var_os(EXIT_WITH_STDIN).is_some() {
         std::thread::spawn(|| {
             wait_for_stdin();
@@ -317,36 +310,56 @@ pub fn begin_part() {
     }
 }
 
+/// In a child: stays on the one processor that the fleet chose, if it did. Its own children will too.
+pub fn choose_cpu() {
+    let Some(cpu) = std::env::var(CPU).ok().and_then(|cpu| cpu.parse().ok()) else {
+        return;
+    };
+    let mut only = CpuSet::new();
+    if cpu < CpuSet::MAX_CPU {
+        only.set(cpu);
+    }
+    if let Err(error) = sched_setaffinity(None, &only) {
+        eprintln!("processor {cpu} cannot be chosen: {error}");
+    }
+}
+
 fn wait_for_stdin() {
     let mut byte = [0];
     while !matches!(io::stdin().read(&mut byte), Ok(0) | Err(_)) {}
 }
 
-/// The guard's whole life: runs a program in its own process group and ends both when the program or the
-/// fleet does.
+/// The guard's whole life: runs a program in its own process group, ends with it, and ends both when the
+/// fleet ends.
 pub fn guard(command: impl IntoIterator<Item = OsString>) -> ExitCode {
     let mut command = command.into_iter();
     let Some(program) = command.next() else {
         return ExitCode::FAILURE;
     };
-    let started = std::process::Command::new(&program)
-        .args(command)
-        .stdin(Stdio::null())
-        .spawn();
-    match started {
-        Ok(mut child) => {
-            std::thread::spawn(|| {
-                wait_for_stdin();
-                // The group is the guard's own: this ends the program and the guard with it.
-                let _ = kill_process_group(rustix::process::getpid(), Signal::KILL);
-            });
-            match child.wait() {
-                Ok(status) if status.success() => ExitCode::SUCCESS,
-                _ => ExitCode::FAILURE,
-            }
-        }
+    let guarded = async {
+        // SIGTERM goes to the whole group: it is meant for the program, the guard waits for that.
+        let _taken = signal(SignalKind::terminate())?;
+        let mut child = Command::new(&program)
+            .args(command)
+            .env_remove(EXIT_WITH_STDIN)
+            .stdin(Stdio::null())
+            .spawn()?;
+        std::thread::spawn(|| {
+            wait_for_stdin();
+            // The group is the guard's own: this ends the program and the guard with it.
+            let _ = kill_process_group(rustix::process::getpid(), Signal::KILL);
+        });
+        child.wait().await
+    };
+    let ended = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .and_then(|runtime| runtime.block_on(guarded));
+    match ended {
+        Ok(status) if status.success() => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
         Err(error) => {
-            tracing::error!("{}: {error}", program.to_string_lossy());
+            eprintln!("{}: {error}", program.to_string_lossy());
             ExitCode::FAILURE
         }
     }
@@ -372,8 +385,7 @@ pub struct Usage {
 /// If there is no such process, or no `/proc`.
 pub fn usage(pid: u32) -> io::Result<Usage> {
     let mut sum = own_usage(pid)?;
-    let children = read(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    for child in children.split_whitespace().filter_map(|c| c.parse().ok()) {
+    for child in children(pid) {
         if let Ok(more) = usage(child) {
             sum.cpu_s += more.cpu_s;
             sum.rss += more.rss;
@@ -381,6 +393,20 @@ pub fn usage(pid: u32) -> io::Result<Usage> {
         }
     }
     Ok(sum)
+}
+
+/// The process ids of the living children of `pid`.
+#[must_use]
+pub fn children(pid: u32) -> Vec<u32> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
+    let tasks = tasks.into_iter().flatten().flatten();
+    let lists = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
+    lists
+        .flat_map(|list| {
+            let ids = list.split_whitespace().filter_map(|id| id.parse().ok());
+            ids.collect::<Vec<u32>>()
+        })
+        .collect()
 }
 
 fn own_usage(pid: u32) -> io::Result<Usage> {

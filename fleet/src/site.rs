@@ -115,6 +115,8 @@ pub struct Plan {
     pub fps: f64,
     /// How many frames each camera gives; 0 is no end.
     pub frames: u64,
+    /// The agent's own executable, where `program` is not to play it: it runs under a guard.
+    pub agent_program: Option<PathBuf>,
     /// The only processor that the agents may use.
     pub agent_cpu: Option<usize>,
     /// Bound of each outbox in bytes.
@@ -143,6 +145,7 @@ impl Plan {
             bundle: Some(bundle),
             fps: 5.0,
             frames: 0,
+            agent_program: None,
             agent_cpu: None,
             outbox_bytes: 256 << 20,
             http: None,
@@ -302,9 +305,15 @@ impl Site {
         let config = dir.join("agent.toml");
         let args = ["run".into(), "--config".into(), config.clone().into()];
         let log = logs.join(format!("{name}.log"));
+        let agent = match &plan.agent_program {
+            Some(own) => {
+                let command = std::iter::once(own.clone().into()).chain(args);
+                Process::other(&name, &plan.program, command, log)
+            }
+            None => Process::part(&name, &plan.program, "edge-agent", args, log),
+        };
         let device = Device {
-            agent: Process::part(&name, &plan.program, "edge-agent", args, log)
-                .on_cpu(plan.agent_cpu),
+            agent: agent.on_cpu(plan.agent_cpu),
             name,
             file,
             link,

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     cli::{BenchArgs, shipped_bundle},
-    process::{Program, Usage, usage},
+    process::{Program, Usage, children, usage},
     site::{Broker, Camera, Plan, Site},
 };
 
@@ -150,11 +150,25 @@ fn plan(root: &Path, bundle: Option<PathBuf>) -> anyhow::Result<Plan> {
     plan.bundle = bundle;
     plan.agents = 1;
     plan.agent_cpu = Some(CPU);
+    // What runs on a device, where it was built too; the fleet can play it, but is a larger program.
+    let own = plan.program.0.with_file_name("edge-agent");
+    plan.agent_program = own.exists().then_some(own);
     if crate::broker::mosquitto().is_none() {
         bail!("mosquitto is not installed; both devices report to one");
     }
     plan.broker = Broker::Mosquitto;
     Ok(plan)
+}
+
+/// The agent's process, below its guard if it has one.
+fn agent_pid(site: &Site, plan: &Plan) -> anyhow::Result<u32> {
+    let agent = site.devices.first().and_then(|d| d.agent.pid());
+    let agent = agent.context("the agent does not run")?;
+    if plan.agent_program.is_none() {
+        return Ok(agent);
+    }
+    let below = children(agent);
+    below.first().copied().context("the agent has ended")
 }
 
 /// Readings per CPU second from the first to the last that count, and the most memory.
@@ -175,26 +189,20 @@ async fn ours(root: &Path, bundle: &Path, images: &Path) -> anyhow::Result<(f64,
     (plan.fps, plan.frames) = (0.0, COUNT);
     let mut site = Site::start(&plan).await?;
     let mut witness = site.witness(Default::default());
-    let pid = site
-        .devices
-        .first()
-        .and_then(|d| d.agent.pid())
-        .context("the agent")?;
     let end = Instant::now() + BOUND;
     let mut start = None;
-    loop {
+    let used = loop {
         let stored = witness.look().await?.total().stored;
         if stored >= WARM && start.is_none() {
-            start = Some((stored, usage(pid)?));
+            start = Some((stored, usage(agent_pid(&site, &plan)?)?));
         }
         if stored >= COUNT {
-            break;
+            break usage(agent_pid(&site, &plan)?)?;
         }
         site.check()?;
         anyhow::ensure!(Instant::now() < end, "only {stored} readings in {BOUND:?}");
         tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    let used = usage(pid)?;
+    };
     site.stop().await?;
     Ok(cost(
         start.context("it was too fast to be measured")?,
@@ -239,11 +247,7 @@ async fn at_rest(root: &Path, bundle: Option<PathBuf>, camera: Camera) -> anyhow
     let mut site = Site::start(&plan).await?;
     tokio::time::sleep(A_WHILE).await;
     site.check()?;
-    let pid = site
-        .devices
-        .first()
-        .and_then(|d| d.agent.pid())
-        .context("the agent")?;
+    let pid = agent_pid(&site, &plan)?;
     let rss = usage(pid)?.rss;
     site.stop().await?;
     Ok(rss as f64 / MIB)
