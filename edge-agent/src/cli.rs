@@ -162,7 +162,7 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 
 fn run_agent(config: Config) -> anyhow::Result<ExitCode> {
     log();
-    spare_memory();
+    spare_memory(config.model.bundle.is_some());
     runtime()?.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
         let agent = Agent::start(config, WallClock::system()).await?;
@@ -178,14 +178,19 @@ fn run_agent(config: Config) -> anyhow::Result<ExitCode> {
 
 /// Makes the allocator give the largest blocks back to the system at once and share one arena between the
 /// threads. The outbox's page tables, a few MiB each, would stay on the heap otherwise after they are done with.
-fn spare_memory() {
-    /// Blocks of this size and more are mapped on their own. Most buffers of a model's run are smaller: mapping
-    /// all of them anew for each frame cost a quarter of its time; keeping all cost 7 MiB.
-    #[cfg(target_env = "gnu")]
-    const MAPPED_FROM: i32 = 1024 * 1024;
-    /// Free memory at the end of the heap that is kept for the next frame.
-    #[cfg(target_env = "gnu")]
-    const KEPT: i32 = 1024 * 1024;
+fn spare_memory(looks_at_frames: bool) {
+    /// Blocks of this size and more are mapped on their own.
+    const MAPPED_FROM: i32 = 128 * 1024;
+    /// The same where a model runs: most of its buffers are smaller than this, and mapping all of them anew for
+    /// each frame cost a quarter of its time. It costs 4 MiB.
+    const MAPPED_FROM_WITH_MODEL: i32 = 1024 * 1024;
+    let size = if looks_at_frames {
+        MAPPED_FROM_WITH_MODEL
+    } else {
+        MAPPED_FROM
+    };
+    #[cfg(not(target_env = "gnu"))]
+    let _ = size;
     #[cfg(target_env = "gnu")]
     #[expect(
         unsafe_code,
@@ -193,8 +198,9 @@ fn spare_memory() {
     )]
     // SAFETY: called once, before the runtime and the agent start their threads.
     unsafe {
-        libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED_FROM);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, KEPT);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, size);
+        // Free memory at the end of the heap up to that is kept for the next frame.
+        libc::mallopt(libc::M_TRIM_THRESHOLD, size);
         libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }
