@@ -6,7 +6,7 @@ use std::{
 };
 
 use edge_agent::outbox::Outbox;
-use mesh_core::RangeSet;
+use mesh_core::{GapReason, RangeSet};
 
 use crate::{Dice, append, reading, small};
 
@@ -87,12 +87,23 @@ fn nothing_that_was_reported_is_lost_by_a_kill() {
         assert!(killed, "the child died by itself in round {round}");
         let opened = Outbox::open(small(dir.path())).unwrap();
         assert!(opened.warnings.is_empty(), "{:?}", opened.warnings);
-        assert_eq!(opened.gaps, [], "round {round}");
+        // A small outbox may have dropped its oldest when nothing was freed for long: that is recorded, too.
+        let gaps = opened.gaps;
+        assert!(
+            gaps.iter().all(|gap| gap.reason == GapReason::Full),
+            "round {round}: {gaps:?}"
+        );
         let held = opened.pending;
         let mut outbox = opened.outbox;
         let mut next = free + 1;
         while next <= last {
-            let got = outbox.read(next, last, 1_000_000).unwrap();
+            if let Some(gap) = gaps.iter().find(|gap| (gap.from..=gap.to).contains(&next)) {
+                next = gap.to + 1;
+                continue;
+            }
+            let before_gap = gaps.iter().map(|gap| gap.from - 1);
+            let until = before_gap.filter(|to| *to >= next).min().unwrap_or(last);
+            let got = outbox.read(next, until.min(last), 1_000_000).unwrap();
             assert!(!got.is_empty(), "round {round}: {next} of {last} is gone");
             for (seq, bytes) in got {
                 assert_eq!(
