@@ -25,15 +25,15 @@ import common
 import textures
 
 SIDE = 96
-PLAN = [(16, 1), (32, 2), (48, 2), (48, 1), (96, 2), (96, 1), (192, 2), (192, 1)]
-TAPS = (1, 3, 5, 7)
-VERSION = "1.0.0"
+PLAN = [(16, 2), (32, 2), (48, 1), (64, 2), (96, 1), (128, 2), (192, 1)]
+TAPS = (0, 2, 4, 6)
+VERSION = "1.1.0"
 HELD_BACK = 5_000
 TEXTURES = 24_000
 TEXTURES_HELD_BACK = 2_000
 # Epochs, the side in pixels of the pictures in them (objects are enlarged to it, of textures a window
 # of that size is taken) and the share of the pictures that an epoch shows: large ones cost more.
-SCHEDULE = [(4, 32, 1.0), (1, 64, 0.4)]
+SCHEDULE = [(7, 48, 1.0), (2, 96, 0.4)]
 EPOCHS = sum(epochs for epochs, _, _ in SCHEDULE)
 # The rate climbs, stays, and falls to nothing over the last phase.
 WARM_UP_EPOCHS = 1.8

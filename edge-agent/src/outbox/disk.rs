@@ -179,8 +179,9 @@ pub(super) fn file_usage(file: &File) -> io::Result<u64> {
 /// Sees to it that the next `need` bytes at the end of a file can be written whatever happens to the disk.
 ///
 /// sled cannot survive a write that fails for want of space, and waits for it for ever: so the space is
-/// taken before. Where the file system cannot do that (it says so), the reserve must do.
-pub(super) fn preallocate(file: &File, need: u64) -> io::Result<()> {
+/// taken before, and `ahead` bytes more, since taking it costs a commit of the file system's journal. Where the
+/// file system cannot do that (it says so), the reserve must do.
+pub(super) fn preallocate(file: &File, need: u64, ahead: u64) -> io::Result<()> {
     let meta = file.metadata()?;
     if meta.blocks() * STAT_BLOCK >= meta.len() + need {
         return Ok(());
@@ -189,7 +190,7 @@ pub(super) fn preallocate(file: &File, need: u64) -> io::Result<()> {
         file,
         rustix::fs::FallocateFlags::KEEP_SIZE,
         meta.len(),
-        need,
+        need + ahead,
     ) {
         Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) | Ok(()) => Ok(()),
         Err(error) => Err(error.into()),
@@ -271,7 +272,7 @@ impl Mark {
 }
 
 /// FNV-1a, 64 bits: against torn and flipped bits, not against people.
-fn checksum(bytes: &[u8]) -> u64 {
+pub(super) fn checksum(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, byte| {
         (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
     })

@@ -17,7 +17,7 @@
 //! 1. A reading is *held* if its number lies in a segment and in no gap. `append` returns when its readings
 //!    are held and would be after a power cut: sled's `flush` only hands the bytes to the disk's cache, so
 //!    its file is synced after it, and a directory whenever an entry appears or goes.
-//! 2. A group and its cursor are one sled batch: both are there or neither is.
+//! 2. A group and its cursor are one block (see `block`): all of it is there or none of it counts.
 //! 3. A segment appears by renaming `new-` when all of it is durable; the old one is named full after that.
 //!    So there is always one whose header knows the next number and the cursor; numbers are never reused.
 //! 4. Every loss is one rename: a segment *becomes* the record of its gap. That is atomic, needs no space,
@@ -66,6 +66,8 @@ pub const MAX_CURSOR: usize = 4 * 1024;
 const SEGMENT_READINGS: u64 = 8_192;
 /// The most bytes of a segment (beyond it by one group): an eighth of the room there is, up to this.
 const SEGMENT_BYTES: u64 = 4 * 1024 * 1024;
+/// The share of a segment that is taken from the disk at a time.
+const AHEAD_SHARE: u64 = 16;
 /// A drained outbox whose newest segment is larger than this gives that back too.
 const DRAINED_BYTES: u64 = 256 * 1024;
 /// What a new segment takes before the first group is in it.
@@ -316,11 +318,12 @@ impl Outbox {
             let to = from + count as u64 - 1;
             let values = block::pack(from, &readings, cursor);
             let payload: u64 = values.iter().map(|(_, value)| value.len() as u64).sum();
-            self.make_room(footprint(payload) + NEXT_SEGMENT + segment::READING)?;
+            let ahead = self.segment_bytes / AHEAD_SHARE;
+            self.make_room(footprint(payload) + ahead + NEXT_SEGMENT + segment::READING)?;
             let done = self.ready(count as u64).and_then(|()| match &self.active {
                 Some(Active {
                     store: Some(store), ..
-                }) => store.append(&self.disk, &values),
+                }) => store.append(&self.disk, &values, ahead),
                 _ => Err(StoreError::Io(io::Error::other("no segment is open"))),
             });
             match done {

@@ -38,7 +38,7 @@ pub(super) const READING: u64 = SLED_SEGMENT as u64 + EXTRAS;
 
 /// The key of the header: no reading has the number 0.
 const HEADER: Key = [0; 9];
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 
 /// The threads of sled let go of a closed database's lock a moment later: 100 × 20 ms is far more than that.
 const LOCK_TRIES: u32 = 100;
@@ -114,7 +114,7 @@ impl Store {
         cache: u64,
     ) -> Result<Self, StoreError> {
         let store = guarded(|| Self::start(path, cache))?;
-        disk::preallocate(&store.file, SLED_SEGMENT as u64)?;
+        disk::preallocate(&store.file, SLED_SEGMENT as u64, 0)?;
         let mut header = vec![VERSION];
         header.extend_from_slice(&epoch.to_be_bytes());
         header.extend_from_slice(&first.to_be_bytes());
@@ -218,29 +218,29 @@ impl Store {
             let (key, value) = item?;
             if let Some(block) = assembler.push(&key, &value) {
                 contents.readings.insert(block.first, block.last());
-                if let Some(cursor) = block.cursor {
-                    contents.cursor = cursor;
-                }
+                contents.cursor = block.cursor;
             }
         }
         Ok(contents)
     }
 
-    /// Appends values as one. When this returns they survive a power cut.
-    pub(super) fn append(&self, disk: &Disk, values: &[(Key, Vec<u8>)]) -> Result<(), StoreError> {
+    /// Appends the values of one group, taking `ahead` bytes more of the disk than they need when it takes
+    /// any. When this returns they survive a power cut.
+    ///
+    /// They are no sled batch, which would cost a write and a wait of its own: the group is atomic by its
+    /// form (see [`block`]).
+    pub(super) fn append(
+        &self,
+        disk: &Disk,
+        values: &[(Key, Vec<u8>)],
+        ahead: u64,
+    ) -> Result<(), StoreError> {
         let payload: u64 = values.iter().map(|(_, value)| value.len() as u64).sum();
-        disk::preallocate(&self.file, footprint(payload))?;
+        disk::preallocate(&self.file, footprint(payload), ahead)?;
         guarded(|| {
             let db = self.db()?;
-            match values {
-                [(key, value)] => drop(db.insert(key, value.as_slice())?),
-                values => {
-                    let mut batch = sled::Batch::default();
-                    for (key, value) in values {
-                        batch.insert(key, value.as_slice());
-                    }
-                    db.apply_batch(batch)?;
-                }
+            for (key, value) in values {
+                db.insert(key, value.as_slice())?;
             }
             db.flush()?;
             Ok(())

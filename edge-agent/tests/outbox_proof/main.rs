@@ -57,7 +57,12 @@ impl Dice {
 pub(crate) fn reading(seq: u64, largest: u64) -> Vec<u8> {
     let size = 20 + seq.wrapping_mul(0x9e37_79b9_7f4a_7c15) % largest;
     let mut bytes = format!("{seq:020}").into_bytes();
-    bytes.resize(size as usize, seq as u8);
+    // As chance has it, so that the outbox cannot make it smaller than it looks.
+    let mut state = seq << 1 | 1;
+    bytes.resize_with(size as usize, || {
+        state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+        (state >> 56) as u8
+    });
     bytes
 }
 

@@ -16,7 +16,7 @@ use super::{
     figures::{Goal, Results, median},
     peer::{Peer, number},
 };
-use crate::{cli::BenchArgs, process::usage};
+use crate::{cli::BenchArgs, dice::Dice, process::usage};
 
 /// The hidden part that loads an outbox, in a process of its own so that its memory is its own.
 pub(crate) const OUTBOX_LOAD: &str = "outbox-load";
@@ -114,9 +114,12 @@ pub(crate) async fn run(args: &BenchArgs, results: &mut Results) -> anyhow::Resu
     Ok(())
 }
 
-/// One encoded reading per line, about 400 bytes each.
+/// One encoded reading per line, about 400 bytes each, a good part of them as chance has it: the outbox
+/// compresses.
 fn write_records(to: &Path) -> anyhow::Result<()> {
     let mut text = Vec::new();
+    let mut dice = Dice::new(1);
+    let labels = ["scratches", "inclusion", "patches"];
     for seq in 1..=RECORDS {
         let reading = Reading {
             v: mesh_core::VERSION,
@@ -124,18 +127,22 @@ fn write_records(to: &Path) -> anyhow::Result<()> {
             source: "cam0".parse()?,
             epoch: 77,
             seq,
-            ts: 1_800_000_000_000 + i64::try_from(seq)? * 40,
+            ts: 1_800_000_000_000 + i64::try_from(seq)? * 40 + i64::try_from(dice.below(9))?,
             frame: seq,
-            label: "scratch".into(),
-            score: 0.875,
-            margin: 0.5,
+            label: labels[dice.below(labels.len())].into(),
+            score: dice.below(1 << 20) as f32 / (1 << 20) as f32,
+            margin: dice.below(1 << 20) as f32 / (1 << 20) as f32,
             model: "conveyor@1.0.0".into(),
-            latency_ms: 4.5,
+            latency_ms: 4.0 + dice.below(1 << 20) as f32 / (1 << 20) as f32,
             file: Some(format!(
-                "a-folder-with-a-rather-long-name/{}/image-{seq:09}.jpg",
-                "sub/".repeat(30)
+                "{:016x}{:016x}{:016x}{:016x}{}/image-{seq:09}.jpg",
+                dice.any(),
+                dice.any(),
+                dice.any(),
+                dice.any(),
+                "-a-folder-with-a-rather-long-name".repeat(2)
             )),
-            truth: Some("scratch".into()),
+            truth: Some(labels[dice.below(labels.len())].into()),
         };
         text.extend(reading.encode()?);
         text.push(b'\n');
