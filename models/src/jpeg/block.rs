@@ -11,7 +11,8 @@ pub(super) const ZIGZAG: [u8; 64] = [
     52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63,
 ];
 
-/// Reads a block's coefficients, times their quanta. Returns the last row that has one.
+/// Reads a block's coefficients, times their quanta. Returns how many rows from the top have one; 0 if there
+/// is none but the first, the block's mean, as in most blocks of most pictures.
 #[inline]
 pub(super) fn read(
     bits: &mut Bits<'_>,
@@ -25,7 +26,7 @@ pub(super) fn read(
     let scaled = |value: i32, at: usize| value as f32 * quantum[at];
     *previous = previous.wrapping_add(dc.difference(bits)?);
     coefficients[0] = scaled(*previous, 0);
-    let (mut index, mut last) = (1, 0);
+    let (mut index, mut rows) = (1, 0);
     while index < 64 {
         let (run, value) = ac.coefficient(bits)?;
         if value == 0 {
@@ -41,14 +42,14 @@ pub(super) fn read(
         };
         let at = usize::from(at & 63);
         coefficients[at] = scaled(value, at);
-        last = last.max(at >> 3);
+        rows = rows.max((at >> 3) + 1);
         index += 1;
     }
-    Ok(last)
+    Ok(rows)
 }
 
-/// Writes a block's averages into rows `stride` apart. Arguments: coefficients, the last row of them that
-/// is not all zero, target, stride.
+/// Writes a block's averages into rows `stride` apart. Arguments: coefficients, how many rows of them [`read`]
+/// found, target, stride.
 pub(super) type Transform = fn(&[f32; 64], usize, &mut [u8], usize);
 
 /// The inverse transform of eight values into averages: for 1, 2, 4 and 8 of them, how much each
@@ -81,14 +82,21 @@ static WEIGHTS: LazyLock<[[[f32; 8]; 8]; 4]> = LazyLock::new(|| {
 #[inline(always)]
 fn transform<const X: usize, const Y: usize>(
     coefficients: &[f32; 64],
-    last: usize,
+    rows: usize,
     target: &mut [u8],
     stride: usize,
 ) {
     let across = &WEIGHTS[X.ilog2() as usize];
     let down = &WEIGHTS[Y.ilog2() as usize];
+    if rows == 0 {
+        let byte = to_byte(128.5 + coefficients[0] * down[0][0] * across[0][0]);
+        for line in target.chunks_mut(stride).take(Y) {
+            line.iter_mut().take(X).for_each(|pixel| *pixel = byte);
+        }
+        return;
+    }
     let mut columns = [[0.0f32; 8]; Y];
-    for (row, weights) in coefficients.chunks_exact(8).zip(down).take(last + 1) {
+    for (row, weights) in coefficients.chunks_exact(8).zip(down).take(rows) {
         for (column, &weight) in columns.iter_mut().zip(weights) {
             for (sum, &value) in column.iter_mut().zip(row) {
                 *sum += value * weight;
@@ -106,15 +114,20 @@ fn transform<const X: usize, const Y: usize>(
             return;
         };
         for (pixel, sum) in line.iter_mut().zip(sums) {
-            #[expect(
-                clippy::cast_possible_truncation,
-                clippy::cast_sign_loss,
-                reason = "saturates"
-            )]
-            let byte = sum as u8;
-            *pixel = byte;
+            *pixel = to_byte(sum);
         }
     }
+}
+
+/// A sum as a pixel: truncated, saturating.
+#[inline(always)]
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "saturates"
+)]
+fn to_byte(sum: f32) -> u8 {
+    sum as u8
 }
 
 /// The transform into `x` × `y` averages (each 1, 2, 4 or 8).

@@ -127,7 +127,7 @@ fn decode(bytes: &[u8], header: &Header, planes: &mut [Plane]) -> Result<(), &'s
                 for y in 0..plane.blocks.1 {
                     for x in 0..plane.blocks.0 {
                         let mut coefficients = [0.0; 64];
-                        let last = block::read(
+                        let rows = block::read(
                             &mut bits,
                             dc,
                             ac,
@@ -139,7 +139,7 @@ fn decode(bytes: &[u8], header: &Header, planes: &mut [Plane]) -> Result<(), &'s
                         let top = (row * plane.blocks.1 + y) * plane.pixels.1;
                         let start = top * plane.stride + left;
                         let target = plane.data.get_mut(start..).unwrap_or_default();
-                        (plane.transform)(&coefficients, last, target, plane.stride);
+                        (plane.transform)(&coefficients, rows, target, plane.stride);
                     }
                 }
             }
