@@ -14,6 +14,7 @@ mod envelope;
 mod event;
 mod name;
 mod ranges;
+mod sample;
 mod topic;
 
 pub use backoff::Backoff;
@@ -21,6 +22,10 @@ pub use envelope::{Ack, Info, Metrics, ModelInfo, Replay, State, Status, replay_
 pub use event::{Event, EventError, Gap, GapReason, MAX_EVENT_BYTES, Reading};
 pub use name::{Name, NameError};
 pub use ranges::RangeSet;
+pub use sample::{
+    MAX_SAMPLE_BYTES, MAX_SAMPLE_EMBEDDING, MAX_SAMPLE_IMAGE_BYTES, Mark, Sample, SampleImage,
+    SampleReason, entropy,
+};
 pub use topic::{Kind, ROOT, Topic, TopicError};
 
 /// The version of every message on the wire. A message of another version is refused, never guessed at.

@@ -35,11 +35,15 @@ pub enum Kind {
     Reported,
     /// What the coordinator has stored.
     Ack,
+    /// Somebody's word on what a source has just reported.
+    Mark,
+    /// How far what a source sees has moved from what training saw; retained.
+    Drift,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 14] = [
         Self::Status,
         Self::Info,
         Self::Model,
@@ -52,6 +56,8 @@ impl Kind {
         Self::Desired,
         Self::Reported,
         Self::Ack,
+        Self::Mark,
+        Self::Drift,
     ];
 
     /// The last level of the topic.
@@ -70,13 +76,15 @@ impl Kind {
             Self::Desired => "desired",
             Self::Reported => "reported",
             Self::Ack => "ack",
+            Self::Mark => "mark",
+            Self::Drift => "drift",
         }
     }
 
     /// Does the coordinator speak on it? (The device speaks on all others.)
     #[must_use]
     pub const fn is_coordinators(self) -> bool {
-        matches!(self, Self::Desired | Self::Ack)
+        matches!(self, Self::Desired | Self::Ack | Self::Mark)
     }
 }
 

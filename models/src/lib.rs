@@ -35,7 +35,8 @@ pub use fields::FieldError;
 pub use image::{ImageError, MAX_ENCODED_BYTES, MAX_PIXELS, MAX_SIDE, Picture};
 pub use manifest::{
     Activation, Budget, Color, Filter, GOLDEN_EMBEDDING_VALUES, Golden, InputSpec, Layout, Lineage,
-    Manifest, ManifestErrors, ModelFile, OutputSpec, Resize, SCHEMA, Task, Thresholds,
+    Manifest, ManifestErrors, ModelFile, OutputSpec, Reference, Resize, SCHEMA, SCORE_BINS, Task,
+    Thresholds,
 };
 pub use onnx::OnnxError;
 pub use outcome::{EMBEDDING, Outcome, OutcomeError, UNKNOWN};

@@ -9,7 +9,8 @@ use crate::{
     fields::{FieldError, Fields},
     manifest::{
         Activation, Budget, Color, Filter, GOLDEN_EMBEDDING_VALUES, Golden, InputSpec, Layout,
-        Lineage, Manifest, ManifestErrors, ModelFile, OutputSpec, Resize, SCHEMA, Task, Thresholds,
+        Lineage, Manifest, ManifestErrors, ModelFile, OutputSpec, Reference, Resize, SCHEMA,
+        SCORE_BINS, Task, Thresholds,
     },
 };
 
@@ -100,6 +101,9 @@ impl Manifest {
             .into_iter()
             .map(|case| one_golden(case, task, &output, &mut errors))
             .collect();
+        let reference = top
+            .has("reference")
+            .then(|| reference(top.section("reference", false), &output, &mut errors));
         let lineage = lineage(top.section("lineage", false), &mut errors);
         let mut all = Vec::new();
         top.finish(&mut all);
@@ -119,6 +123,7 @@ impl Manifest {
             thresholds,
             budget,
             golden,
+            reference,
             lineage,
         })
     }
@@ -383,6 +388,64 @@ fn one_golden(
         embedding,
         tolerance,
         embedding_tolerance,
+    }
+}
+
+fn reference(mut f: Fields, output: &OutputSpec, errors: &mut Vec<FieldError>) -> Reference {
+    let samples = f.whole("samples").unwrap_or_default();
+    f.check(samples > 0, "samples", "must be at least 1");
+    let dim = output.embedding_dim;
+    let mut values = |key: &str, count: usize, fine: fn(f32) -> bool, problem: &str| {
+        let values = f.numbers(key).unwrap_or_default();
+        let right = values.len() == count && values.iter().all(|value| fine(*value));
+        f.check(right, key, problem);
+        values
+    };
+    let share = |value: f32| (0.0..=1.0).contains(&value);
+    let classes = output.labels.len();
+    let mean = values(
+        "mean",
+        dim,
+        |_| true,
+        "must have one number per value of the embedding",
+    );
+    let deviation = values(
+        "deviation",
+        dim,
+        |value| value > 0.0,
+        "must have one number above 0 per value of the embedding",
+    );
+    let distance = values(
+        "distance",
+        3,
+        |value| value >= 0.0,
+        "must have three numbers, not negative",
+    );
+    let (bins, shares) = if classes == 0 {
+        (0, 0)
+    } else {
+        (SCORE_BINS, classes)
+    };
+    let scores = values("scores", bins, share, "must have ten shares of 0 to 1");
+    let labels = values(
+        "labels",
+        shares,
+        share,
+        "must have one share of 0 to 1 per label",
+    );
+    let distance = <[f32; 3]>::try_from(distance).unwrap_or_default();
+    f.check(distance.is_sorted(), "distance", "must rise");
+    let unknown = f.number("unknown").unwrap_or_default();
+    f.check(share(unknown), "unknown", "must be 0 to 1");
+    f.finish(errors);
+    Reference {
+        samples,
+        mean,
+        deviation,
+        distance,
+        scores,
+        labels,
+        unknown,
     }
 }
 

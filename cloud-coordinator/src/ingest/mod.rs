@@ -208,7 +208,9 @@ impl Ingest {
                 }));
                 false
             }
-            Kind::Image | Kind::Desired | Kind::Reported | Kind::Ack => false,
+            Kind::Image | Kind::Desired | Kind::Reported | Kind::Ack | Kind::Mark | Kind::Drift => {
+                false
+            }
         };
         if changed {
             touched.push(id);
