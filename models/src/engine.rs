@@ -131,8 +131,16 @@ impl Engine {
     /// # Errors
     /// See [`EngineError`]. A hostile file is refused before it can take memory or time without bound.
     pub fn load(bundle: &Bundle) -> Result<Self, EngineError> {
+        Self::new(bundle.manifest.clone(), bundle.model_bytes()?)
+    }
+
+    /// The same of a model file that is in memory, of which the manifest says what it is. The manifest's
+    /// length, digest and golden cases play no part.
+    ///
+    /// # Errors
+    /// Those of [`Engine::load`].
+    pub fn new(manifest: Manifest, model: Vec<u8>) -> Result<Self, EngineError> {
         let before = resident_kib();
-        let manifest = bundle.manifest.clone();
         let id = manifest.id();
         if !matches!(manifest.task, Task::Classify | Task::Embed) {
             return Err(EngineError::NotServed {
@@ -141,12 +149,11 @@ impl Engine {
             });
         }
         let plan = {
-            let bytes = bundle.model_bytes()?;
-            let proto = onnx::read(&bytes, &manifest).map_err(|source| EngineError::Onnx {
+            let proto = onnx::read(&model, &manifest).map_err(|source| EngineError::Onnx {
                 id: id.clone(),
                 source,
             })?;
-            drop(bytes);
+            drop(model);
             let fail = |detail| EngineError::Tract {
                 id: id.clone(),
                 action: "load the model",
@@ -225,6 +232,24 @@ impl Engine {
     /// When the bytes are no picture.
     pub fn tensor_from_bytes(&self, bytes: &[u8]) -> Result<Input, EngineError> {
         self.tensor(&Picture::decode_wanted(bytes, self.preprocess.wanted())?)
+    }
+
+    /// The model's input from values that somebody else prepared: in the layout of the manifest, normalised.
+    ///
+    /// # Errors
+    /// When there are too many or too few of them, or one is no finite number.
+    pub fn input(&self, values: Vec<f32>) -> Result<Input, EngineError> {
+        let shape = self.manifest.input.shape;
+        let expected: usize = shape.iter().product();
+        if values.len() != expected {
+            let detail = format!("{} values, the model takes {expected}", values.len());
+            return Err(self.fail("take the input", detail));
+        }
+        if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+            let detail = format!("value {at} is {}", values[at]);
+            return Err(self.fail("take the input", detail));
+        }
+        Input::new(&shape, values).map_err(|error| self.fail("take the input", error))
     }
 
     /// The outcome of a prepared input.

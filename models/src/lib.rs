@@ -25,9 +25,11 @@ mod manifest;
 mod onnx;
 mod outcome;
 mod read;
+mod reference;
 mod selftest;
 mod tensor;
 mod wire;
+mod write;
 
 pub use bundle::{Bundle, BundleError};
 pub use engine::{Engine, EngineError};
@@ -35,13 +37,14 @@ pub use fields::FieldError;
 pub use image::{ImageError, MAX_ENCODED_BYTES, MAX_PIXELS, MAX_SIDE, Picture};
 pub use manifest::{
     Activation, Budget, Color, Filter, GOLDEN_EMBEDDING_VALUES, Golden, InputSpec, Layout, Lineage,
-    Manifest, ManifestErrors, ModelFile, OutputSpec, Reference, Resize, SCHEMA, SCORE_BINS, Task,
-    Thresholds,
+    Manifest, ManifestErrors, ModelFile, OutputSpec, Resize, SCHEMA, Task, Thresholds,
 };
 pub use onnx::OnnxError;
 pub use outcome::{EMBEDDING, Outcome, OutcomeError, UNKNOWN};
+pub use reference::{Reference, SCORE_BINS, score_bin};
 pub use selftest::{GoldenResult, SelfTest, self_test};
 pub use tensor::Input;
+pub use write::{Draft, WriteError};
 
 /// The largest model file in bytes, 256 MiB: more than half of a small board's memory.
 pub const MAX_MODEL_BYTES: u64 = 256 << 20;

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt};
 
 use serde::Serialize;
 
-use crate::fields::FieldError;
+use crate::{fields::FieldError, reference::Reference};
 
 /// The version of the format that this crate reads.
 pub const SCHEMA: u64 = 1;
@@ -277,51 +277,6 @@ pub struct Lineage {
     /// Measured on data that it never saw.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub scores: BTreeMap<String, f32>,
-}
-
-/// How many steps of a tenth the histogram of top scores has.
-pub const SCORE_BINS: usize = 10;
-
-/// What the training set looks like through the model: the yardstick of novelty and drift.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Reference {
-    /// How many pictures it was taken from.
-    pub samples: u64,
-    /// Mean of each value of the embedding.
-    pub mean: Vec<f32>,
-    /// Standard deviation of each value of the embedding, above 0.
-    pub deviation: Vec<f32>,
-    /// The median, 95th and 99th percentile of [`Reference::distance`] over the pictures, rising.
-    pub distance: [f32; 3],
-    /// The share of the pictures whose top score lies in each tenth; empty for embed.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub scores: Vec<f32>,
-    /// The share of the pictures that each label has, in the order of the labels; empty for embed.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub labels: Vec<f32>,
-    /// The share of the pictures below the threshold, 0..=1.
-    pub unknown: f32,
-}
-
-impl Reference {
-    /// How far an embedding lies from the training set: root mean square of its values, each measured in
-    /// deviations from its mean (a diagonal Mahalanobis distance over the square root of the dimension).
-    #[must_use]
-    pub fn distance(&self, embedding: &[f32]) -> f32 {
-        let scaled = embedding.iter().zip(&self.mean).zip(&self.deviation);
-        let sum: f32 = scaled
-            .map(|((value, mean), deviation)| ((value - mean) / deviation).powi(2))
-            .sum();
-        #[expect(clippy::cast_precision_loss, reason = "some hundred values")]
-        let count = embedding.len().max(1) as f32;
-        (sum / count).sqrt()
-    }
-
-    /// [`Reference::distance`] in units of the 99th percentile: above 1 one training picture in a hundred lies.
-    #[must_use]
-    pub fn novelty(&self, embedding: &[f32]) -> f32 {
-        self.distance(embedding) / self.distance[2].max(f32::MIN_POSITIVE)
-    }
 }
 
 impl Manifest {

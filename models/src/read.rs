@@ -9,9 +9,9 @@ use crate::{
     fields::{FieldError, Fields},
     manifest::{
         Activation, Budget, Color, Filter, GOLDEN_EMBEDDING_VALUES, Golden, InputSpec, Layout,
-        Lineage, Manifest, ManifestErrors, ModelFile, OutputSpec, Reference, Resize, SCHEMA,
-        SCORE_BINS, Task, Thresholds,
+        Lineage, Manifest, ManifestErrors, ModelFile, OutputSpec, Resize, SCHEMA, Task, Thresholds,
     },
+    reference::{Reference, SCORE_BINS},
 };
 
 /// Longest side of a model's input in pixels: four times what vision models for small devices use.

@@ -17,6 +17,11 @@ use crate::{
 pub struct Input(pub(crate) TValue);
 
 impl Input {
+    pub(crate) fn new(shape: &[usize], values: Vec<f32>) -> Result<Self, String> {
+        let tensor = ArrayD::from_shape_vec(shape.to_vec(), values).map_err(|e| e.to_string())?;
+        Ok(Self(tensor.into_tensor().into()))
+    }
+
     /// The values, in the layout of the manifest.
     #[must_use]
     pub fn values(&self) -> &[f32] {

@@ -1,0 +1,17 @@
+//! Training: a snapshot of labelled images and a model go in, a better model and the proof of it come out.
+//!
+//! ```text
+//! request ─> jobs (queue, one worker) ─> work: features ─> trainer ─> bundle ─> holdout ─> gate ─> catalog
+//! ```
+
+mod catalog;
+mod external;
+mod jobs;
+mod look;
+mod request;
+mod work;
+
+pub(crate) use catalog::{Catalog, CatalogError, Model, ModelState, NewModel};
+pub(crate) use jobs::{Job, JobError, Jobs};
+pub(crate) use request::Request;
+pub(crate) use work::{Settings, Work};
