@@ -8,6 +8,8 @@ use std::{
 
 use toml::{Table, Value};
 
+use crate::objects::folder_of;
+
 /// How a coordinator runs. The default listens on loopback only and keeps its data in `./lacewing-data`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
@@ -21,6 +23,8 @@ pub struct Config {
     pub retention: RetentionConfig,
     /// How much may wait.
     pub ingest: IngestConfig,
+    /// What is kept to learn from.
+    pub samples: SamplesConfig,
 }
 
 /// Which broker, and its limits.
@@ -65,6 +69,19 @@ pub struct IngestConfig {
     pub max_devices: usize,
 }
 
+/// What is kept to learn from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SamplesConfig {
+    /// Where images are kept, `file:///folder`; without it in `objects` in the folder of the database.
+    pub objects: Option<String>,
+    /// Bytes of images that are on their way, at least 8 MiB: the largest image.
+    pub staging_bytes: u64,
+    /// The most samples, at least 1. Those that were deleted count, since a device may send them again.
+    pub max_samples: u64,
+    /// The most bytes of images, at least 8 MiB.
+    pub max_bytes: u64,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -84,6 +101,12 @@ impl Default for Config {
                 queue_messages: 16_384,
                 queue_bytes: 32 << 20,
                 max_devices: 100_000,
+            },
+            samples: SamplesConfig {
+                objects: None,
+                staging_bytes: 1 << 30,
+                max_samples: 1_000_000,
+                max_bytes: 100 << 30,
             },
         }
     }
@@ -238,7 +261,7 @@ impl Config {
 
     fn fill(&mut self, mut table: Table, errors: &mut Vec<String>) {
         let mut sections = Vec::new();
-        for name in ["broker", "retention", "ingest"] {
+        for name in ["broker", "retention", "ingest", "samples"] {
             sections.push(match table.remove(name) {
                 None => Table::new(),
                 Some(Value::Table(section)) => section,
@@ -301,6 +324,25 @@ impl Config {
         let devices = &mut self.ingest.max_devices;
         ingest.take("max_devices", devices, size(1, 1_000_000));
         ingest.finish();
+
+        let mut samples = Fields {
+            table: section(),
+            prefix: "samples.",
+            errors,
+        };
+        samples.take("objects", &mut self.samples.objects, |v| {
+            let url = text(v)?;
+            folder_of(&url)?;
+            Ok(Some(url))
+        });
+        let largest = mesh_core::MAX_SAMPLE_IMAGE_BYTES;
+        let bytes = &mut self.samples.staging_bytes;
+        samples.take("staging_bytes", bytes, whole(largest, i64::MAX as u64));
+        let most = &mut self.samples.max_samples;
+        samples.take("max_samples", most, whole(1, 1_000_000_000));
+        let bytes = &mut self.samples.max_bytes;
+        samples.take("max_bytes", bytes, whole(largest, i64::MAX as u64));
+        samples.finish();
     }
 
     /// What cannot be used together, whoever said it: the file, the environment or the command line.
@@ -348,9 +390,22 @@ mod tests {
             queue_messages = 5
             queue_bytes = 1048576
             max_devices = 7
+            [samples]
+            objects = "file:///srv/images"
+            staging_bytes = 8388608
+            max_samples = 3
+            max_bytes = 9000000
             "#,
         )
         .unwrap();
+        assert_eq!(
+            config.samples.objects.as_deref(),
+            Some("file:///srv/images")
+        );
+        assert_eq!(
+            (config.samples.max_samples, config.samples.max_bytes),
+            (3, 9_000_000)
+        );
         assert_eq!(config.broker.max_connections, 10);
         assert_eq!(
             (config.retention.max_bytes, config.ingest.max_devices),
@@ -378,6 +433,9 @@ mod tests {
             [ingest]
             queue_messages = "many"
             batch = 1
+            [samples]
+            objects = "ftp://x"
+            staging_bytes = 1
             "#,
         )
         .unwrap_err()
@@ -393,6 +451,8 @@ mod tests {
             "retention.max_bytes: ",
             "ingest.queue_messages: ",
             "ingest.batch: no such field",
+            "samples.objects: ",
+            "samples.staging_bytes: ",
         ] {
             assert!(errors.contains(field), "{field} in {errors}");
         }

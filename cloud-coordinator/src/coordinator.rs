@@ -20,10 +20,14 @@ use crate::{
     broker::Broker,
     clock,
     config::{Config, ConfigErrors},
+    datasets::Datasets,
     ingest::{self, Acks, External, Inbox, Ingest, Link},
     metrics::Metrics,
     notice::Notices,
+    objects::Objects,
+    records::Records,
     registry::Registry,
+    samples::Samples,
     store::{self, Limits, Store},
 };
 
@@ -48,6 +52,8 @@ pub struct Handle {
     stop: CancellationToken,
     tasks: TaskTracker,
     store: Arc<Store>,
+    samples: Samples,
+    datasets: Datasets,
     /// Held for as long as this coordinator runs.
     _lock: File,
 }
@@ -117,6 +123,14 @@ impl Coordinator {
         let lock = lock(data)?;
         let broken = |error: store::StoreError| StartError::Store(error.to_string());
         let store = Arc::new(Store::open(data).await.map_err(broken)?);
+        let unlearnt = |error: &dyn std::fmt::Display| StartError::Store(error.to_string());
+        let records = Arc::new(Records::open(data).await.map_err(|e| unlearnt(&e))?);
+        let objects =
+            Objects::open(config.samples.objects.as_deref(), data).map_err(|e| unlearnt(&e))?;
+        let samples = Samples::open(data, &config.samples, records.clone(), objects)
+            .await
+            .map_err(|e| unlearnt(&e))?;
+        let datasets = Datasets::new(records);
         let devices = store.devices().await.map_err(broken)?;
         let next_id = store.last_reading().await.map_err(broken)? + 1;
         let registry = Arc::new(Registry::new(devices, config.ingest.max_devices));
@@ -202,7 +216,10 @@ impl Coordinator {
             started,
             stop.clone(),
         ));
+        tasks.spawn(samples.clone().keep_clean(stop.clone()));
         let state = api::State {
+            samples: samples.clone(),
+            datasets: datasets.clone(),
             store: store.clone(),
             registry,
             metrics,
@@ -224,12 +241,26 @@ impl Coordinator {
             stop,
             tasks,
             store,
+            samples,
+            datasets,
             _lock: lock,
         })
     }
 }
 
 impl Handle {
+    /// The datasets, and what was computed from their images.
+    #[must_use]
+    pub fn datasets(&self) -> &Datasets {
+        &self.datasets
+    }
+
+    /// The images.
+    #[must_use]
+    pub fn objects(&self) -> &Objects {
+        &self.samples.objects
+    }
+
     /// Stops every part; a commit that is under way is finished. Returns after five seconds at the latest.
     pub async fn stop(self) {
         self.stop.cancel();
@@ -246,6 +277,12 @@ impl Handle {
             .is_err()
         {
             tracing::warn!("the database was not closed in time");
+        }
+        if tokio::time::timeout(GRACE, self.samples.records.close())
+            .await
+            .is_err()
+        {
+            tracing::warn!("the database of the samples was not closed in time");
         }
     }
 }

@@ -4,6 +4,8 @@
 //!  devices ──> broker (embedded or external) ──> ingest ──> store (SQLite) ──> api ──> page, subscribers
 //!     ▲                                            │
 //!     └───────────── acknowledgement <── after the commit
+//!
+//!  devices, people ──> samples (images in objects) ──> labels ──> datasets ──> training
 //! ```
 //!
 //! [`coordinator::Coordinator::start`] wires these together and returns a handle; the program and the
@@ -16,10 +18,15 @@ pub mod cli;
 mod clock;
 pub mod config;
 pub mod coordinator;
+pub mod datasets;
 mod ingest;
+mod labels;
 mod metrics;
 mod notice;
+pub mod objects;
+pub mod records;
 mod registry;
+mod samples;
 mod store;
 
 pub use config::Config;

@@ -1,9 +1,12 @@
 //! The API, the page, and what watches over the coordinator.
 
+mod datasets;
+mod labels;
 pub(crate) mod live;
 mod page;
 mod problem;
 mod routes;
+mod samples;
 mod serve;
 
 use std::{sync::Arc, time::Duration};
@@ -11,7 +14,8 @@ use std::{sync::Arc, time::Duration};
 use axum::{
     Json, Router,
     extract::{
-        FromRequestParts, MatchedPath, Query, Request, State as Shared, rejection::QueryRejection,
+        FromRequest, FromRequestParts, MatchedPath, Path, Query, Request, State as Shared,
+        rejection::{JsonRejection, PathRejection, QueryRejection},
     },
     http::{HeaderName, HeaderValue, StatusCode, header, request::Parts},
     middleware::{self, Next},
@@ -29,10 +33,17 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 pub(crate) use serve::serve;
 
 use self::{live::Live, problem::Problem};
-use crate::{ingest::Link, metrics::Metrics, registry::Registry, store::Store};
+use crate::{
+    datasets::Datasets, ingest::Link, metrics::Metrics, registry::Registry, samples::Samples,
+    store::Store,
+};
 
-/// Nothing here takes a body; a few bytes are tolerated.
+/// Most of what is here takes no body; a few bytes are tolerated.
 const MAX_BODY: usize = 16 * 1024;
+/// What a person says: a label, a list of classes.
+const MAX_SAID: usize = 64 * 1024;
+/// A piece of an image: some seconds of a slow uplink.
+const MAX_PIECE: usize = 256 * 1024;
 /// A request that is not answered by then is given up.
 const REQUEST: Duration = Duration::from_secs(20);
 /// Requests that are worked on at a time.
@@ -43,6 +54,8 @@ const READY: Duration = Duration::from_secs(2);
 /// What every request can use.
 #[derive(Clone)]
 pub(crate) struct State {
+    pub(crate) samples: Samples,
+    pub(crate) datasets: Datasets,
     pub(crate) store: Arc<Store>,
     pub(crate) registry: Arc<Registry>,
     pub(crate) metrics: Arc<Metrics>,
@@ -74,6 +87,34 @@ impl<S: Send + Sync, T: serde::de::DeserializeOwned> FromRequestParts<S> for Par
     }
 }
 
+/// The parts of the path, refused with a problem that names what is wrong.
+struct At<T>(T);
+
+impl<S: Send + Sync, T: serde::de::DeserializeOwned + Send> FromRequestParts<S> for At<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let path: Result<Path<T>, PathRejection> = Path::from_request_parts(parts, state).await;
+        path.map(|Path(parts)| Self(parts))
+            .map_err(|e| Problem::bad(e.body_text()))
+    }
+}
+
+/// What a person says, in JSON and declared as such: a page of somebody else's cannot send that here.
+struct Said<T>(T);
+
+impl<S: Send + Sync, T: serde::de::DeserializeOwned> FromRequest<S> for Said<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        let said: Result<Json<T>, JsonRejection> = Json::from_request(request, state).await;
+        said.map(|Json(said)| Self(said)).map_err(|e| {
+            let title = e.status().canonical_reason().unwrap_or("Bad request");
+            Problem::new(e.status().as_u16(), title, e.body_text())
+        })
+    }
+}
+
 #[derive(OpenApi)]
 #[openapi(info(
     title = "Lacewing coordinator",
@@ -82,7 +123,8 @@ impl<S: Send + Sync, T: serde::de::DeserializeOwned> FromRequestParts<S> for Par
 ))]
 struct Description;
 
-fn described() -> OpenApiRouter<State> {
+/// What reads. Everything else takes a body, and says how much of one.
+fn reading() -> OpenApiRouter<State> {
     OpenApiRouter::with_openapi(Description::openapi())
         .routes(routes!(routes::devices))
         .routes(routes!(routes::device))
@@ -93,23 +135,49 @@ fn described() -> OpenApiRouter<State> {
         .routes(routes!(metrics))
         .routes(routes!(healthz))
         .routes(routes!(readyz))
+        .routes(routes!(samples::sample, samples::delete))
+        .routes(routes!(samples::image))
+        .routes(routes!(labels::tasks))
+        .routes(routes!(labels::queue))
+        .routes(routes!(labels::undo))
+        .routes(routes!(datasets::dataset))
+}
+
+fn saying() -> OpenApiRouter<State> {
+    OpenApiRouter::new()
+        .routes(routes!(samples::samples, samples::announce))
+        .routes(routes!(samples::holdout))
+        .routes(routes!(labels::put_task))
+        .routes(routes!(labels::label))
+        .routes(routes!(datasets::datasets, datasets::snapshot))
+        .layer(RequestBodyLimitLayer::new(MAX_SAID))
+}
+
+fn sending() -> OpenApiRouter<State> {
+    OpenApiRouter::new()
+        .routes(routes!(samples::append))
+        .layer(RequestBodyLimitLayer::new(MAX_PIECE))
 }
 
 /// The description of the API in JSON.
 pub(crate) fn openapi() -> Result<String, serde_json::Error> {
-    let (_, description) = described().split_for_parts();
+    let (_, description) = reading().merge(saying()).merge(sending()).split_for_parts();
     serde_json::to_string_pretty(&description)
 }
 
 /// Everything that is served.
 fn router(state: State) -> Router {
-    let (router, description) = described().split_for_parts();
+    let (reading, description) = reading().split_for_parts();
+    let mut described = OpenApiRouter::<State>::with_openapi(description);
+    described = described.merge(saying()).merge(sending());
+    let (taking, description) = described.split_for_parts();
     let description = axum::routing::get(move || std::future::ready(Json(description)));
-    router
+    reading
         .route("/api/v1/openapi.json", description)
         .merge(page::router())
         .fallback(|| std::future::ready(Problem::not_found("there is nothing at this address")))
         .layer(RequestBodyLimitLayer::new(MAX_BODY))
+        .merge(taking)
         .layer(middleware::from_fn_with_state(
             (state.metrics.clone(), Arc::new(Semaphore::new(AT_ONCE))),
             around,
@@ -145,9 +213,11 @@ async fn around(
         }
     }
     for (name, value) in HEADERS {
+        // An image says for itself how long it stays the same, and is stricter still.
         response
             .headers_mut()
-            .insert(name, HeaderValue::from_static(value));
+            .entry(name)
+            .or_insert(HeaderValue::from_static(value));
     }
     metrics.answered(&route, status.as_u16());
     response
@@ -226,12 +296,24 @@ mod tests {
         assert_eq!(
             paths,
             [
+                "/api/v1/datasets/{digest}",
                 "/api/v1/devices",
                 "/api/v1/devices/{site}/{device}",
                 "/api/v1/gaps",
                 "/api/v1/live",
                 "/api/v1/models",
                 "/api/v1/readings",
+                "/api/v1/samples",
+                "/api/v1/samples/{device}/{epoch}/{seq}/image",
+                "/api/v1/samples/{id}",
+                "/api/v1/samples/{id}/holdout",
+                "/api/v1/samples/{id}/image",
+                "/api/v1/samples/{id}/labels",
+                "/api/v1/samples/{id}/labels/last",
+                "/api/v1/tasks",
+                "/api/v1/tasks/{task}",
+                "/api/v1/tasks/{task}/datasets",
+                "/api/v1/tasks/{task}/queue",
                 "/healthz",
                 "/metrics",
                 "/readyz",

@@ -7,6 +7,14 @@ use axum::{
 };
 use serde::Serialize;
 
+use crate::{
+    datasets::DatasetError, labels::LabelError, objects::ObjectError, records::RecordError,
+    samples::SampleError, store::StoreError,
+};
+
+/// What every 5xx of a database says; the log says what it was.
+const UNAVAILABLE: &str = "the database could not answer, try again";
+
 /// What went wrong, for a program (`status`) and for a person (`title`, `detail`).
 #[derive(Clone, Debug, Serialize, utoipa::ToSchema)]
 pub(crate) struct Problem {
@@ -19,6 +27,9 @@ pub(crate) struct Problem {
     status: u16,
     /// What exactly.
     detail: String,
+    /// Bytes of an image that are here, where a piece does not begin there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    offset: Option<u64>,
 }
 
 impl Problem {
@@ -28,7 +39,18 @@ impl Problem {
             title,
             status,
             detail: detail.into(),
+            offset: None,
         }
+    }
+
+    /// Says where an upload stands.
+    pub(crate) fn at(self, offset: u64) -> Self {
+        let offset = Some(offset);
+        Self { offset, ..self }
+    }
+
+    pub(crate) fn invalid(detail: impl Into<String>) -> Self {
+        Self::new(422, "Cannot be used", detail)
     }
 
     pub(crate) fn not_found(detail: impl Into<String>) -> Self {
@@ -42,7 +64,7 @@ impl Problem {
     /// For an error answer that a library made.
     pub(crate) fn of_status(status: StatusCode) -> Self {
         let detail = match status {
-            StatusCode::METHOD_NOT_ALLOWED => "this address is only read",
+            StatusCode::METHOD_NOT_ALLOWED => "this address does not do that",
             StatusCode::PAYLOAD_TOO_LARGE => "the body is larger than this takes",
             StatusCode::REQUEST_TIMEOUT | StatusCode::GATEWAY_TIMEOUT => "it took too long",
             _ => "the request could not be answered",
@@ -65,5 +87,69 @@ impl IntoResponse for Problem {
             response.headers_mut().insert(header::RETRY_AFTER, soon);
         }
         response
+    }
+}
+
+impl From<StoreError> for Problem {
+    fn from(error: StoreError) -> Self {
+        tracing::warn!(%error, "a query failed");
+        Self::new(503, "Database unavailable", UNAVAILABLE)
+    }
+}
+
+impl From<RecordError> for Problem {
+    fn from(error: RecordError) -> Self {
+        tracing::warn!(%error, "a query failed");
+        Self::new(503, "Database unavailable", UNAVAILABLE)
+    }
+}
+
+impl From<SampleError> for Problem {
+    fn from(error: SampleError) -> Self {
+        let detail = error.to_string();
+        match error {
+            SampleError::Records(error) => error.into(),
+            SampleError::Missing | SampleError::Objects(ObjectError::Missing(_)) => {
+                Self::not_found(detail)
+            }
+            SampleError::Objects(_) | SampleError::Staging(_) => {
+                tracing::warn!(detail, "an image cannot be read or written");
+                Self::new(
+                    503,
+                    "Images unavailable",
+                    "the images cannot be read or written, try again",
+                )
+            }
+            SampleError::Deleted => Self::new(410, "Gone", detail),
+            SampleError::Offset(here) => Self::new(409, "Another offset", detail).at(here),
+            SampleError::Invalid(_) => Self::invalid(detail),
+            SampleError::Full(_) => Self::new(507, "Full", detail),
+        }
+    }
+}
+
+impl From<LabelError> for Problem {
+    fn from(error: LabelError) -> Self {
+        let detail = error.to_string();
+        match error {
+            LabelError::Records(error) => error.into(),
+            LabelError::NoTask(_) | LabelError::NoSample | LabelError::NoLabel => {
+                Self::not_found(detail)
+            }
+            LabelError::Deleted => Self::new(410, "Gone", detail),
+            LabelError::Classes(_) => Self::new(409, "Other classes", detail),
+            LabelError::Invalid(_) => Self::invalid(detail),
+        }
+    }
+}
+
+impl From<DatasetError> for Problem {
+    fn from(error: DatasetError) -> Self {
+        let detail = error.to_string();
+        match error {
+            DatasetError::Records(error) => error.into(),
+            DatasetError::Missing(_) => Self::not_found(detail),
+            DatasetError::Unusable(_) => Self::invalid(detail),
+        }
     }
 }

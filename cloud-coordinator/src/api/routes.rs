@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::{Params, State, problem::Problem};
 use crate::{
     registry::{ModelView, View},
-    store::{GapFilter, GapRow, Order, ReadingFilter, ReadingRow, StoreError},
+    store::{GapFilter, GapRow, Order, ReadingFilter, ReadingRow},
 };
 
 /// Rows of a page unless the request says otherwise.
@@ -28,30 +28,19 @@ pub(super) struct Page<T, C> {
 }
 
 impl<T, C> Page<T, C> {
-    fn new(items: Vec<T>, limit: i64, cursor: impl FnOnce(&T) -> C) -> Self {
+    pub(super) fn new(items: Vec<T>, limit: i64, cursor: impl FnOnce(&T) -> C) -> Self {
         let full = i64::try_from(items.len()).is_ok_and(|n| n >= limit);
         let next = items.last().filter(|_| full).map(cursor);
         Self { items, next }
     }
 }
 
-fn limit(asked: Option<i64>) -> Result<i64, Problem> {
+pub(super) fn limit(asked: Option<i64>) -> Result<i64, Problem> {
     let limit = asked.unwrap_or(PAGE);
     if (1..=MAX_PAGE).contains(&limit) {
         Ok(limit)
     } else {
         Err(Problem::bad(format!("limit: is from 1 to {MAX_PAGE}")))
-    }
-}
-
-impl From<StoreError> for Problem {
-    fn from(error: StoreError) -> Self {
-        tracing::warn!(%error, "a query failed");
-        Self::new(
-            503,
-            "Database unavailable",
-            "the database could not answer, try again",
-        )
     }
 }
 

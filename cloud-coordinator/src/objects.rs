@@ -1,0 +1,313 @@
+//! Images in an object store, addressed by their SHA-256.
+//!
+//! The store is reached through one interface and found by an address, so that a bucket can take the place
+//! of the folder. What is in it has been looked at: whole, of its digest, an image within bounds.
+
+use std::{path::Path, sync::Arc};
+
+use bytes::Bytes;
+use mesh_core::MAX_SAMPLE_IMAGE_BYTES;
+use object_store::{
+    ObjectStore, ObjectStoreExt, PutPayload, local::LocalFileSystem, path::Path as Key,
+};
+use sha2::{Digest, Sha256};
+use tokio::sync::{RwLock, RwLockReadGuard, Semaphore};
+
+/// Images that are decoded at a time: each may take 150 MB.
+const DECODING: usize = 2;
+
+/// What can go wrong with the images.
+#[derive(Debug, thiserror::Error)]
+pub enum ObjectError {
+    /// The store cannot be used at all.
+    #[error("cannot open the object store {url}: {detail}")]
+    Open {
+        /// Its address.
+        url: String,
+        /// What is wrong.
+        detail: String,
+    },
+    /// There is no such image.
+    #[error("there is no image {0}")]
+    Missing(String),
+    /// The store failed.
+    #[error("cannot {operation} the image {sha256}: {error}")]
+    Store {
+        /// What was being done.
+        operation: &'static str,
+        /// With which.
+        sha256: String,
+        /// What the store says.
+        error: object_store::Error,
+    },
+    /// What is stored is not what was stored.
+    #[error("the image {0} is damaged: its bytes have another digest")]
+    Damaged(String),
+    /// Not a digest.
+    #[error("{0:?} is not a SHA-256 in lower-case hex")]
+    Digest(String),
+}
+
+/// Why bytes are not taken as an image.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotAnImage {
+    /// Too long.
+    #[error("it has more than {MAX_SAMPLE_IMAGE_BYTES} bytes")]
+    TooLarge,
+    /// Other bytes than were announced.
+    #[error("its SHA-256 is {found}, not {wanted}")]
+    Digest {
+        /// What they are.
+        found: String,
+        /// What they should be.
+        wanted: String,
+    },
+    /// Neither JPEG nor PNG by its first bytes.
+    #[error("it is neither JPEG nor PNG")]
+    Format,
+    /// It cannot be decoded within bounds.
+    #[error("{0}")]
+    Content(String),
+}
+
+/// What an image file is, by its first bytes: its media type and the end of its name.
+#[must_use]
+pub(crate) fn kind_of(bytes: &[u8]) -> Option<(&'static str, &'static str)> {
+    if bytes.starts_with(&[0xff, 0xd8, 0xff]) {
+        Some(("image/jpeg", "jpg"))
+    } else if bytes.starts_with(b"\x89PNG\r\n\x1a\n") {
+        Some(("image/png", "png"))
+    } else {
+        None
+    }
+}
+
+/// SHA-256 in lower-case hex.
+#[must_use]
+pub fn digest(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        // Writing to a string does not fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// Looks at an image as the store takes it: size, digest where one was announced, format, every pixel.
+/// Takes a while: not for a thread that others wait for. Says the digest.
+///
+/// # Errors
+/// The first thing that is wrong.
+pub fn inspect(bytes: &[u8], wanted: Option<&str>) -> Result<String, NotAnImage> {
+    if bytes.len() as u64 > MAX_SAMPLE_IMAGE_BYTES {
+        return Err(NotAnImage::TooLarge);
+    }
+    let found = digest(bytes);
+    if let Some(wanted) = wanted
+        && wanted != found
+    {
+        let wanted = wanted.to_owned();
+        return Err(NotAnImage::Digest { found, wanted });
+    }
+    if kind_of(bytes).is_none() {
+        return Err(NotAnImage::Format);
+    }
+    match models::Picture::decode(bytes) {
+        Ok(_) => Ok(found),
+        Err(error) => Err(NotAnImage::Content(error.to_string())),
+    }
+}
+
+/// The images.
+#[derive(Clone, Debug)]
+pub struct Objects {
+    store: Arc<dyn ObjectStore>,
+    /// Whoever stores an image and then names it in the database holds this shared; whoever removes one
+    /// that nobody names holds it alone.
+    gate: Arc<RwLock<()>>,
+    decoding: Arc<Semaphore>,
+}
+
+fn key(sha256: &str) -> Result<Key, ObjectError> {
+    let hex = |b: u8| matches!(b, b'0'..=b'9' | b'a'..=b'f');
+    if sha256.len() == 64 && sha256.bytes().all(hex) {
+        // 256 folders, so that none of them becomes slow.
+        Ok(Key::from(format!("{}/{sha256}", &sha256[..2])))
+    } else {
+        Err(ObjectError::Digest(sha256.chars().take(80).collect()))
+    }
+}
+
+fn failed(
+    operation: &'static str,
+    sha256: &str,
+) -> impl FnOnce(object_store::Error) -> ObjectError {
+    let sha256 = sha256.to_owned();
+    move |error| match error {
+        object_store::Error::NotFound { .. } => ObjectError::Missing(sha256),
+        error => ObjectError::Store {
+            operation,
+            sha256,
+            error,
+        },
+    }
+}
+
+impl Objects {
+    /// Opens the store at `url` (`file:///folder`), or `<data>/objects` without one. The folder is made.
+    ///
+    /// # Errors
+    /// If it cannot be used.
+    pub fn open(url: Option<&str>, data: &Path) -> Result<Self, ObjectError> {
+        let folder = match url {
+            None => data.join("objects"),
+            Some(url) => folder_of(url).map_err(|detail| ObjectError::Open {
+                url: url.to_owned(),
+                detail,
+            })?,
+        };
+        let open = |detail: String| ObjectError::Open {
+            url: folder.display().to_string(),
+            detail,
+        };
+        std::fs::create_dir_all(&folder).map_err(|e| open(e.to_string()))?;
+        let store = LocalFileSystem::new_with_prefix(&folder)
+            .map_err(|e| open(e.to_string()))?
+            // An image is on the disk before the device that sent it may forget it.
+            .with_fsync(true);
+        Ok(Self {
+            store: Arc::new(store),
+            gate: Arc::default(),
+            decoding: Arc::new(Semaphore::new(DECODING)),
+        })
+    }
+
+    /// The bytes of an image, which are those that were stored.
+    ///
+    /// # Errors
+    /// If there is none of this digest, it cannot be read, or it is damaged.
+    pub async fn read(&self, sha256: &str) -> Result<Bytes, ObjectError> {
+        let found = self.store.get(&key(sha256)?).await;
+        let found = found.map_err(failed("read", sha256))?;
+        if found.meta.size > MAX_SAMPLE_IMAGE_BYTES {
+            return Err(ObjectError::Damaged(sha256.to_owned()));
+        }
+        let bytes = found.bytes().await.map_err(failed("read", sha256))?;
+        if digest(&bytes) == sha256 {
+            Ok(bytes)
+        } else {
+            Err(ObjectError::Damaged(sha256.to_owned()))
+        }
+    }
+
+    /// Whether there is an image of this digest.
+    ///
+    /// # Errors
+    /// If the store cannot tell.
+    pub async fn has(&self, sha256: &str) -> Result<bool, ObjectError> {
+        let found = self.store.head(&key(sha256)?).await;
+        match found.map_err(failed("look for", sha256)) {
+            Ok(_) => Ok(true),
+            Err(ObjectError::Missing(_)) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Stores bytes that were [inspected](inspect) and have this digest.
+    pub(crate) async fn put(&self, sha256: &str, bytes: Bytes) -> Result<(), ObjectError> {
+        let key = key(sha256)?;
+        let stored = self.store.put(&key, PutPayload::from_bytes(bytes)).await;
+        stored.map_err(failed("store", sha256)).map(drop)
+    }
+
+    /// Removes an image; it is no error if there is none. Hold [`Objects::alone`].
+    pub(crate) async fn remove(&self, sha256: &str) -> Result<(), ObjectError> {
+        let removed = self.store.delete(&key(sha256)?).await;
+        match removed.map_err(failed("remove", sha256)) {
+            Err(ObjectError::Missing(_)) => Ok(()),
+            done => done,
+        }
+    }
+
+    /// Held from before an image is stored until the database names it.
+    pub(crate) async fn shared(&self) -> RwLockReadGuard<'_, ()> {
+        self.gate.read().await
+    }
+
+    /// Held from before the database is asked who names an image until it is removed.
+    pub(crate) async fn alone(&self) -> tokio::sync::RwLockWriteGuard<'_, ()> {
+        self.gate.write().await
+    }
+
+    /// [`inspect`] on a thread where nobody waits, a few at a time.
+    pub(crate) async fn inspect(
+        &self,
+        bytes: Bytes,
+        wanted: Option<String>,
+    ) -> Result<String, NotAnImage> {
+        let place = self.decoding.clone().acquire_owned().await;
+        let done = tokio::task::spawn_blocking(move || {
+            let _place = place;
+            inspect(&bytes, wanted.as_deref())
+        });
+        done.await
+            .unwrap_or_else(|error| Err(NotAnImage::Content(error.to_string())))
+    }
+}
+
+/// The folder of `file:///folder`.
+pub(crate) fn folder_of(url: &str) -> Result<std::path::PathBuf, String> {
+    match url.strip_prefix("file://") {
+        Some(path) if path.starts_with('/') => Ok(path.into()),
+        _ => Err("is an address like \"file:///var/lib/lacewing/objects\"; other stores are not built in".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn by_digest_and_never_anything_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let objects = Objects::open(None, dir.path()).unwrap();
+        let bytes = Bytes::from_static(b"hello");
+        let sha256 = digest(&bytes);
+        assert!(!objects.has(&sha256).await.unwrap());
+        objects.put(&sha256, bytes.clone()).await.unwrap();
+        assert!(objects.has(&sha256).await.unwrap());
+        assert_eq!(objects.read(&sha256).await.unwrap(), bytes);
+        for bad in ["../../etc/passwd", "", "AB", &"g".repeat(64)] {
+            let error = objects.read(bad).await.unwrap_err();
+            assert!(matches!(error, ObjectError::Digest(_)), "{error}");
+        }
+        let file = dir.path().join("objects").join(&sha256[..2]).join(&sha256);
+        std::fs::write(file, b"hallo").unwrap();
+        let error = objects.read(&sha256).await.unwrap_err();
+        assert!(matches!(error, ObjectError::Damaged(_)), "{error}");
+        objects.remove(&sha256).await.unwrap();
+        objects.remove(&sha256).await.unwrap();
+        let error = objects.read(&sha256).await.unwrap_err();
+        assert!(matches!(error, ObjectError::Missing(_)), "{error}");
+        assert!(Objects::open(Some("s3://bucket"), dir.path()).is_err());
+    }
+
+    #[test]
+    fn what_is_no_image() {
+        let svg = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>";
+        assert_eq!(inspect(svg, None), Err(NotAnImage::Format));
+        assert_eq!(inspect(b"", None), Err(NotAnImage::Format));
+        let wrong = inspect(svg, Some("00")).unwrap_err();
+        assert!(matches!(wrong, NotAnImage::Digest { .. }));
+        // A PNG header of 60,000 × 60,000 pixels.
+        let mut bomb =
+            b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\xea\x60\0\0\xea\x60\x08\x02\0\0\0".to_vec();
+        bomb.extend([0; 64]);
+        let error = inspect(&bomb, None).unwrap_err().to_string();
+        assert!(error.contains("60000×60000"), "{error}");
+    }
+}

@@ -1,0 +1,344 @@
+//! Samples: what devices kept to learn from, and what people brought in.
+//!
+//! A sample is announced first; its image follows in pieces, and each piece is on the disk before the device
+//! hears of it. The image is looked at when it is whole. A device never decides what becomes of a sample.
+
+mod staging;
+mod store;
+
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use mesh_core::{Name, Sample};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+pub(crate) use staging::StagingError;
+pub(crate) use store::{
+    ImageRow, Import, Imported, SampleFilter, SampleRow, WITH_LABEL, note_task,
+};
+
+use crate::{
+    clock,
+    config::SamplesConfig,
+    objects::{NotAnImage, ObjectError, Objects},
+    records::{RecordError, Records},
+};
+use staging::Staging;
+
+/// Between two looks for uploads that nobody goes on with.
+const LOOK: Duration = Duration::from_secs(600);
+
+/// Why something with a sample cannot be done.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SampleError {
+    #[error(transparent)]
+    Records(#[from] RecordError),
+    #[error(transparent)]
+    Objects(#[from] ObjectError),
+    #[error(transparent)]
+    Staging(StagingError),
+    #[error("there is no such sample")]
+    Missing,
+    #[error("the sample was deleted")]
+    Deleted,
+    #[error("the upload stands at {0}")]
+    Offset(u64),
+    #[error("{0}")]
+    Invalid(String),
+    #[error("{0}")]
+    Full(String),
+}
+
+impl From<StagingError> for SampleError {
+    fn from(error: StagingError) -> Self {
+        match error {
+            StagingError::Offset(here) => Self::Offset(here),
+            StagingError::Full => Self::Full(error.to_string()),
+            error @ StagingError::Io { .. } => Self::Staging(error),
+        }
+    }
+}
+
+/// What is kept of samples.
+#[derive(Clone, Debug)]
+pub(crate) struct Samples {
+    pub(crate) records: Arc<Records>,
+    pub(crate) objects: Objects,
+    staging: Arc<Staging>,
+    room: Arc<Room>,
+}
+
+/// How much is kept, and how much may be. Counted from the database at the start.
+#[derive(Debug)]
+struct Room {
+    samples: AtomicU64,
+    bytes: AtomicU64,
+    max_samples: u64,
+    max_bytes: u64,
+}
+
+/// The task of a model: the name in `name@version`.
+pub(crate) fn task_of(model: &str) -> Option<Name> {
+    model.split('@').next()?.parse().ok()
+}
+
+impl Samples {
+    /// Opens what is in the folder.
+    pub(crate) async fn open(
+        data: &Path,
+        config: &SamplesConfig,
+        records: Arc<Records>,
+        objects: Objects,
+    ) -> Result<Self, SampleError> {
+        let awaited = records.awaited().await?;
+        let staging = Staging::open(&data.join("uploads"), config.staging_bytes, &awaited)?;
+        let (samples, bytes) = records.sample_totals().await?;
+        Ok(Self {
+            records,
+            objects,
+            staging: Arc::new(staging),
+            room: Arc::new(Room {
+                samples: samples.into(),
+                bytes: bytes.into(),
+                max_samples: config.max_samples,
+                max_bytes: config.max_bytes,
+            }),
+        })
+    }
+
+    /// Whether there is room for one more sample, with an image of so many bytes.
+    pub(crate) fn room(&self, bytes: u64) -> Result<(), SampleError> {
+        let room = &self.room;
+        let samples = room.samples.load(Ordering::Relaxed);
+        if samples >= room.max_samples {
+            let why = format!("{samples} samples are here, which is all that may be");
+            return Err(SampleError::Full(why));
+        }
+        let used = room.bytes.load(Ordering::Relaxed);
+        if used.saturating_add(bytes) > room.max_bytes {
+            let why = format!("images have {used} bytes already, {bytes} more are too many");
+            return Err(SampleError::Full(why));
+        }
+        Ok(())
+    }
+
+    /// A sample was added.
+    pub(crate) fn added(&self, bytes: u64) {
+        self.room.samples.fetch_add(1, Ordering::Relaxed);
+        self.room.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// The image of a sample is no longer here.
+    fn removed(&self, bytes: u64) {
+        let less = |used: u64| Some(used.saturating_sub(bytes));
+        // It always has a next value.
+        let _ = self
+            .room
+            .bytes
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+    }
+
+    /// Takes in a sample without its image. Says whether it is new, and how much of its image is here.
+    pub(crate) async fn announce(&self, sample: &Sample) -> Result<(bool, u64), SampleError> {
+        let task = task_of(&sample.model)
+            .ok_or_else(|| SampleError::Invalid("model: is name@version".into()))?;
+        let (device, epoch, seq) = (
+            sample.device.as_str(),
+            sample.epoch.cast_signed(),
+            sample.seq.cast_signed(),
+        );
+        if let Some(known) = self.records.image_of(device, epoch, seq).await? {
+            return Ok((false, self.known(sample, known).await?));
+        }
+        let bytes = sample.image.as_ref().map_or(0, |i| i.bytes);
+        self.room(bytes)?;
+        // The image that another sample brought must not go while this one is written.
+        let _shared = self.objects.shared().await;
+        let image = match &sample.image {
+            None => "none",
+            Some(image) => match self.records.stored_bytes(&image.sha256).await? {
+                None => "waiting",
+                Some(is) if is.unsigned_abs() == image.bytes => "stored",
+                Some(is) => {
+                    return Err(SampleError::Invalid(format!(
+                        "image: the image of this sha256 has {is} bytes"
+                    )));
+                }
+            },
+        };
+        let now = clock::now_ms();
+        let new = self
+            .records
+            .add_sample(task.as_str(), sample, image, now)
+            .await?;
+        if new.is_some() {
+            self.added(bytes);
+        }
+        Ok((new.is_some(), if image == "stored" { bytes } else { 0 }))
+    }
+
+    /// How much is here of the image of a sample that is sent again.
+    async fn known(&self, sample: &Sample, known: ImageRow) -> Result<u64, SampleError> {
+        let bytes = known.bytes.unsigned_abs();
+        let wanted = sample.image.as_ref().map(|i| i.sha256.as_str());
+        if known.deleted_ms.is_some() {
+            // Nothing more is wanted, whatever it is now.
+            return Ok(sample.image.as_ref().map_or(0, |i| i.bytes));
+        }
+        if known.sha256.as_deref() != wanted {
+            let why = "another image was announced for this device, epoch and seq";
+            return Err(SampleError::Invalid(why.into()));
+        }
+        if known.image != "waiting" {
+            return Ok(bytes);
+        }
+        let here = self.staging.offset(known.id).await?;
+        if here < bytes {
+            return Ok(here);
+        }
+        // It ended while nobody could look at it. If it is refused now, it is as good as here: the device
+        // has nothing better to send.
+        let _lock = self.staging.lock(known.id, bytes).await?;
+        match self.finish(&known).await {
+            Ok(()) | Err(SampleError::Invalid(_)) => Ok(bytes),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Takes in a piece of an image. Says how much of it is here.
+    pub(crate) async fn append(
+        &self,
+        device: &str,
+        epoch: i64,
+        seq: i64,
+        offset: u64,
+        piece: Bytes,
+    ) -> Result<u64, SampleError> {
+        let find = || self.records.image_of(device, epoch, seq);
+        let found = find().await?.ok_or(SampleError::Missing)?;
+        let bytes = found.bytes.unsigned_abs();
+        if let Some(settled) = settled(&found, offset)? {
+            return Ok(settled);
+        }
+        if offset.saturating_add(piece.len() as u64) > bytes {
+            let why = format!("the image was announced with {bytes} bytes");
+            return Err(SampleError::Invalid(why));
+        }
+        let _lock = self.staging.lock(found.id, bytes).await?;
+        // Another request may have finished it while this one waited for the lock.
+        let found = find().await?.ok_or(SampleError::Missing)?;
+        if let Some(settled) = settled(&found, offset)? {
+            self.staging.remove(found.id).await?;
+            return Ok(settled);
+        }
+        let here = self.staging.append(found.id, offset, piece).await?;
+        if here == bytes {
+            self.finish(&found).await?;
+        }
+        Ok(here)
+    }
+
+    /// Looks at a whole image and stores or refuses it. Hold its lock.
+    async fn finish(&self, row: &ImageRow) -> Result<(), SampleError> {
+        let bytes = self.staging.read(row.id).await?;
+        let looked = self.objects.inspect(bytes.clone(), row.sha256.clone());
+        match looked.await {
+            Ok(sha256) => {
+                let _shared = self.objects.shared().await;
+                self.objects.put(&sha256, bytes).await?;
+                self.records.settle_image(row.id, None).await?;
+                self.staging.remove(row.id).await?;
+                Ok(())
+            }
+            Err(why) => {
+                let why = refusal(&why);
+                tracing::warn!(sample = row.id, why, "an image was refused");
+                self.records.settle_image(row.id, Some(&why)).await?;
+                self.removed(row.bytes.unsigned_abs());
+                self.staging.remove(row.id).await?;
+                Err(SampleError::Invalid(why))
+            }
+        }
+    }
+
+    /// The bytes of a sample's image.
+    pub(crate) async fn image(&self, id: i64) -> Result<Bytes, SampleError> {
+        let sample = self.records.sample(id).await?.ok_or(SampleError::Missing)?;
+        match sample.sha256 {
+            Some(sha256) if sample.image == "stored" => Ok(self.objects.read(&sha256).await?),
+            _ => Err(SampleError::Missing),
+        }
+    }
+
+    /// Deletes a sample, and its image unless another sample has the same. A dataset that names the image
+    /// keeps its digest, but the image is gone: who asks for a picture to be deleted means it.
+    pub(crate) async fn delete(&self, id: i64) -> Result<(), SampleError> {
+        let sample = self.records.sample(id).await?.ok_or(SampleError::Missing)?;
+        let _alone = self.objects.alone().await;
+        if !self.records.delete_sample(id, clock::now_ms()).await? {
+            return Err(SampleError::Missing);
+        }
+        self.removed(sample.bytes.unsigned_abs());
+        self.staging.remove(id).await?;
+        if let Some(sha256) = sample.sha256 {
+            self.remove_unnamed(&sha256).await?;
+        }
+        Ok(())
+    }
+
+    /// Removes an image that no sample names. Hold [`Objects::alone`].
+    pub(crate) async fn remove_unnamed(&self, sha256: &str) -> Result<(), SampleError> {
+        if self.records.stored_bytes(sha256).await?.is_none() {
+            self.records.forget_image(sha256).await?;
+            self.objects.remove(sha256).await?;
+        }
+        Ok(())
+    }
+
+    /// Removes uploads that nobody goes on with, until `stop`.
+    pub(crate) async fn keep_clean(self, stop: CancellationToken) {
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(LOOK) => {}
+            }
+            match self.staging.remove_orphans(Instant::now()).await {
+                Ok(0) => {}
+                Ok(uploads) => tracing::info!(uploads, "removed uploads that nobody went on with"),
+                Err(error) => {
+                    tracing::warn!(%error, "cannot remove uploads that nobody goes on with")
+                }
+            }
+        }
+    }
+}
+
+/// What to answer to a piece of an image that is not awaited; `None` if it is.
+fn settled(found: &ImageRow, offset: u64) -> Result<Option<u64>, SampleError> {
+    let bytes = found.bytes.unsigned_abs();
+    if found.deleted_ms.is_some() {
+        return Err(SampleError::Deleted);
+    }
+    match found.image.as_str() {
+        "waiting" => Ok(None),
+        "stored" if offset == bytes => Ok(Some(bytes)),
+        "stored" => Err(SampleError::Offset(bytes)),
+        "refused" => Err(SampleError::Invalid(
+            found.refused.clone().unwrap_or_default(),
+        )),
+        _ => Err(SampleError::Invalid("the sample has no image".into())),
+    }
+}
+
+/// Why an image was refused, short enough to keep.
+fn refusal(why: &NotAnImage) -> String {
+    why.to_string().chars().take(300).collect()
+}

@@ -1,0 +1,464 @@
+//! The SQL of samples.
+
+use std::collections::HashMap;
+
+use mesh_core::Sample;
+use serde::Serialize;
+use sqlx::{QueryBuilder, Sqlite, SqliteConnection};
+
+use crate::records::{RecordError, Records, commit, floats_to_bytes};
+
+/// A sample as the API shows it.
+#[derive(Clone, Debug, PartialEq, Serialize, sqlx::FromRow, utoipa::ToSchema)]
+#[schema(as = Sample)]
+pub(crate) struct SampleRow {
+    /// The place in order of arrival.
+    pub(crate) id: i64,
+    /// What is to be learnt: the name part of the model.
+    pub(crate) task: String,
+    /// `device`, or `import` for what a person brought in.
+    pub(crate) origin: String,
+    /// The device that looked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) device: Option<String>,
+    /// The camera on it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) source: Option<String>,
+    /// The life of the device's outbox.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) epoch: Option<i64>,
+    /// The number of the reading in its epoch.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) seq: Option<i64>,
+    /// Why it was kept: `wrong`, `missed`, `uncertain`, `novel` or `random`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) reason: Option<String>,
+    /// Captured, milliseconds since 1970 by the device's clock.
+    pub(crate) ts: i64,
+    /// Taken in, milliseconds since 1970 by the coordinator's clock.
+    pub(crate) received_ms: i64,
+    /// What the model said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) label: Option<String>,
+    /// How sure it was, 0 to 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) score: Option<f64>,
+    /// How far the best class lay before the second, 0 to 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) margin: Option<f64>,
+    /// How unsure the scores are, 0 to 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) entropy: Option<f64>,
+    /// How far it is from what training saw, at least 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) novelty: Option<f64>,
+    /// The model, `name@version`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) model: Option<String>,
+    /// The file that the image came from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) file: Option<String>,
+    /// SHA-256 of the image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) sha256: Option<String>,
+    /// Bytes of the image, 0 without one.
+    pub(crate) bytes: i64,
+    /// `none`, `waiting` (on its way), `stored` or `refused`.
+    pub(crate) image: String,
+    /// Why the image was refused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) refused: Option<String>,
+    /// Only ever measured with, never trained with.
+    pub(crate) holdout: bool,
+    /// The current label: `class`, `none` (none of the classes) or `skip`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) labelled: Option<String>,
+    /// The class, if it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) class: Option<String>,
+    /// Who said so.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) author: Option<String>,
+}
+
+/// Joins a sample `s` with its current label `l` and its class `c`.
+pub(crate) const WITH_LABEL: &str = "FROM samples s \
+    LEFT JOIN labels l ON l.id = (SELECT max(x.id) FROM labels x \
+        WHERE x.sample = s.id AND x.undone_ms IS NULL) \
+    LEFT JOIN classes c ON c.task = s.task AND c.position = l.class ";
+
+const COLUMNS: &str = "SELECT s.id, s.task, s.origin, s.device, s.source, s.epoch, s.seq, s.reason, s.ts, \
+    s.received_ms, s.label, s.score, s.margin, s.entropy, s.novelty, s.model, s.file, s.sha256, s.bytes, \
+    s.image, s.refused, s.holdout, l.kind AS labelled, c.name AS class, l.author ";
+
+/// What an upload needs to know.
+#[derive(Clone, Debug, sqlx::FromRow)]
+pub(crate) struct ImageRow {
+    pub(crate) id: i64,
+    pub(crate) sha256: Option<String>,
+    pub(crate) bytes: i64,
+    pub(crate) image: String,
+    pub(crate) refused: Option<String>,
+    pub(crate) deleted_ms: Option<i64>,
+}
+
+/// Which samples.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct SampleFilter {
+    pub(crate) task: Option<String>,
+    pub(crate) reason: Option<String>,
+    pub(crate) device: Option<String>,
+    pub(crate) labelled: Option<bool>,
+    pub(crate) after: Option<i64>,
+    pub(crate) limit: i64,
+}
+
+/// An image that a person brought in.
+#[derive(Clone, Debug)]
+pub(crate) struct Import<'a> {
+    pub(crate) task: &'a str,
+    pub(crate) sha256: &'a str,
+    pub(crate) bytes: i64,
+    pub(crate) file: &'a str,
+    /// A position in the list of classes; nothing where the import does not say.
+    pub(crate) class: Option<i64>,
+    pub(crate) holdout: bool,
+    pub(crate) author: &'a str,
+    pub(crate) now_ms: i64,
+}
+
+/// What an import did with one image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Imported {
+    New,
+    Known,
+}
+
+/// Makes sure that a task is there.
+pub(crate) async fn note_task(
+    connection: &mut SqliteConnection,
+    task: &str,
+    now_ms: i64,
+) -> Result<(), RecordError> {
+    sqlx::query("INSERT INTO tasks (name, created_ms) VALUES (?, ?) ON CONFLICT (name) DO NOTHING")
+        .bind(task)
+        .bind(now_ms)
+        .execute(connection)
+        .await
+        .map_err(RecordError::sql("write a task"))?;
+    Ok(())
+}
+
+impl Records {
+    /// How many samples there are, and how many bytes their images have.
+    pub(crate) async fn sample_totals(&self) -> Result<(u64, u64), RecordError> {
+        let (samples, bytes): (i64, i64) = sqlx::query_as(
+            "SELECT count(*), coalesce(sum(CASE WHEN image IN ('waiting', 'stored') AND deleted_ms IS NULL \
+             THEN bytes ELSE 0 END), 0) FROM samples",
+        )
+        .fetch_one(self.readers())
+        .await
+        .map_err(RecordError::sql("count the samples"))?;
+        Ok((samples.unsigned_abs(), bytes.unsigned_abs()))
+    }
+
+    /// The images that are still awaited: id → bytes.
+    pub(crate) async fn awaited(&self) -> Result<HashMap<i64, u64>, RecordError> {
+        let rows: Vec<(i64, i64)> = sqlx::query_as(
+            "SELECT id, bytes FROM samples WHERE image = 'waiting' AND deleted_ms IS NULL",
+        )
+        .fetch_all(self.readers())
+        .await
+        .map_err(RecordError::sql("read the awaited images"))?;
+        Ok(rows
+            .into_iter()
+            .map(|(id, n)| (id, n.unsigned_abs()))
+            .collect())
+    }
+
+    /// The sample of a reading, also one that was deleted.
+    pub(crate) async fn image_of(
+        &self,
+        device: &str,
+        epoch: i64,
+        seq: i64,
+    ) -> Result<Option<ImageRow>, RecordError> {
+        sqlx::query_as(
+            "SELECT id, sha256, bytes, image, refused, deleted_ms FROM samples \
+             WHERE device = ? AND epoch = ? AND seq = ?",
+        )
+        .bind(device)
+        .bind(epoch)
+        .bind(seq)
+        .fetch_optional(self.readers())
+        .await
+        .map_err(RecordError::sql("look for a sample"))
+    }
+
+    /// Bytes of the image of this digest, if some sample has it here.
+    pub(crate) async fn stored_bytes(&self, sha256: &str) -> Result<Option<i64>, RecordError> {
+        sqlx::query_scalar(
+            "SELECT bytes FROM samples WHERE sha256 = ? AND image = 'stored' AND deleted_ms IS NULL LIMIT 1",
+        )
+        .bind(sha256)
+        .fetch_optional(self.readers())
+        .await
+        .map_err(RecordError::sql("look for an image"))
+    }
+
+    /// Writes a new sample; `None` if it was written meanwhile.
+    pub(crate) async fn add_sample(
+        &self,
+        task: &str,
+        sample: &Sample,
+        image: &str,
+        now_ms: i64,
+    ) -> Result<Option<i64>, RecordError> {
+        let mut writer = self.writer().await;
+        let mut tx = writer.begin().await?;
+        note_task(&mut tx, task, now_ms).await?;
+        let id: Option<i64> = sqlx::query_scalar(
+            "INSERT INTO samples (task, origin, device, source, epoch, seq, reason, ts, received_ms, label, \
+             score, margin, entropy, novelty, model, file, sha256, bytes, image, holdout) \
+             VALUES (?, 'device', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0) \
+             ON CONFLICT (device, epoch, seq) DO NOTHING RETURNING id",
+        )
+        .bind(task)
+        .bind(sample.device.as_str())
+        .bind(sample.source.as_str())
+        .bind(sample.epoch.cast_signed())
+        .bind(sample.seq.cast_signed())
+        .bind(sample.reason.as_str())
+        .bind(sample.ts)
+        .bind(now_ms)
+        .bind(&sample.label)
+        .bind(f64::from(sample.score))
+        .bind(f64::from(sample.margin))
+        .bind(f64::from(sample.entropy))
+        .bind(sample.novelty.map(f64::from))
+        .bind(&sample.model)
+        .bind(&sample.file)
+        .bind(sample.image.as_ref().map(|i| i.sha256.as_str()))
+        .bind(sample.image.as_ref().map_or(0, |i| i.bytes.cast_signed()))
+        .bind(image)
+        .fetch_optional(&mut *tx)
+        .await
+        .map_err(RecordError::sql("write a sample"))?;
+        if let Some(id) = id
+            && !sample.embedding.is_empty()
+        {
+            sqlx::query("INSERT INTO embeddings (sample, model, data) VALUES (?, ?, ?)")
+                .bind(id)
+                .bind(&sample.model)
+                .bind(floats_to_bytes(&sample.embedding))
+                .execute(&mut *tx)
+                .await
+                .map_err(RecordError::sql("write an embedding"))?;
+        }
+        commit(tx).await?;
+        Ok(id)
+    }
+
+    /// The image of a sample is here (`None`), or was refused and why.
+    pub(crate) async fn settle_image(
+        &self,
+        id: i64,
+        refused: Option<&str>,
+    ) -> Result<(), RecordError> {
+        let mut writer = self.writer().await;
+        let mut tx = writer.begin().await?;
+        sqlx::query("UPDATE samples SET image = ?, refused = ? WHERE id = ? AND image = 'waiting'")
+            .bind(if refused.is_some() {
+                "refused"
+            } else {
+                "stored"
+            })
+            .bind(refused)
+            .bind(id)
+            .execute(&mut *tx)
+            .await
+            .map_err(RecordError::sql("write what became of an image"))?;
+        commit(tx).await
+    }
+
+    /// Writes images that a person brought in, all of them or none. One that the task has already from an
+    /// import stays as it is, except that a class it did not have is added.
+    pub(crate) async fn add_imports(
+        &self,
+        imports: &[Import<'_>],
+    ) -> Result<Vec<Imported>, RecordError> {
+        let mut writer = self.writer().await;
+        let mut tx = writer.begin().await?;
+        let mut done = Vec::with_capacity(imports.len());
+        for import in imports {
+            note_task(&mut tx, import.task, import.now_ms).await?;
+            let known: Option<i64> = sqlx::query_scalar(
+                "SELECT id FROM samples WHERE sha256 = ? AND task = ? AND origin = 'import' \
+                 AND deleted_ms IS NULL",
+            )
+            .bind(import.sha256)
+            .bind(import.task)
+            .fetch_optional(&mut *tx)
+            .await
+            .map_err(RecordError::sql("look for an imported image"))?;
+            let id = match known {
+                Some(id) => {
+                    done.push(Imported::Known);
+                    id
+                }
+                None => {
+                    done.push(Imported::New);
+                    insert_import(&mut tx, import).await?
+                }
+            };
+            let Some(class) = import.class else { continue };
+            sqlx::query(
+                "INSERT INTO labels (sample, kind, class, author, created_ms) \
+                 SELECT ?, 'class', ?, ?, ? WHERE NOT EXISTS \
+                 (SELECT 1 FROM labels WHERE sample = ? AND undone_ms IS NULL)",
+            )
+            .bind(id)
+            .bind(class)
+            .bind(import.author)
+            .bind(import.now_ms)
+            .bind(id)
+            .execute(&mut *tx)
+            .await
+            .map_err(RecordError::sql("write the label of an import"))?;
+        }
+        commit(tx).await?;
+        Ok(done)
+    }
+
+    /// One page of samples, the newest first.
+    pub(crate) async fn samples(
+        &self,
+        filter: SampleFilter,
+    ) -> Result<Vec<SampleRow>, RecordError> {
+        let mut query: QueryBuilder<Sqlite> = QueryBuilder::new(COLUMNS);
+        query.push(WITH_LABEL).push("WHERE s.deleted_ms IS NULL");
+        for (condition, value) in [
+            (" AND s.task = ", filter.task),
+            (" AND s.reason = ", filter.reason),
+            (" AND s.device = ", filter.device),
+        ] {
+            if let Some(value) = value {
+                query.push(condition).push_bind(value);
+            }
+        }
+        if let Some(labelled) = filter.labelled {
+            query.push(if labelled {
+                " AND l.kind IN ('class', 'none')"
+            } else {
+                " AND (l.kind IS NULL OR l.kind = 'skip')"
+            });
+        }
+        if let Some(after) = filter.after {
+            query.push(" AND s.id < ").push_bind(after);
+        }
+        query
+            .push(" ORDER BY s.id DESC LIMIT ")
+            .push_bind(filter.limit);
+        query
+            .build_query_as()
+            .fetch_all(self.readers())
+            .await
+            .map_err(RecordError::sql("read samples"))
+    }
+
+    /// One sample, unless it was deleted.
+    pub(crate) async fn sample(&self, id: i64) -> Result<Option<SampleRow>, RecordError> {
+        let mut query: QueryBuilder<Sqlite> = QueryBuilder::new(COLUMNS);
+        query
+            .push(WITH_LABEL)
+            .push("WHERE s.deleted_ms IS NULL AND s.id = ")
+            .push_bind(id);
+        query
+            .build_query_as()
+            .fetch_optional(self.readers())
+            .await
+            .map_err(RecordError::sql("read a sample"))
+    }
+
+    /// Deletes a sample; what stays is that it was here. False if there is none.
+    pub(crate) async fn delete_sample(&self, id: i64, now_ms: i64) -> Result<bool, RecordError> {
+        let mut writer = self.writer().await;
+        let mut tx = writer.begin().await?;
+        let done = sqlx::query(
+            "UPDATE samples SET deleted_ms = ?, label = NULL, file = NULL \
+             WHERE id = ? AND deleted_ms IS NULL",
+        )
+        .bind(now_ms)
+        .bind(id)
+        .execute(&mut *tx)
+        .await
+        .map_err(RecordError::sql("delete a sample"))?;
+        sqlx::query("DELETE FROM embeddings WHERE sample = ?")
+            .bind(id)
+            .execute(&mut *tx)
+            .await
+            .map_err(RecordError::sql("delete an embedding"))?;
+        commit(tx).await?;
+        Ok(done.rows_affected() > 0)
+    }
+
+    /// Forgets what was computed from an image that is gone.
+    pub(crate) async fn forget_image(&self, sha256: &str) -> Result<(), RecordError> {
+        let mut writer = self.writer().await;
+        let mut tx = writer.begin().await?;
+        sqlx::query("DELETE FROM features WHERE sha256 = ?")
+            .bind(sha256)
+            .execute(&mut *tx)
+            .await
+            .map_err(RecordError::sql("delete features"))?;
+        commit(tx).await
+    }
+
+    /// Puts a sample into the holdout or takes it out; false if there is none.
+    pub(crate) async fn set_holdout(
+        &self,
+        id: i64,
+        holdout: bool,
+        author: &str,
+        now_ms: i64,
+    ) -> Result<bool, RecordError> {
+        let mut writer = self.writer().await;
+        let mut tx = writer.begin().await?;
+        let done = sqlx::query(
+            "UPDATE samples SET holdout = ?, holdout_by = ?, holdout_ms = ? \
+             WHERE id = ? AND deleted_ms IS NULL",
+        )
+        .bind(holdout)
+        .bind(author)
+        .bind(now_ms)
+        .bind(id)
+        .execute(&mut *tx)
+        .await
+        .map_err(RecordError::sql("write the holdout"))?;
+        commit(tx).await?;
+        Ok(done.rows_affected() > 0)
+    }
+}
+
+async fn insert_import(
+    connection: &mut SqliteConnection,
+    import: &Import<'_>,
+) -> Result<i64, RecordError> {
+    let decided = import.holdout.then_some(import.now_ms);
+    sqlx::query_scalar(
+        "INSERT INTO samples (task, origin, ts, received_ms, file, sha256, bytes, image, holdout, \
+         holdout_by, holdout_ms) VALUES (?, 'import', ?, ?, ?, ?, ?, 'stored', ?, ?, ?) RETURNING id",
+    )
+    .bind(import.task)
+    .bind(import.now_ms)
+    .bind(import.now_ms)
+    .bind(import.file)
+    .bind(import.sha256)
+    .bind(import.bytes)
+    .bind(import.holdout)
+    .bind(import.holdout.then_some(import.author))
+    .bind(decided)
+    .fetch_one(connection)
+    .await
+    .map_err(RecordError::sql("write an imported image"))
+}
