@@ -5,13 +5,13 @@
 #![forbid(unsafe_code)]
 
 mod calibrate;
-//pub mod evaluate;
+pub mod evaluate;
 pub mod features;
 //pub mod gate;
 pub mod head;
 mod progress;
 mod random;
 mod softmax;
-//pub mod surgery;
+pub mod surgery;
 
 pub use progress::{Error, Progress, Report};
