@@ -7,8 +7,9 @@
 mod calibrate;
 pub mod evaluate;
 pub mod features;
-//pub mod gate;
+pub mod gate;
 pub mod head;
+mod mcnemar;
 mod progress;
 mod random;
 mod softmax;
