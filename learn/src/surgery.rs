@@ -175,7 +175,7 @@ fn cut(graph: &mut GraphProto, output: &str) {
     // Old files list what is stored among the inputs too.
     graph.input.retain(|input| needed.contains(&input.name) || !had.contains(&input.name));
     graph.value_info.retain(|value| needed.contains(&value.name));
-    graph.quantization_annotation.retain(|q| needed.contains(&q.tensor_name));
+    graph.quantization_annotation.clear();
 }
 
 /// The model cut behind its value `embedding`, with `head` on it as one Gemm that makes `scores`.
