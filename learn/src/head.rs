@@ -155,23 +155,25 @@ struct Standard {
 
 fn standardise(features: &Features) -> Standard {
     let dim = features.dim();
-    let count = features.len() as f64;
+    let weight = |row: usize| features.weights().map_or(1.0, |weights| f64::from(weights[row]));
+    let total: f64 = (0..features.len()).map(weight).sum();
     let mut mean = vec![0.0f64; dim];
-    for row in features.rows().chunks_exact(dim) {
+    for (at, row) in features.rows().chunks_exact(dim).enumerate() {
+        let part = weight(at) / total;
         for (mean, &value) in mean.iter_mut().zip(row) {
-            *mean += f64::from(value);
+            *mean += part * f64::from(value);
         }
     }
-    mean.iter_mut().for_each(|mean| *mean /= count);
     let mut deviation = vec![0.0f64; dim];
-    for row in features.rows().chunks_exact(dim) {
+    for (at, row) in features.rows().chunks_exact(dim).enumerate() {
+        let part = weight(at) / total;
         for ((sum, &mean), &value) in deviation.iter_mut().zip(&mean).zip(row) {
             let distance = f64::from(value) - mean;
-            *sum += distance * distance;
+            *sum += part * distance * distance;
         }
     }
     for value in &mut deviation {
-        *value = (*value / count).sqrt().max(f64::from(LEAST_DEVIATION));
+        *value = value.sqrt().max(f64::from(LEAST_DEVIATION));
     }
     let scale: Vec<(f32, f32)> = mean
         .iter()
