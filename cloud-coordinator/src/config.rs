@@ -25,6 +25,8 @@ pub struct Config {
     pub ingest: IngestConfig,
     /// What is kept to learn from.
     pub samples: SamplesConfig,
+    /// How models are trained and judged.
+    pub training: TrainingConfig,
 }
 
 /// Which broker, and its limits.
@@ -82,6 +84,19 @@ pub struct SamplesConfig {
     pub max_bytes: u64,
 }
 
+/// How models are trained and judged.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TrainingConfig {
+    /// Bundles to start from: taken in at every start, if they are not known yet.
+    pub models: Vec<PathBuf>,
+    /// A job that takes longer is ended, in seconds, 1..=604,800.
+    pub time_limit_s: u64,
+    /// The external trainer and its arguments; empty is none.
+    pub external: Vec<String>,
+    /// What a candidate must fulfil, see [`learn::gate`].
+    pub policy: learn::gate::Policy,
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -107,6 +122,12 @@ impl Default for Config {
                 staging_bytes: 1 << 30,
                 max_samples: 1_000_000,
                 max_bytes: 100 << 30,
+            },
+            training: TrainingConfig {
+                models: Vec::new(),
+                time_limit_s: 3_600,
+                external: Vec::new(),
+                policy: learn::gate::Policy::default(),
             },
         }
     }
@@ -162,6 +183,13 @@ fn text(value: Value) -> Result<String, String> {
         Value::String(text) if !text.is_empty() => Ok(text),
         Value::String(_) => Err("is empty".into()),
         other => Err(format!("is a text in quotes, not {}", other.type_str())),
+    }
+}
+
+fn texts(value: Value) -> Result<Vec<String>, String> {
+    match value {
+        Value::Array(items) => items.into_iter().map(text).collect(),
+        other => Err(format!("is a list of texts, not {}", other.type_str())),
     }
 }
 
@@ -261,7 +289,7 @@ impl Config {
 
     fn fill(&mut self, mut table: Table, errors: &mut Vec<String>) {
         let mut sections = Vec::new();
-        for name in ["broker", "retention", "ingest", "samples"] {
+        for name in ["broker", "retention", "ingest", "samples", "training"] {
             sections.push(match table.remove(name) {
                 None => Table::new(),
                 Some(Value::Table(section)) => section,
@@ -343,6 +371,21 @@ impl Config {
         let bytes = &mut self.samples.max_bytes;
         samples.take("max_bytes", bytes, whole(largest, i64::MAX as u64));
         samples.finish();
+
+        let mut training = Fields {
+            table: section(),
+            prefix: "training.",
+            errors,
+        };
+        let paths = |v| Ok(texts(v)?.into_iter().map(PathBuf::from).collect());
+        training.take("models", &mut self.training.models, paths);
+        let limit = &mut self.training.time_limit_s;
+        training.take("time_limit_s", limit, whole(1, 604_800));
+        training.take("external", &mut self.training.external, texts);
+        training.take("policy", &mut self.training.policy, |v| {
+            v.try_into().map_err(|error: toml::de::Error| error.message().to_owned())
+        });
+        training.finish();
     }
 
     /// What cannot be used together, whoever said it: the file, the environment or the command line.

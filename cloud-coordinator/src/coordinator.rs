@@ -16,7 +16,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    api::{self, live::Live},
+    api::{self, learning::Learning, live::Live},
     broker::Broker,
     clock,
     config::{Config, ConfigErrors},
@@ -29,6 +29,7 @@ use crate::{
     registry::Registry,
     samples::Samples,
     store::{self, Limits, Store},
+    train::{Catalog, Jobs, Settings, Work},
 };
 
 /// How long parts may take to end before they are dropped: a commit on a slow disk.
@@ -78,6 +79,14 @@ pub enum StartError {
     /// The database cannot be used.
     #[error("{0}")]
     Store(String),
+    /// A model that the configuration names cannot be used.
+    #[error("the model {path}: {error}")]
+    Model {
+        /// The bundle.
+        path: PathBuf,
+        /// Why.
+        error: String,
+    },
     /// The address is taken, or not of this machine.
     #[error("cannot listen for {what} on {address}: {error}")]
     Listen {
@@ -130,7 +139,28 @@ impl Coordinator {
         let samples = Samples::open(data, &config.samples, records.clone(), objects)
             .await
             .map_err(|e| unlearnt(&e))?;
-        let datasets = Datasets::new(records);
+        let datasets = Datasets::new(records.clone());
+        let catalog = Arc::new(Catalog::new(data.join("models"), records.clone()));
+        for bundle in &config.training.models {
+            let given = catalog.give(bundle).await;
+            let id = given.map_err(|error| StartError::Model {
+                path: bundle.clone(),
+                error: error.to_string(),
+            })?;
+            tracing::info!(model = id, "a model is given");
+        }
+        let jobs = Arc::new(Jobs::open(records).await.map_err(|e| unlearnt(&e))?);
+        let work = Work {
+            catalog: catalog.clone(),
+            datasets: datasets.clone(),
+            objects: samples.objects.clone(),
+            settings: Settings {
+                time_limit: Duration::from_secs(config.training.time_limit_s),
+                external: config.training.external.clone(),
+                policy: config.training.policy.clone(),
+            },
+        };
+        let learning = Learning::new(catalog, jobs);
         let devices = store.devices().await.map_err(broken)?;
         let next_id = store.last_reading().await.map_err(broken)? + 1;
         let registry = Arc::new(Registry::new(devices, config.ingest.max_devices));
@@ -217,9 +247,11 @@ impl Coordinator {
             stop.clone(),
         ));
         tasks.spawn(samples.clone().keep_clean(stop.clone()));
+        tasks.spawn(jobs.clone().run(Arc::new(work), stop.clone()));
         let state = api::State {
             samples: samples.clone(),
             datasets: datasets.clone(),
+            learning,
             store: store.clone(),
             registry,
             metrics,

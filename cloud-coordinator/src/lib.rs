@@ -28,6 +28,7 @@ pub mod records;
 mod registry;
 mod samples;
 mod store;
+mod train;
 
 pub use config::Config;
 pub use coordinator::{Coordinator, Handle, StartError};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::{
     Json,
     body::Bytes,
-    extract::{Path, State as Shared},
+    extract::State as Shared,
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
 };
@@ -14,7 +14,7 @@ use models::{Engine, Outcome};
 use serde::{Deserialize, Serialize};
 use tokio::{sync::Semaphore, task::spawn_blocking};
 
-use super::{Params, State, problem::Problem};
+use super::{At, Params, Said, State, problem::Problem};
 use crate::train::{Catalog, CatalogError, Job, JobError, Jobs, Model, Request};
 
 /// The largest body of a prediction: an image, or tensors as JSON.
@@ -81,11 +81,6 @@ fn gave_up(error: &tokio::task::JoinError) -> Problem {
     Problem::new(500, "Gave up", "the computation failed, see the log")
 }
 
-/// A name in the address, or a problem.
-type Name = Result<Path<String>, axum::extract::rejection::PathRejection>;
-/// A number in the address, or a problem.
-type Number = Result<Path<i64>, axum::extract::rejection::PathRejection>;
-
 /// JSON in a body, refused with a problem that names what is wrong.
 fn json<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
     serde_json::from_slice(body).map_err(|error| Problem::bad(format!("the body: {error}")))
@@ -105,11 +100,9 @@ fn json<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
 )]
 pub(super) async fn train(
     Shared(state): Shared<State>,
-    task: Name,
-    body: Bytes,
+    At(task): At<String>,
+    Said(request): Said<Request>,
 ) -> Result<(StatusCode, Json<Job>), Problem> {
-    let Path(task) = task.map_err(|e| Problem::bad(e.body_text()))?;
-    let request: Request = json(&body)?;
     let job = state.learning.jobs.submit(&task, &request).await?;
     Ok((StatusCode::ACCEPTED, Json(job)))
 }
@@ -158,8 +151,7 @@ pub(super) async fn jobs(
         (status = 404, description = "There is no such job", content_type = "application/problem+json", body = Problem),
     )
 )]
-pub(super) async fn job(Shared(state): Shared<State>, id: Number) -> Result<Json<Job>, Problem> {
-    let Path(id) = id.map_err(|e| Problem::bad(e.body_text()))?;
+pub(super) async fn job(Shared(state): Shared<State>, At(id): At<i64>) -> Result<Json<Job>, Problem> {
     Ok(Json(state.learning.jobs.get(id).await?))
 }
 
@@ -174,8 +166,7 @@ pub(super) async fn job(Shared(state): Shared<State>, id: Number) -> Result<Json
         (status = 409, description = "It has ended already", content_type = "application/problem+json", body = Problem),
     )
 )]
-pub(super) async fn cancel(Shared(state): Shared<State>, id: Number) -> Result<Json<Job>, Problem> {
-    let Path(id) = id.map_err(|e| Problem::bad(e.body_text()))?;
+pub(super) async fn cancel(Shared(state): Shared<State>, At(id): At<i64>) -> Result<Json<Job>, Problem> {
     Ok(Json(state.learning.jobs.cancel(id).await?))
 }
 
@@ -221,9 +212,8 @@ pub(super) async fn catalog(
 )]
 pub(super) async fn model(
     Shared(state): Shared<State>,
-    model: Name,
+    At(model): At<String>,
 ) -> Result<Json<Model>, Problem> {
-    let Path(model) = model.map_err(|e| Problem::bad(e.body_text()))?;
     Ok(Json(state.learning.catalog.find(&model).await?))
 }
 
@@ -239,9 +229,8 @@ pub(super) async fn model(
 )]
 pub(super) async fn confusion(
     Shared(state): Shared<State>,
-    model: Name,
+    At(model): At<String>,
 ) -> Result<Response, Problem> {
-    let Path(model) = model.map_err(|e| Problem::bad(e.body_text()))?;
     let model = state.learning.catalog.find(&model).await?;
     let none = || Problem::not_found(format!("{} was not measured on a holdout", model.id()));
     let report = model.report.as_ref().ok_or_else(none)?;
@@ -352,11 +341,10 @@ impl State {
 )]
 pub(super) async fn predict(
     Shared(state): Shared<State>,
-    call: Name,
+    At(call): At<String>,
     headers: HeaderMap,
     body: Bytes,
 ) -> Result<Json<Predictions>, Problem> {
-    let Path(call) = call.map_err(|e| Problem::bad(e.body_text()))?;
     let unknown = || Problem::not_found("a model is called by its name and `:predict`");
     let id = call.strip_suffix(":predict").ok_or_else(unknown)?;
     let engine = state.engine(id).await?;
@@ -465,14 +453,13 @@ pub(super) struct Classifier {
 )]
 pub(super) async fn train_raw(
     Shared(state): Shared<State>,
-    body: Bytes,
+    Said(table): Said<Table>,
 ) -> Result<Json<Classifier>, Problem> {
     let Ok(_permit) = state.learning.raw.acquire().await else {
         return Err(Problem::new(503, "Stopping", "the coordinator stops"));
     };
     let stop = state.stop.clone();
     let done = spawn_blocking(move || {
-        let table: Table = json(&body)?;
         let refuse = |detail: String| Problem::new(422, "Not possible", detail);
         if table.features.len() != table.labels.len() {
             let (rows, labels) = (table.features.len(), table.labels.len());

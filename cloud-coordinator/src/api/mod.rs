@@ -2,6 +2,7 @@
 
 mod datasets;
 mod labels;
+pub(crate) mod learning;
 pub(crate) mod live;
 mod page;
 mod problem;
@@ -14,7 +15,7 @@ use std::{sync::Arc, time::Duration};
 use axum::{
     Json, Router,
     extract::{
-        FromRequest, FromRequestParts, MatchedPath, Path, Query, Request, State as Shared,
+        DefaultBodyLimit, FromRequest, FromRequestParts, MatchedPath, Path, Query, Request, State as Shared,
         rejection::{JsonRejection, PathRejection, QueryRejection},
     },
     http::{HeaderName, HeaderValue, StatusCode, header, request::Parts},
@@ -56,6 +57,7 @@ const READY: Duration = Duration::from_secs(2);
 pub(crate) struct State {
     pub(crate) samples: Samples,
     pub(crate) datasets: Datasets,
+    pub(crate) learning: learning::Learning,
     pub(crate) store: Arc<Store>,
     pub(crate) registry: Arc<Registry>,
     pub(crate) metrics: Arc<Metrics>,
@@ -141,6 +143,11 @@ fn reading() -> OpenApiRouter<State> {
         .routes(routes!(labels::queue))
         .routes(routes!(labels::undo))
         .routes(routes!(datasets::dataset))
+        .routes(routes!(learning::jobs))
+        .routes(routes!(learning::job, learning::cancel))
+        .routes(routes!(learning::catalog))
+        .routes(routes!(learning::model))
+        .routes(routes!(learning::confusion))
 }
 
 fn saying() -> OpenApiRouter<State> {
@@ -150,6 +157,7 @@ fn saying() -> OpenApiRouter<State> {
         .routes(routes!(labels::put_task))
         .routes(routes!(labels::label))
         .routes(routes!(datasets::datasets, datasets::snapshot))
+        .routes(routes!(learning::train))
         .layer(RequestBodyLimitLayer::new(MAX_SAID))
 }
 
@@ -159,9 +167,26 @@ fn sending() -> OpenApiRouter<State> {
         .layer(RequestBodyLimitLayer::new(MAX_PIECE))
 }
 
+/// What computes on what is sent.
+fn computing() -> OpenApiRouter<State> {
+    let images = OpenApiRouter::new()
+        .routes(routes!(learning::predict))
+        .routes(routes!(learning::features))
+        .layer(RequestBodyLimitLayer::new(learning::MAX_PREDICT_BODY));
+    let tables = OpenApiRouter::new()
+        .routes(routes!(learning::train_raw))
+        .layer(RequestBodyLimitLayer::new(learning::MAX_TRAIN_BODY));
+    // The layers above are the limits.
+    images.merge(tables).layer(DefaultBodyLimit::disable())
+}
+
 /// The description of the API in JSON.
 pub(crate) fn openapi() -> Result<String, serde_json::Error> {
-    let (_, description) = reading().merge(saying()).merge(sending()).split_for_parts();
+    let (_, description) = reading()
+        .merge(saying())
+        .merge(sending())
+        .merge(computing())
+        .split_for_parts();
     serde_json::to_string_pretty(&description)
 }
 
@@ -169,7 +194,7 @@ pub(crate) fn openapi() -> Result<String, serde_json::Error> {
 fn router(state: State) -> Router {
     let (reading, description) = reading().split_for_parts();
     let mut described = OpenApiRouter::<State>::with_openapi(description);
-    described = described.merge(saying()).merge(sending());
+    described = described.merge(saying()).merge(sending()).merge(computing());
     let (taking, description) = described.split_for_parts();
     let description = axum::routing::get(move || std::future::ready(Json(description)));
     reading

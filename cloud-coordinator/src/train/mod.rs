@@ -11,7 +11,7 @@ mod look;
 mod request;
 mod work;
 
-pub(crate) use catalog::{Catalog, CatalogError, Model, ModelState, NewModel};
+pub(crate) use catalog::{Catalog, CatalogError, Model};
 pub(crate) use jobs::{Job, JobError, Jobs};
 pub(crate) use request::Request;
 pub(crate) use work::{Settings, Work};

@@ -11,7 +11,7 @@ use learn::{
     evaluate::{self, Evaluation},
     features::Features,
     gate::{self, Answers, Cost, Holdout, Policy, Verdict},
-    head, surgery,
+    head, surgery, tune,
 };
 use models::{Activation, Bundle, Draft, Engine, Lineage, Manifest, Outcome, Reference, Task};
 use serde_json::json;
@@ -33,6 +33,8 @@ use crate::{
 const GOLDEN: usize = 8;
 /// The largest golden picture: it travels to every device.
 const GOLDEN_BYTES: usize = 512 * 1024;
+/// What the prepared images of a fine-tune may take: half of a small machine.
+const MAX_PICTURES_BYTES: usize = 1 << 30;
 /// Generations that are searched for pictures of the holdout.
 const ANCESTORS: usize = 50;
 /// The graph's output with one score per class, where the base has none.
@@ -300,6 +302,76 @@ impl Work {
             });
             surgery::verify(&material.engine, &after, &head, &inputs.collect::<Vec<_>>())?;
             Ok(Made { head: Some(head), ..made })
+        })
+        .await?
+    }
+
+    /// A new classifier, and then the layers below it, by gradient descent.
+    async fn fine_tune(
+        &self,
+        material: &Arc<Material>,
+        request: &Request,
+        reporter: &Reporter,
+    ) -> Result<Made, WorkError> {
+        let start = self.head(material, request, reporter).await?;
+        let input = &material.engine.manifest().input;
+        let values: usize = input.shape.iter().product();
+        let bytes = material.train.len() * values * size_of::<f32>();
+        if bytes > MAX_PICTURES_BYTES {
+            let most = MAX_PICTURES_BYTES / (values * size_of::<f32>());
+            let found = material.train.len();
+            return Err(WorkError::Tune(format!(
+                "{found} images do not fit into the memory that it may take, {most} would"
+            )));
+        }
+        let images = self.images(&material.train).await?;
+        let (material, request) = (material.clone(), request.clone());
+        let reporter = reporter.clone();
+        spawn_blocking(move || {
+            let failed = |error: tune::TuneError| match error {
+                tune::TuneError::Stopped => WorkError::Cancelled,
+                other => WorkError::Tune(other.to_string()),
+            };
+            let mut pictures = Vec::with_capacity(images.len() * values);
+            for (at, bytes) in images.iter().enumerate() {
+                if reporter.tell("features", at, images.len(), None).is_break() {
+                    return Err(WorkError::Cancelled);
+                }
+                pictures.extend_from_slice(material.engine.tensor_from_bytes(bytes)?.values());
+            }
+            let batch = tune::Batch {
+                pictures,
+                labels: material.train.iter().map(|(_, class)| *class).collect(),
+            };
+            let name = &material.engine.manifest().input.name;
+            let graph = tune::Graph::read(&start.model, name, &start.scores).map_err(failed)?;
+            let settings = tune::Settings {
+                epochs: request.epochs,
+                batch: 32,
+                rate: request.rate,
+                seed: request.seed,
+                train: match request.last_layers {
+                    Some(layers) => tune::Train::LastBlocks(layers),
+                    None => tune::Train::All,
+                },
+                warm_up: batch.labels.len().div_ceil(32),
+                smoothing: 0.05,
+                threads: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+                ..tune::Settings::default()
+            };
+            let tuned = tune::train(&graph, tune::Data::Memory(&batch), &settings, &mut |p| {
+                let (step, steps) = (p.epoch * p.steps + p.step, p.epochs * p.steps);
+                reporter.tell("train", step, steps, Some(f64::from(p.loss)))
+            })
+            .map_err(failed)?;
+            let record = json!({
+                "trainer": "fine-tune", "head": start.record, "epochs": settings.epochs,
+                "batch": settings.batch, "rate": settings.rate, "decay": settings.decay,
+                "smoothing": settings.smoothing, "last_layers": request.last_layers,
+                "seed": settings.seed, "images": batch.labels.len(),
+                "last_loss": tuned.losses.last(),
+            });
+            Ok(Made { model: tuned.onnx, head: None, record, ..start })
         })
         .await?
     }
