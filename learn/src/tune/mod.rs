@@ -4,15 +4,22 @@
 //! frozen batch norm, activations, pooling, broadcasting arithmetic. Batch norm keeps its statistics, so that
 //! pictures of a batch do not depend on each other and a batch can be split between threads.
 
+mod augment;
 mod file;
 mod graph;
 mod kernel;
 mod nodes;
 mod ops;
+mod optimise;
+mod random;
 mod run;
+mod train;
 
+pub use augment::Augment;
 pub use graph::Graph;
+pub use optimise::Optimiser;
 pub use run::Gradients;
+pub use train::{Batch, Data, Progress, Settings, Train, Tuned, estimate, train};
 
 /// Why a network cannot be trained.
 #[derive(Debug, thiserror::Error)]

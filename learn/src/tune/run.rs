@@ -166,14 +166,28 @@ impl<'a> Plan<'a> {
         buffer
     }
 
-    /// Puts `n` pictures, `[n, C, H, W]`, at the input.
-    pub(super) fn load(&self, worker: &mut Worker, n: usize, pictures: &[f32]) {
+    /// Puts one picture, `[C, H, W]`, at the input.
+    pub(super) fn load(&self, worker: &mut Worker, at: usize, picture: &[f32]) {
         let shape = self.graph.shapes[0];
         let buffer = self.room(&mut worker.values, 0);
-        for n in 0..n {
-            let range = n * shape.len()..(n + 1) * shape.len();
-            to_pixels(shape, &pictures[range.clone()], &mut buffer[range]);
+        to_pixels(shape, picture, &mut buffer[at * shape.len()..][..shape.len()]);
+    }
+
+    /// Puts many at the input and returns how many.
+    pub(super) fn load_all(&self, worker: &mut Worker, pictures: &[f32]) -> usize {
+        let pictures = pictures.chunks_exact(self.graph.input_len());
+        let count = pictures.len();
+        for (at, picture) in pictures.enumerate() {
+            self.load(worker, at, picture);
         }
+        count
+    }
+
+    /// The output's values and the buffer for their gradients.
+    pub(super) fn output<'b>(&self, worker: &'b mut Worker) -> (&'b [f32], &'b mut [f32]) {
+        self.room(&mut worker.gradients, self.graph.output);
+        let at = self.graph.buffers[self.graph.output];
+        (&worker.values[at], &mut worker.gradients[at])
     }
 
     /// Puts one picture's values at the border.
@@ -520,8 +534,7 @@ impl Graph {
         plan.pack(Part::All, &constants, &mut packed);
         let mut output = Vec::new();
         for pictures in input.chunks(CHUNK * self.input_len()) {
-            let n = pictures.len() / self.input_len();
-            plan.load(&mut worker, n, pictures);
+            let n = plan.load_all(&mut worker, pictures);
             plan.forward(&mut worker, Part::All, n, &packed, &constants);
             self.take(&worker.values, self.output, n, &mut output);
         }
@@ -547,8 +560,7 @@ impl Graph {
         let (mut output, mut by_input) = (Vec::new(), Vec::new());
         let seeds = seed.chunks(CHUNK * shape.len());
         for (pictures, seeds) in input.chunks(CHUNK * self.input_len()).zip(seeds) {
-            let n = pictures.len() / self.input_len();
-            plan.load(&mut worker, n, pictures);
+            let n = plan.load_all(&mut worker, pictures);
             plan.forward(&mut worker, Part::All, n, &packed, &constants);
             self.take(&worker.values, self.output, n, &mut output);
             let buffer = plan.room(&mut worker.gradients, self.output);
