@@ -21,10 +21,11 @@ impl Augment {
         let (down, right) = (random.below(range), random.below(range));
         let gain = 1.0 + self.light * random.signed();
         let offset = self.light * random.signed();
-        let moved = |at: usize, by: usize, len: usize| {
-            (at + by).saturating_sub(self.shift).min(len - 1)
-        };
-        let planes = to.chunks_exact_mut(shape.pixels()).zip(from.chunks_exact(shape.pixels()));
+        let moved =
+            |at: usize, by: usize, len: usize| (at + by).saturating_sub(self.shift).min(len - 1);
+        let planes = to
+            .chunks_exact_mut(shape.pixels())
+            .zip(from.chunks_exact(shape.pixels()));
         for (to, from) in planes {
             for (y, to) in to.chunks_exact_mut(shape.w).enumerate() {
                 let from = &from[moved(y, down, shape.h) * shape.w..][..shape.w];
@@ -46,7 +47,11 @@ mod tests {
     fn a_seed_decides() {
         let shape = Shape::picture(1, 4, 4);
         let from: Vec<f32> = (0..16u8).map(f32::from).collect();
-        let augment = Augment { mirror: true, shift: 1, light: 0.1 };
+        let augment = Augment {
+            mirror: true,
+            shift: 1,
+            light: 0.1,
+        };
         let run = |seed| {
             let mut to = vec![0.0; 16];
             augment.apply(&mut Random::new(&[seed]), shape, &from, &mut to);
@@ -55,7 +60,11 @@ mod tests {
         assert_eq!(run(1), run(1));
         assert_ne!(run(1), run(2));
         let mut to = vec![0.0; 16];
-        let nothing = Augment { mirror: false, shift: 0, light: 0.0 };
+        let nothing = Augment {
+            mirror: false,
+            shift: 0,
+            light: 0.0,
+        };
         nothing.apply(&mut Random::new(&[1]), shape, &from, &mut to);
         assert_eq!(to, from);
     }

@@ -26,29 +26,42 @@ impl<'a> Reader<'a> {
     /// How errors call it.
     pub(super) fn name(&self) -> String {
         let output = self.proto.output.first().map_or("", String::as_str);
-        let name = if self.proto.name.is_empty() { output } else { &self.proto.name };
+        let name = if self.proto.name.is_empty() {
+            output
+        } else {
+            &self.proto.name
+        };
         format!("{} {name}", self.proto.op_type)
     }
 
     pub(super) fn refuse(&self, problem: impl Into<String>) -> TuneError {
-        TuneError::Refused { node: self.name(), problem: problem.into() }
+        TuneError::Refused {
+            node: self.name(),
+            problem: problem.into(),
+        }
     }
 
     pub(super) fn attribute(&self, name: &str) -> Option<&'a AttributeProto> {
-        self.proto.attribute.iter().find(|attribute| attribute.name == name)
+        self.proto
+            .attribute
+            .iter()
+            .find(|attribute| attribute.name == name)
     }
 
     pub(super) fn int(&self, name: &str, default: i64) -> i64 {
-        self.attribute(name).map_or(default, |attribute| attribute.i)
+        self.attribute(name)
+            .map_or(default, |attribute| attribute.i)
     }
 
     pub(super) fn float(&self, name: &str, default: f32) -> f32 {
-        self.attribute(name).map_or(default, |attribute| attribute.f)
+        self.attribute(name)
+            .map_or(default, |attribute| attribute.f)
     }
 
     pub(super) fn text(&self, name: &str) -> String {
-        self.attribute(name)
-            .map_or(String::new(), |attribute| String::from_utf8_lossy(&attribute.s).into_owned())
+        self.attribute(name).map_or(String::new(), |attribute| {
+            String::from_utf8_lossy(&attribute.s).into_owned()
+        })
     }
 
     /// A list of sizes; `default` where it is missing.
@@ -67,7 +80,10 @@ impl<'a> Reader<'a> {
         }
         for (size, value) in sizes.iter_mut().zip(&attribute.ints) {
             // No window of a picture is larger.
-            *size = usize::try_from(*value).ok().filter(|size| *size <= 4096).ok_or_else(wrong)?;
+            *size = usize::try_from(*value)
+                .ok()
+                .filter(|size| *size <= 4096)
+                .ok_or_else(wrong)?;
         }
         Ok(sizes)
     }
@@ -79,8 +95,9 @@ pub(super) fn numbers(tensor: &TensorProto) -> Result<(Vec<usize>, Numbers), Str
         return Err("its data is not in the file".into());
     }
     let sizes = tensor.dims.iter().map(|&dim| usize::try_from(dim).ok());
-    let shape: Vec<usize> =
-        sizes.collect::<Option<_>>().ok_or_else(|| format!("its dimensions are {:?}", tensor.dims))?;
+    let shape: Vec<usize> = sizes
+        .collect::<Option<_>>()
+        .ok_or_else(|| format!("its dimensions are {:?}", tensor.dims))?;
     let count = shape
         .iter()
         .try_fold(1usize, |product, &dim| product.checked_mul(dim))
@@ -92,7 +109,11 @@ pub(super) fn numbers(tensor: &TensorProto) -> Result<(Vec<usize>, Numbers), Str
             let values = if raw.is_empty() {
                 tensor.float_data.clone()
             } else {
-                raw.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+                raw.as_chunks()
+                    .0
+                    .iter()
+                    .map(|bytes| f32::from_le_bytes(*bytes))
+                    .collect()
             };
             let found = values.len();
             (Numbers::Floats(values), found)
@@ -101,7 +122,11 @@ pub(super) fn numbers(tensor: &TensorProto) -> Result<(Vec<usize>, Numbers), Str
             let values = if raw.is_empty() {
                 tensor.int64_data.clone()
             } else {
-                raw.as_chunks().0.iter().map(|bytes| i64::from_le_bytes(*bytes)).collect()
+                raw.as_chunks()
+                    .0
+                    .iter()
+                    .map(|bytes| i64::from_le_bytes(*bytes))
+                    .collect()
             };
             let found = values.len();
             (Numbers::Ints(values), found)
@@ -111,26 +136,37 @@ pub(super) fn numbers(tensor: &TensorProto) -> Result<(Vec<usize>, Numbers), Str
     if found == count {
         Ok((shape, numbers))
     } else {
-        Err(format!("it has {found} elements, its dimensions are {shape:?}"))
+        Err(format!(
+            "it has {found} elements, its dimensions are {shape:?}"
+        ))
     }
 }
 
 /// The numbers of a Constant node.
 pub(super) fn constant(node: &Reader<'_>) -> Result<(Vec<usize>, Numbers), TuneError> {
-    if let Some(tensor) = node.attribute("value").and_then(|attribute| attribute.t.as_ref()) {
+    if let Some(tensor) = node
+        .attribute("value")
+        .and_then(|attribute| attribute.t.as_ref())
+    {
         return numbers(tensor).map_err(|problem| node.refuse(problem));
     }
     if let Some(attribute) = node.attribute("value_float") {
         return Ok((Vec::new(), Numbers::Floats(vec![attribute.f])));
     }
     if let Some(attribute) = node.attribute("value_floats") {
-        return Ok((vec![attribute.floats.len()], Numbers::Floats(attribute.floats.clone())));
+        return Ok((
+            vec![attribute.floats.len()],
+            Numbers::Floats(attribute.floats.clone()),
+        ));
     }
     if let Some(attribute) = node.attribute("value_int") {
         return Ok((Vec::new(), Numbers::Ints(vec![attribute.i])));
     }
     if let Some(attribute) = node.attribute("value_ints") {
-        return Ok((vec![attribute.ints.len()], Numbers::Ints(attribute.ints.clone())));
+        return Ok((
+            vec![attribute.ints.len()],
+            Numbers::Ints(attribute.ints.clone()),
+        ));
     }
     Err(node.refuse("the constant has no number"))
 }
@@ -138,5 +174,8 @@ pub(super) fn constant(node: &Reader<'_>) -> Result<(Vec<usize>, Numbers), TuneE
 /// Replaces a tensor's numbers, which must be as many as before.
 pub(super) fn replace(tensor: &mut TensorProto, values: &[f32]) {
     tensor.float_data.clear();
-    tensor.raw_data = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    tensor.raw_data = values
+        .iter()
+        .flat_map(|value| value.to_le_bytes())
+        .collect();
 }

@@ -51,11 +51,26 @@ pub(super) enum Operand {
 
 #[derive(Debug)]
 pub(super) enum Op {
-    Conv { conv: Conv, weight: usize, bias: Option<usize> },
-    Depthwise { conv: Depthwise, weight: usize, bias: Option<usize> },
-    Norm { norm: Norm, scale: usize, bias: usize },
+    Conv {
+        conv: Conv,
+        weight: usize,
+        bias: Option<usize>,
+    },
+    Depthwise {
+        conv: Depthwise,
+        weight: usize,
+        bias: Option<usize>,
+    },
+    Norm {
+        norm: Norm,
+        scale: usize,
+        bias: usize,
+    },
     Point(Point),
-    Binary { binary: Binary, operands: [Operand; 2] },
+    Binary {
+        binary: Binary,
+        operands: [Operand; 2],
+    },
     Global,
     Pool(Pool),
     Concat,
@@ -104,9 +119,16 @@ impl Builder {
     fn keep(&mut self, name: &str, numbers: (Vec<usize>, Numbers), stored: bool) {
         match numbers {
             (shape, Numbers::Floats(values)) => {
-                self.names.insert(name.to_owned(), Operand::Constant(self.constants.len()));
+                self.names
+                    .insert(name.to_owned(), Operand::Constant(self.constants.len()));
                 let name = name.to_owned();
-                self.constants.push(Constant { name, shape, values, role: None, stored });
+                self.constants.push(Constant {
+                    name,
+                    shape,
+                    values,
+                    role: None,
+                    stored,
+                });
             }
             (_, Numbers::Ints(values)) => {
                 self.ints.insert(name.to_owned(), values);
@@ -115,7 +137,11 @@ impl Builder {
     }
 
     /// What the input is, none if it is left out.
-    pub(super) fn operand(&self, node: &Reader<'_>, at: usize) -> Result<Option<Operand>, TuneError> {
+    pub(super) fn operand(
+        &self,
+        node: &Reader<'_>,
+        at: usize,
+    ) -> Result<Option<Operand>, TuneError> {
         match node.proto.input.get(at).filter(|name| !name.is_empty()) {
             None => Ok(None),
             Some(name) => match self.names.get(name) {
@@ -134,7 +160,11 @@ impl Builder {
     }
 
     /// An input that does not, if there is one.
-    pub(super) fn constant(&self, node: &Reader<'_>, at: usize) -> Result<Option<usize>, TuneError> {
+    pub(super) fn constant(
+        &self,
+        node: &Reader<'_>,
+        at: usize,
+    ) -> Result<Option<usize>, TuneError> {
         match self.operand(node, at)? {
             Some(Operand::Constant(constant)) => Ok(Some(constant)),
             None => Ok(None),
@@ -166,25 +196,46 @@ impl Builder {
         if shape.len() == 0 || shape.len() > MAX_VALUES {
             return Err(node.refuse(format!("its result has {} values", shape.len())));
         }
-        if node.proto.output.iter().filter(|name| !name.is_empty()).count() != 1 {
+        if node
+            .proto
+            .output
+            .iter()
+            .filter(|name| !name.is_empty())
+            .count()
+            != 1
+        {
             return Err(node.refuse("more than one output"));
         }
         let output = self.shapes.len();
         self.shapes.push(shape);
         self.made_by.push(layer);
-        self.nodes.push(Node { op, inputs, output, in_place: false });
-        self.names.insert(node.proto.output[0].clone(), Operand::Value(output));
+        self.nodes.push(Node {
+            op,
+            inputs,
+            output,
+            in_place: false,
+        });
+        self.names
+            .insert(node.proto.output[0].clone(), Operand::Value(output));
         Ok(())
     }
 
     /// Another name for the same.
     pub(super) fn alias(&mut self, node: &Reader<'_>) -> Result<(), TuneError> {
         let output = node.proto.output.first().cloned().unwrap_or_default();
-        if let Some(ints) = node.proto.input.first().and_then(|name| self.ints.get(name)).cloned() {
+        if let Some(ints) = node
+            .proto
+            .input
+            .first()
+            .and_then(|name| self.ints.get(name))
+            .cloned()
+        {
             self.ints.insert(output, ints);
             return Ok(());
         }
-        let operand = self.operand(node, 0)?.ok_or_else(|| node.refuse("no input"))?;
+        let operand = self
+            .operand(node, 0)?
+            .ok_or_else(|| node.refuse("no input"))?;
         self.names.insert(output, operand);
         Ok(())
     }
@@ -199,9 +250,16 @@ impl Graph {
     /// trained: the error names node and operator.
     pub fn read(onnx: &[u8], input: &str, output: &str) -> Result<Self, TuneError> {
         let proto = ModelProto::decode(onnx).map_err(|e| TuneError::Unreadable(e.to_string()))?;
-        let graph = proto.graph.as_ref().ok_or_else(|| TuneError::Unreadable("no graph".into()))?;
+        let graph = proto
+            .graph
+            .as_ref()
+            .ok_or_else(|| TuneError::Unreadable("no graph".into()))?;
         let missing = |name: &str| TuneError::Missing(name.to_owned());
-        let info = graph.input.iter().find(|i| i.name == input).ok_or_else(|| missing(input))?;
+        let info = graph
+            .input
+            .iter()
+            .find(|i| i.name == input)
+            .ok_or_else(|| missing(input))?;
         let shape = input_shape(info).map_err(|problem| TuneError::Refused {
             node: format!("input {input}"),
             problem,
@@ -218,12 +276,20 @@ impl Graph {
         let mut wanted = HashSet::from([output]);
         let mut used = Vec::new();
         for node in graph.node.iter().rev() {
-            if node.output.iter().any(|name| wanted.contains(name.as_str())) {
+            if node
+                .output
+                .iter()
+                .any(|name| wanted.contains(name.as_str()))
+            {
                 wanted.extend(node.input.iter().map(String::as_str));
                 used.push(node);
             }
         }
-        for tensor in graph.initializer.iter().filter(|t| wanted.contains(t.name.as_str())) {
+        for tensor in graph
+            .initializer
+            .iter()
+            .filter(|t| wanted.contains(t.name.as_str()))
+        {
             let numbers = file::numbers(tensor).map_err(|problem| TuneError::Refused {
                 node: format!("initialiser {}", tensor.name),
                 problem,
@@ -245,9 +311,23 @@ impl Graph {
         let Some(Operand::Value(output)) = builder.names.get(output).copied() else {
             return Err(missing(output));
         };
-        let Builder { mut nodes, shapes, constants, layers, .. } = builder;
+        let Builder {
+            mut nodes,
+            shapes,
+            constants,
+            layers,
+            ..
+        } = builder;
         let buffers = share(&mut nodes, shapes.len(), output);
-        Ok(Self { proto, nodes, shapes, buffers, output, constants, layers })
+        Ok(Self {
+            proto,
+            nodes,
+            shapes,
+            buffers,
+            output,
+            constants,
+            layers,
+        })
     }
 
     /// Values of one picture at the input.
@@ -282,9 +362,15 @@ impl Graph {
     /// The file with other numbers: `values` by constant, of which only trained ones are written.
     pub(super) fn write(&self, values: &[Vec<f32>], trained: &[bool]) -> Vec<u8> {
         let mut proto = self.proto.clone();
-        let tensors = proto.graph.iter_mut().flat_map(|graph| &mut graph.initializer);
+        let tensors = proto
+            .graph
+            .iter_mut()
+            .flat_map(|graph| &mut graph.initializer);
         for tensor in tensors {
-            let found = self.constants.iter().position(|c| c.stored && c.name == tensor.name);
+            let found = self
+                .constants
+                .iter()
+                .position(|c| c.stored && c.name == tensor.name);
             if let Some(constant) = found.filter(|&constant| trained[constant]) {
                 file::replace(tensor, &values[constant]);
             }
@@ -326,17 +412,23 @@ fn input_shape(info: &tract_onnx::pb::ValueInfoProto) -> Result<Shape, String> {
     else {
         return Err("no shape".into());
     };
-    let dims = tensor.shape.iter().flat_map(|shape| &shape.dim).map(|dim| match &dim.value {
-        Some(dimension::Value::DimValue(size)) => usize::try_from(*size).ok(),
-        _ => None,
-    });
+    let dims = tensor
+        .shape
+        .iter()
+        .flat_map(|shape| &shape.dim)
+        .map(|dim| match &dim.value {
+            Some(dimension::Value::DimValue(size)) => usize::try_from(*size).ok(),
+            _ => None,
+        });
     let dims: Vec<Option<usize>> = dims.collect();
     let shape = match dims.as_slice() {
         [_, Some(d)] => Shape::flat(*d),
         [_, Some(c), Some(h), Some(w)] => Shape::picture(*c, *h, *w),
         _ => return Err(format!("its shape {dims:?} is not [N, C, H, W] or [N, D]")),
     };
-    let len = [shape.c, shape.h, shape.w].into_iter().try_fold(1usize, usize::checked_mul);
+    let len = [shape.c, shape.h, shape.w]
+        .into_iter()
+        .try_fold(1usize, usize::checked_mul);
     match len {
         Some(1..=MAX_VALUES) => Ok(shape),
         _ => Err(format!("its shape is {dims:?}")),

@@ -245,11 +245,27 @@ fn weights<S: Simd, const P: usize, const V: usize>(simd: S, mut job: Weights<'_
                     let depth = job.runs.len() * job.run;
                     if wide == P {
                         outer::<S, P, V>(
-                            simd, job.src, from, job.packed, panel, at, used, depth, job.gradient,
+                            simd,
+                            job.src,
+                            from,
+                            job.packed,
+                            panel,
+                            at,
+                            used,
+                            depth,
+                            job.gradient,
                         );
                     } else {
                         outer::<S, 1, V>(
-                            simd, job.src, from, job.packed, panel, at, used, depth, job.gradient,
+                            simd,
+                            job.src,
+                            from,
+                            job.packed,
+                            panel,
+                            at,
+                            used,
+                            depth,
+                            job.gradient,
                         );
                     }
                     k += TILE;

@@ -48,7 +48,11 @@ impl Builder {
             "ReduceMean" => self.reduce_mean(node),
             "AveragePool" => {
                 let all = node.int("count_include_pad", 0) != 0;
-                let kind = if all { pool::Kind::AverageAll } else { pool::Kind::AverageInside };
+                let kind = if all {
+                    pool::Kind::AverageAll
+                } else {
+                    pool::Kind::AverageInside
+                };
                 self.pool(node, kind)
             }
             "MaxPool" => self.pool(node, pool::Kind::Max),
@@ -62,15 +66,30 @@ impl Builder {
     fn point(&mut self, node: &Reader<'_>, point: Point) -> Result<(), TuneError> {
         let input = self.value(node, 0)?;
         let layer = self.made_by[input];
-        self.push(node, Op::Point(point), vec![input], self.shapes[input], layer)
+        self.push(
+            node,
+            Op::Point(point),
+            vec![input],
+            self.shapes[input],
+            layer,
+        )
     }
 
     /// A limit of Clip: an attribute before operator set 11, an input since.
-    fn bound(&self, node: &Reader<'_>, at: usize, name: &str, default: f32) -> Result<f32, TuneError> {
+    fn bound(
+        &self,
+        node: &Reader<'_>,
+        at: usize,
+        name: &str,
+        default: f32,
+    ) -> Result<f32, TuneError> {
         match self.constant(node, at)? {
             Some(constant) => {
                 let values = &self.constants[constant].values;
-                values.first().copied().ok_or_else(|| node.refuse("an empty limit"))
+                values
+                    .first()
+                    .copied()
+                    .ok_or_else(|| node.refuse("an empty limit"))
             }
             None => Ok(node.float(name, default)),
         }
@@ -111,7 +130,11 @@ impl Builder {
                     let reach = (size.div_ceil(stride[axis]) - 1) * stride[axis] + kernel[axis];
                     let total = reach.saturating_sub(size);
                     // The odd one goes to the end, or to the beginning.
-                    let before = if auto == "SAME_UPPER" { total / 2 } else { total.div_ceil(2) };
+                    let before = if auto == "SAME_UPPER" {
+                        total / 2
+                    } else {
+                        total.div_ceil(2)
+                    };
                     (pads[axis], pads[axis + 2]) = (before, total - before);
                 }
             }
@@ -120,7 +143,11 @@ impl Builder {
         if (0..4).any(|side| pads[side] >= kernel[side % 2]) {
             return Err(node.refuse(format!("pads {pads:?} are as wide as the window")));
         }
-        let window = Window { kernel: kernel.into(), stride: stride.into(), pads };
+        let window = Window {
+            kernel: kernel.into(),
+            stride: stride.into(),
+            pads,
+        };
         let (h, w) = window
             .output(input)
             .ok_or_else(|| node.refuse("the window is larger than the picture"))?;
@@ -152,7 +179,9 @@ impl Builder {
         let from = self.shapes[input];
         let layer = self.layer();
         let weight = self
-            .weights(node, 1, layer, true, |shape| shape.len() == 4 && !shape.contains(&0))?
+            .weights(node, 1, layer, true, |shape| {
+                shape.len() == 4 && !shape.contains(&0)
+            })?
             .ok_or_else(|| node.refuse("no weights"))?;
         let shape = &self.constants[weight].shape;
         let (outputs, inputs, kernel) = (shape[0], shape[1], [shape[2], shape[3]]);
@@ -163,7 +192,8 @@ impl Builder {
                 from.c
             )));
         }
-        if node.attribute("kernel_shape").is_some() && node.sizes::<2>("kernel_shape", 0)? != kernel {
+        if node.attribute("kernel_shape").is_some() && node.sizes::<2>("kernel_shape", 0)? != kernel
+        {
             return Err(node.refuse("kernel_shape is not that of the weights"));
         }
         let bias = self.weights(node, 2, layer, false, |shape| shape == [outputs])?;
@@ -174,9 +204,17 @@ impl Builder {
             return Err(node.refuse("its result is too large"));
         }
         let op = if groups == from.c && inputs == 1 && outputs == from.c && groups > 1 {
-            Op::Depthwise { conv: Depthwise::new(from, to, window), weight, bias }
+            Op::Depthwise {
+                conv: Depthwise::new(from, to, window),
+                weight,
+                bias,
+            }
         } else {
-            Op::Conv { conv: Conv::new(from, to, window, groups, false), weight, bias }
+            Op::Conv {
+                conv: Conv::new(from, to, window, groups, false),
+                weight,
+                bias,
+            }
         };
         self.push(node, op, vec![input], to, Some(layer))
     }
@@ -209,9 +247,19 @@ impl Builder {
             shape == [outputs] || shape == [1, outputs]
         })?;
         let to = Shape::flat(outputs);
-        let window = Window { kernel: (1, 1), stride: (1, 1), pads: [0; 4] };
+        let window = Window {
+            kernel: (1, 1),
+            stride: (1, 1),
+            pads: [0; 4],
+        };
         let conv = Conv::new(from, to, window, 1, !outputs_first);
-        self.push(node, Op::Conv { conv, weight, bias }, vec![input], to, Some(layer))
+        self.push(
+            node,
+            Op::Conv { conv, weight, bias },
+            vec![input],
+            to,
+            Some(layer),
+        )
     }
 
     fn norm(&mut self, node: &Reader<'_>) -> Result<(), TuneError> {
@@ -227,7 +275,9 @@ impl Builder {
             *constant = self
                 .constant(node, at + 1)?
                 .filter(|&constant| self.constants[constant].shape == [shape.c])
-                .ok_or_else(|| node.refuse(format!("its input {} is not one per channel", at + 1)))?;
+                .ok_or_else(|| {
+                    node.refuse(format!("its input {} is not one per channel", at + 1))
+                })?;
         }
         let [scale, bias, mean, variance] = inputs;
         self.train(scale, layer, false);
@@ -236,9 +286,17 @@ impl Builder {
         let rate = self.constants[variance].values.iter();
         let norm = Norm {
             mean: self.constants[mean].values.clone(),
-            rate: rate.map(|variance| 1.0 / (variance + epsilon).sqrt()).collect(),
+            rate: rate
+                .map(|variance| 1.0 / (variance + epsilon).sqrt())
+                .collect(),
         };
-        self.push(node, Op::Norm { norm, scale, bias }, vec![input], shape, Some(layer))
+        self.push(
+            node,
+            Op::Norm { norm, scale, bias },
+            vec![input],
+            shape,
+            Some(layer),
+        )
     }
 
     fn binary(&mut self, node: &Reader<'_>, kind: binary::Kind) -> Result<(), TuneError> {
@@ -278,8 +336,9 @@ impl Builder {
         let made = self.nodes.iter().find(|made| made.output == first);
         if let (binary::Kind::Add, Some(layer), Some(made)) = (kind, layer, made)
             && matches!(made.op, Op::Conv { .. } | Op::Depthwise { .. })
-            && let Some(Operand::Constant(constant)) =
-                operands.into_iter().find(|operand| matches!(operand, Operand::Constant(_)))
+            && let Some(Operand::Constant(constant)) = operands
+                .into_iter()
+                .find(|operand| matches!(operand, Operand::Constant(_)))
             && self.constants[constant].values.len() == self.shapes[first].c
         {
             self.train(constant, layer, false);
@@ -289,16 +348,26 @@ impl Builder {
 
     fn global(&mut self, node: &Reader<'_>, input: usize, keep: bool) -> Result<(), TuneError> {
         let c = self.shapes[input].c;
-        let shape = if keep { Shape::picture(c, 1, 1) } else { Shape::flat(c) };
+        let shape = if keep {
+            Shape::picture(c, 1, 1)
+        } else {
+            Shape::flat(c)
+        };
         self.push(node, Op::Global, vec![input], shape, self.made_by[input])
     }
 
     fn reduce_mean(&mut self, node: &Reader<'_>) -> Result<(), TuneError> {
         let input = self.picture(node)?;
         let given = node.attribute("axes").map(|axes| axes.ints.clone());
-        let named = node.proto.input.get(1).and_then(|name| self.ints.get(name)).cloned();
+        let named = node
+            .proto
+            .input
+            .get(1)
+            .and_then(|name| self.ints.get(name))
+            .cloned();
         let mut axes = given.or(named).unwrap_or_default();
-        axes.iter_mut().for_each(|axis| *axis = if *axis < 0 { *axis + 4 } else { *axis });
+        axes.iter_mut()
+            .for_each(|axis| *axis = if *axis < 0 { *axis + 4 } else { *axis });
         axes.sort_unstable();
         if axes != [2, 3] {
             return Err(node.refuse("only the mean over rows and columns is supported"));
@@ -316,7 +385,9 @@ impl Builder {
 
     fn concat(&mut self, node: &Reader<'_>) -> Result<(), TuneError> {
         let count = node.proto.input.len();
-        let inputs: Vec<usize> = (0..count).map(|at| self.value(node, at)).collect::<Result<_, _>>()?;
+        let inputs: Vec<usize> = (0..count)
+            .map(|at| self.value(node, at))
+            .collect::<Result<_, _>>()?;
         let Some(&first) = inputs.first() else {
             return Err(node.refuse("no input"));
         };
@@ -351,7 +422,12 @@ impl Builder {
     fn reshape(&mut self, node: &Reader<'_>) -> Result<(), TuneError> {
         let input = self.value(node, 0)?;
         let from = self.shapes[input];
-        let sizes = node.proto.input.get(1).and_then(|name| self.ints.get(name)).cloned();
+        let sizes = node
+            .proto
+            .input
+            .get(1)
+            .and_then(|name| self.ints.get(name))
+            .cloned();
         let sizes = sizes.ok_or_else(|| node.refuse("its shape must be constant"))?;
         let wrong = || node.refuse(format!("to shape {sizes:?}: only [N, D] and [N, C, H, W]"));
         // The first is the batch, whatever the file has there.
@@ -363,7 +439,10 @@ impl Builder {
             let size = match size {
                 0 if axis < if from.flat { 1 } else { 3 } => old[axis],
                 -1 if batch != -1 => 0,
-                size => usize::try_from(size).ok().filter(|&size| size > 0).ok_or_else(wrong)?,
+                size => usize::try_from(size)
+                    .ok()
+                    .filter(|&size| size > 0)
+                    .ok_or_else(wrong)?,
             };
             known *= size.clamp(1, super::graph::MAX_VALUES);
             dims.push(size);
@@ -391,7 +470,8 @@ impl Builder {
     /// The same values in ONNX's order, which is not the order in memory.
     fn reorder(&mut self, node: &Reader<'_>, input: usize, to: Shape) -> Result<(), TuneError> {
         let from = self.shapes[input];
-        let same = (from.pixels() == 1 && to.pixels() == 1) || (from.c, from.h, from.w) == (to.c, to.h, to.w);
+        let same = (from.pixels() == 1 && to.pixels() == 1)
+            || (from.c, from.h, from.w) == (to.c, to.h, to.w);
         let table = (!same).then(|| {
             (0..to.len()).map(|at| {
                 let (pixel, channel) = (at / to.c, at % to.c);
@@ -410,12 +490,20 @@ fn broadcast(dims: &[usize], flat: bool) -> Option<Shape> {
     let rank = if flat { 2 } else { 4 };
     let surplus = dims.len().saturating_sub(rank);
     let mut sizes = [1; 4];
-    for (size, dim) in sizes[..rank].iter_mut().rev().zip(dims[surplus..].iter().rev()) {
+    for (size, dim) in sizes[..rank]
+        .iter_mut()
+        .rev()
+        .zip(dims[surplus..].iter().rev())
+    {
         *size = *dim;
     }
     if dims[..surplus].iter().any(|&dim| dim != 1) || sizes[0] != 1 || sizes.contains(&0) {
         return None;
     }
-    let shape = if flat { Shape::flat(sizes[1]) } else { Shape::picture(sizes[1], sizes[2], sizes[3]) };
+    let shape = if flat {
+        Shape::flat(sizes[1])
+    } else {
+        Shape::picture(sizes[1], sizes[2], sizes[3])
+    };
     (shape.c == 1 || shape.pixels() == 1).then_some(shape)
 }

@@ -93,7 +93,13 @@ pub(super) fn decay(role: Role, decay: f32) -> f32 {
 
 /// Cross-entropy of one picture's logits with the label, `smoothing` of it spread over all classes, and its
 /// gradient times `share`. The label must be a class.
-pub(super) fn loss(logits: &[f32], label: usize, smoothing: f32, share: f32, gradient: &mut [f32]) -> f64 {
+pub(super) fn loss(
+    logits: &[f32],
+    label: usize,
+    smoothing: f32,
+    share: f32,
+    gradient: &mut [f32],
+) -> f64 {
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f32 = logits.iter().map(|logit| (logit - largest).exp()).sum();
     let (log_sum, even) = (sum.ln(), smoothing / logits.len() as f32);

@@ -82,12 +82,22 @@ impl<'a> Plan<'a> {
             .collect();
         border.sort_unstable();
         border.dedup();
-        Self { graph, trained, needs, slots, packed, border }
+        Self {
+            graph,
+            trained,
+            needs,
+            slots,
+            packed,
+            border,
+        }
     }
 
     /// Values of one picture at the border.
     pub(super) fn border_len(&self) -> usize {
-        self.border.iter().map(|&value| self.graph.shapes[value].len()).sum()
+        self.border
+            .iter()
+            .map(|&value| self.graph.shapes[value].len())
+            .sum()
     }
 
     /// Bytes of one worker's buffers, about.
@@ -96,7 +106,8 @@ impl<'a> Plan<'a> {
         let mut largest = 0;
         for (value, shape) in self.graph.shapes.iter().enumerate() {
             if self.graph.buffers[value] == value {
-                let copies = usize::from(values || self.needs[value]) + usize::from(self.needs[value]);
+                let copies =
+                    usize::from(values || self.needs[value]) + usize::from(self.needs[value]);
                 bytes += copies * (CHUNK * shape.len() + SLACK) * size_of::<f32>();
             }
             largest = largest.max(CHUNK * shape.len() * size_of::<f32>());
@@ -116,11 +127,15 @@ impl<'a> Plan<'a> {
     }
 
     fn part(&self, part: Part) -> impl DoubleEndedIterator<Item = (usize, &'a Node)> {
-        self.graph.nodes.iter().enumerate().filter(move |(_, node)| match part {
-            Part::All => true,
-            Part::Frozen => !self.needs[node.output],
-            Part::Trained => self.needs[node.output],
-        })
+        self.graph
+            .nodes
+            .iter()
+            .enumerate()
+            .filter(move |(_, node)| match part {
+                Part::All => true,
+                Part::Frozen => !self.needs[node.output],
+                Part::Trained => self.needs[node.output],
+            })
     }
 
     /// Packs the weights of the nodes that `part` runs; those for the way back where it is needed.
@@ -146,13 +161,19 @@ impl<'a> Plan<'a> {
     /// Writes the packed gradients in the order of the file's tensors, by constant.
     pub(super) fn unpack(&self, packed: &[f32], gradients: &mut [Vec<f32>]) {
         for node in &self.graph.nodes {
-            for constant in node.op.constants().filter(|&constant| self.trained[constant]) {
+            for constant in node
+                .op
+                .constants()
+                .filter(|&constant| self.trained[constant])
+            {
                 let from = &packed[self.slots[constant].clone()];
                 let to = &mut gradients[constant];
                 to.resize(self.graph.constants[constant].values.len(), 0.0);
                 match &node.op {
                     Op::Conv { conv, weight, .. } if constant == *weight => conv.unpack(from, to),
-                    Op::Depthwise { conv, weight, .. } if constant == *weight => conv.unpack(from, to),
+                    Op::Depthwise { conv, weight, .. } if constant == *weight => {
+                        conv.unpack(from, to)
+                    }
                     _ => to.copy_from_slice(from),
                 }
             }
@@ -170,7 +191,11 @@ impl<'a> Plan<'a> {
     pub(super) fn load(&self, worker: &mut Worker, at: usize, picture: &[f32]) {
         let shape = self.graph.shapes[0];
         let buffer = self.room(&mut worker.values, 0);
-        to_pixels(shape, picture, &mut buffer[at * shape.len()..][..shape.len()]);
+        to_pixels(
+            shape,
+            picture,
+            &mut buffer[at * shape.len()..][..shape.len()],
+        );
     }
 
     /// Puts many at the input and returns how many.
@@ -225,7 +250,9 @@ impl<'a> Plan<'a> {
             self.room(&mut worker.values, node.output);
             let mut y = std::mem::take(&mut worker.values[buffers[node.output]]);
             let len = n * self.graph.shapes[node.output].len();
-            let Worker { values, scratch, .. } = &mut *worker;
+            let Worker {
+                values, scratch, ..
+            } = &mut *worker;
             let input = |at: usize| values[buffers[node.inputs[at]]].as_slice();
             let shape = |at: usize| self.graph.shapes[node.inputs[at]];
             match &node.op {
@@ -238,7 +265,12 @@ impl<'a> Plan<'a> {
                     conv.forward(n, input(0), &packed.forward[at], bias, &mut y, scratch);
                 }
                 Op::Norm { norm, scale, bias } => {
-                    norm.forward(&input(0)[..len], &constants[*scale], &constants[*bias], &mut y[..len]);
+                    norm.forward(
+                        &input(0)[..len],
+                        &constants[*scale],
+                        &constants[*bias],
+                        &mut y[..len],
+                    );
                 }
                 Op::Point(point) if node.in_place => point.forward_in_place(&mut y[..len]),
                 Op::Point(point) => point.forward(&input(0)[..len], &mut y[..len]),
@@ -264,7 +296,9 @@ impl<'a> Plan<'a> {
                 Op::Reorder(Some(table)) => {
                     let pictures = input(0).chunks_exact(table.len());
                     for (to, from) in y[..len].chunks_exact_mut(table.len()).zip(pictures) {
-                        to.iter_mut().zip(table).for_each(|(to, at)| *to = from[*at as usize]);
+                        to.iter_mut()
+                            .zip(table)
+                            .for_each(|(to, at)| *to = from[*at as usize]);
                     }
                 }
             }
@@ -303,7 +337,10 @@ impl<'a> Plan<'a> {
         }
     }
 
-    #[expect(clippy::too_many_arguments, reason = "one step of `backward`, with its arguments")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one step of `backward`, with its arguments"
+    )]
     fn node_back(
         &self,
         worker: &mut Worker,
@@ -318,7 +355,9 @@ impl<'a> Plan<'a> {
         let y = buffers[node.output];
         if let Op::Conv { bias, weight, .. } | Op::Depthwise { bias, weight, .. } = &node.op {
             let (weight, bias) = self.pair(gradients, *weight, *bias);
-            let Worker { values, scratch, .. } = &mut *worker;
+            let Worker {
+                values, scratch, ..
+            } = &mut *worker;
             let x = &values[buffers[node.inputs[0]]];
             match (&node.op, weight) {
                 (Op::Conv { conv, .. }, Some(weight)) => {
@@ -365,7 +404,11 @@ impl<'a> Plan<'a> {
             start += shape.c;
             // The operand that this input is: constants are not among the inputs.
             if let Op::Binary { operands, .. } = &node.op {
-                number = if position == 1 || matches!(operands[0], Operand::Constant(_)) { 1 } else { 0 };
+                number = if position == 1 || matches!(operands[0], Operand::Constant(_)) {
+                    1
+                } else {
+                    0
+                };
             }
             if !self.needs[input] {
                 continue;
@@ -374,7 +417,9 @@ impl<'a> Plan<'a> {
             let add = std::mem::replace(&mut worker.written[buffer], true);
             self.room(&mut worker.gradients, input);
             let mut dx = std::mem::take(&mut worker.gradients[buffer]);
-            let Worker { values, scratch, .. } = &mut *worker;
+            let Worker {
+                values, scratch, ..
+            } = &mut *worker;
             let len = n * shape.len();
             match &node.op {
                 Op::Conv { conv, .. } => {
@@ -415,7 +460,9 @@ impl<'a> Plan<'a> {
                     }
                     let pictures = dx[..len].chunks_exact_mut(table.len());
                     for (dx, dy) in pictures.zip(dy.chunks_exact(table.len())) {
-                        dy.iter().zip(table).for_each(|(dy, at)| dx[*at as usize] += dy);
+                        dy.iter()
+                            .zip(table)
+                            .for_each(|(dy, at)| dx[*at as usize] += dy);
                     }
                 }
             }
@@ -430,7 +477,9 @@ impl<'a> Plan<'a> {
         weight: usize,
         bias: Option<usize>,
     ) -> (Option<&'b mut [f32]>, Option<&'b mut [f32]>) {
-        let slot = |constant: usize| (!self.slots[constant].is_empty()).then(|| self.slots[constant].clone());
+        let slot = |constant: usize| {
+            (!self.slots[constant].is_empty()).then(|| self.slots[constant].clone())
+        };
         match (slot(weight), bias.and_then(slot)) {
             (Some(weight), Some(bias)) => {
                 match gradients.get_disjoint_mut([weight, bias]) {
@@ -519,7 +568,10 @@ impl Graph {
     }
 
     pub(super) fn values(&self) -> Vec<Vec<f32>> {
-        self.constants.iter().map(|constant| constant.values.clone()).collect()
+        self.constants
+            .iter()
+            .map(|constant| constant.values.clone())
+            .collect()
     }
 
     /// The output for any number of pictures, `[n, C, H, W]` → `[n, classes]`, one after the other on
@@ -578,8 +630,15 @@ impl Graph {
         let mut gradients = vec![Vec::new(); self.constants.len()];
         plan.unpack(&sums, &mut gradients);
         let names = self.constants.iter().map(|constant| constant.name.clone());
-        let constants = names.zip(gradients).filter(|(_, values)| !values.is_empty()).collect();
-        Ok(Gradients { output, input: by_input, constants })
+        let constants = names
+            .zip(gradients)
+            .filter(|(_, values)| !values.is_empty())
+            .collect();
+        Ok(Gradients {
+            output,
+            input: by_input,
+            constants,
+        })
     }
 
     /// Appends `n` pictures of a value, in the order of the file.
@@ -589,7 +648,11 @@ impl Graph {
         for n in 0..n {
             let start = to.len();
             to.resize(start + shape.len(), 0.0);
-            to_planes(shape, &from[n * shape.len()..][..shape.len()], &mut to[start..]);
+            to_planes(
+                shape,
+                &from[n * shape.len()..][..shape.len()],
+                &mut to[start..],
+            );
         }
     }
 }

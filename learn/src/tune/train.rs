@@ -188,7 +188,10 @@ fn plan<'a>(graph: &'a Graph, settings: &Settings) -> Plan<'a> {
         Train::All => 0,
         Train::LastBlocks(count) => graph.layers - count.min(graph.layers),
     };
-    let trained = graph.constants.iter().map(|c| c.role.is_some_and(|role| role.layer >= first));
+    let trained = graph
+        .constants
+        .iter()
+        .map(|c| c.role.is_some_and(|role| role.layer >= first));
     Plan::new(graph, trained.collect(), false)
 }
 
@@ -206,8 +209,16 @@ pub fn estimate(graph: &Graph, settings: &Settings, pictures: usize) -> Result<u
     check(graph, settings)?;
     let plan = plan(graph, settings);
     let cached = pictures > 0 && caches(settings);
-    let cache = if cached { pictures * plan.border_len() } else { 0 };
-    let constants: usize = graph.constants.iter().map(|constant| constant.values.len()).sum();
+    let cache = if cached {
+        pictures * plan.border_len()
+    } else {
+        0
+    };
+    let constants: usize = graph
+        .constants
+        .iter()
+        .map(|constant| constant.values.len())
+        .sum();
     let lanes = LANES.min(settings.batch.div_ceil(CHUNK));
     // Values, packed twice, gradient, memory; the file is written once more.
     let floats = cache + constants * (5 + settings.optimiser.memory()) + lanes * plan.packed;
@@ -232,8 +243,9 @@ pub fn train(
     let mut constants = graph.values();
     let mut packed = Packed::default();
     plan.pack(Part::All, &constants, &mut packed);
-    let mut workers: Vec<Worker> =
-        (0..settings.threads.min(LANES)).map(|_| plan.worker()).collect();
+    let mut workers: Vec<Worker> = (0..settings.threads.min(LANES))
+        .map(|_| plan.worker())
+        .collect();
     let mut cache = None;
     let steps = match &data {
         Data::Stream { steps: 0, .. } => return Err(TuneError::Data("no batch".into())),
@@ -242,7 +254,14 @@ pub fn train(
             check_batch(graph, batch)?;
             if caches(settings) {
                 let mut kept = vec![0.0; batch.labels.len() * plan.border_len()];
-                fill(&plan, &mut workers, &packed, &constants, &batch.pictures, &mut kept);
+                fill(
+                    &plan,
+                    &mut workers,
+                    &packed,
+                    &constants,
+                    &batch.pictures,
+                    &mut kept,
+                );
                 cache = Some(kept);
             }
             batch.labels.len().div_ceil(settings.batch)
@@ -264,7 +283,10 @@ pub fn train(
             let (batch, chosen) = match &mut data {
                 Data::Memory(batch) => {
                     let start = step * settings.batch;
-                    (*batch, order[start..order.len().min(start + settings.batch)].to_vec())
+                    (
+                        *batch,
+                        order[start..order.len().min(start + settings.batch)].to_vec(),
+                    )
                 }
                 Data::Stream { next, .. } => {
                     streamed = next(number);
@@ -278,7 +300,9 @@ pub fn train(
                 labels: &batch.labels,
                 chosen: &chosen,
                 augment: match data {
-                    Data::Memory(_) => settings.augment.map(|a| (a, settings.seed ^ ((epoch as u64) << 32))),
+                    Data::Memory(_) => settings
+                        .augment
+                        .map(|a| (a, settings.seed ^ ((epoch as u64) << 32))),
                     Data::Stream { .. } => None,
                 },
                 smoothing: settings.smoothing,
@@ -293,7 +317,11 @@ pub fn train(
             let share = optimise::schedule(number, settings.epochs * steps, settings.warm_up);
             for (at, constant) in graph.constants.iter().enumerate() {
                 if let Some(role) = constant.role.filter(|_| plan.trained[at]) {
-                    let head = if role.layer + 1 == graph.layers { settings.head_rate } else { 1.0 };
+                    let head = if role.layer + 1 == graph.layers {
+                        settings.head_rate
+                    } else {
+                        1.0
+                    };
                     settings.optimiser.step(
                         number,
                         settings.rate * share * head,
@@ -306,15 +334,31 @@ pub fn train(
             }
             plan.pack(Part::Trained, &constants, &mut packed);
             let epochs = settings.epochs;
-            if progress(Progress { epoch, epochs, step: step + 1, steps, loss }).is_break() {
+            if progress(Progress {
+                epoch,
+                epochs,
+                step: step + 1,
+                steps,
+                loss,
+            })
+            .is_break()
+            {
                 return Err(TuneError::Stopped);
             }
         }
     }
-    if plan.trained.iter().zip(&constants).any(|(t, values)| *t && values.iter().any(|v| !v.is_finite())) {
+    if plan
+        .trained
+        .iter()
+        .zip(&constants)
+        .any(|(t, values)| *t && values.iter().any(|v| !v.is_finite()))
+    {
         return Err(TuneError::Diverged(losses.len()));
     }
-    Ok(Tuned { onnx: graph.write(&constants, &plan.trained), losses })
+    Ok(Tuned {
+        onnx: graph.write(&constants, &plan.trained),
+        losses,
+    })
 }
 
 fn check_batch(graph: &Graph, batch: &Batch) -> Result<(), TuneError> {
@@ -327,8 +371,14 @@ fn check_batch(graph: &Graph, batch: &Batch) -> Result<(), TuneError> {
         )));
     }
     let classes = graph.output_len();
-    match batch.labels.iter().find(|label| **label as usize >= classes) {
-        Some(label) => Err(TuneError::Data(format!("label {label}, the model has {classes} classes"))),
+    match batch
+        .labels
+        .iter()
+        .find(|label| **label as usize >= classes)
+    {
+        Some(label) => Err(TuneError::Data(format!(
+            "label {label}, the model has {classes} classes"
+        ))),
         None => Ok(()),
     }
 }
@@ -368,7 +418,9 @@ fn fill(
     kept: &mut [f32],
 ) {
     let (from, to) = (plan.graph.input_len(), plan.border_len());
-    let jobs = pictures.chunks(CHUNK * from).zip(kept.chunks_mut(CHUNK * to));
+    let jobs = pictures
+        .chunks(CHUNK * from)
+        .zip(kept.chunks_mut(CHUNK * to));
     share(workers, jobs, |worker, (pictures, kept)| {
         let n = plan.load_all(worker, pictures);
         plan.forward(worker, Part::Frozen, n, packed, constants);
@@ -389,17 +441,37 @@ fn batch_gradients(
 ) -> f32 {
     let chunks = step.chosen.len().div_ceil(CHUNK);
     let used = LANES.min(chunks).max(1);
-    let macs = if step.cached { plan.packed } else { plan.graph.macs() };
-    let threads = if macs.saturating_mul(step.chosen.len()) < WORTH_A_THREAD { 1 } else { step.threads };
+    let macs = if step.cached {
+        plan.packed
+    } else {
+        plan.graph.macs()
+    };
+    let threads = if macs.saturating_mul(step.chosen.len()) < WORTH_A_THREAD {
+        1
+    } else {
+        step.threads
+    };
     let threads = threads.min(workers.len()).min(used);
-    share(&mut workers[..threads], lanes[..used].iter_mut().enumerate(), |worker, (number, lane)| {
-        lane.loss = 0.0;
-        lane.gradients.clear();
-        lane.gradients.resize(plan.packed, 0.0);
-        for chosen in step.chosen.chunks(CHUNK).skip(number).step_by(used) {
-            lane.loss += chunk(plan, worker, &mut lane.gradients, packed, constants, step, chosen);
-        }
-    });
+    share(
+        &mut workers[..threads],
+        lanes[..used].iter_mut().enumerate(),
+        |worker, (number, lane)| {
+            lane.loss = 0.0;
+            lane.gradients.clear();
+            lane.gradients.resize(plan.packed, 0.0);
+            for chosen in step.chosen.chunks(CHUNK).skip(number).step_by(used) {
+                lane.loss += chunk(
+                    plan,
+                    worker,
+                    &mut lane.gradients,
+                    packed,
+                    constants,
+                    step,
+                    chosen,
+                );
+            }
+        },
+    );
     let (first, rest) = lanes.split_at_mut(1);
     for lane in &rest[..used - 1] {
         first[0].loss += lane.loss;
@@ -421,8 +493,19 @@ fn chunk(
     chosen: &[usize],
 ) -> f64 {
     let (n, shape) = (chosen.len(), plan.graph.shapes[0]);
-    let len = if step.cached { plan.border_len() } else { shape.len() };
-    let mut changed = vec![0.0; if step.augment.is_some() { shape.len() } else { 0 }];
+    let len = if step.cached {
+        plan.border_len()
+    } else {
+        shape.len()
+    };
+    let mut changed = vec![
+        0.0;
+        if step.augment.is_some() {
+            shape.len()
+        } else {
+            0
+        }
+    ];
     for (at, &picture) in chosen.iter().enumerate() {
         let values = &step.values[picture * len..][..len];
         if step.cached {
@@ -435,13 +518,19 @@ fn chunk(
             plan.load(worker, at, values);
         }
     }
-    let part = if step.cached { Part::Trained } else { Part::All };
+    let part = if step.cached {
+        Part::Trained
+    } else {
+        Part::All
+    };
     plan.forward(worker, part, n, packed, constants);
     let mut loss = 0.0;
     let share = 1.0 / step.chosen.len() as f32;
     let (logits, gradient) = plan.output(worker);
     let classes = plan.graph.output_len();
-    let rows = logits.chunks_exact(classes).zip(gradient.chunks_exact_mut(classes));
+    let rows = logits
+        .chunks_exact(classes)
+        .zip(gradient.chunks_exact_mut(classes));
     for (&picture, (logits, gradient)) in chosen.iter().zip(rows) {
         let label = step.labels[picture] as usize;
         loss += optimise::loss(logits, label, step.smoothing, share, gradient);

@@ -42,7 +42,11 @@ pub(in crate::tune) struct Binary {
 
 impl Binary {
     /// The operation and the result's shape; none if the shapes do not fit.
-    pub(in crate::tune) fn new(kind: Kind, shapes: [Shape; 2], constant: [bool; 2]) -> Option<(Self, Shape)> {
+    pub(in crate::tune) fn new(
+        kind: Kind,
+        shapes: [Shape; 2],
+        constant: [bool; 2],
+    ) -> Option<(Self, Shape)> {
         let [a, b] = shapes;
         let join = |a: usize, b: usize| match (a, b) {
             (a, b) if a == b => Some(a),
@@ -57,7 +61,15 @@ impl Binary {
         };
         let equal = a == output && b == output && constant == [false; 2];
         let steps = [Steps::new(a, constant[0]), Steps::new(b, constant[1])];
-        Some((Self { kind, output, steps, equal }, output))
+        Some((
+            Self {
+                kind,
+                output,
+                steps,
+                equal,
+            },
+            output,
+        ))
     }
 
     /// Calls `each(start and step in either operand, start in the result, values)` for every row of values.
@@ -96,15 +108,21 @@ impl Binary {
             match (step_a, step_b) {
                 (1, 1) => {
                     let values = a[at_a..][..len].iter().zip(&b[at_b..][..len]);
-                    y.iter_mut().zip(values).for_each(|(y, (a, b))| *y = f(*a, *b));
+                    y.iter_mut()
+                        .zip(values)
+                        .for_each(|(y, (a, b))| *y = f(*a, *b));
                 }
                 (1, _) => {
                     let b = b[at_b];
-                    y.iter_mut().zip(&a[at_a..][..len]).for_each(|(y, a)| *y = f(*a, b));
+                    y.iter_mut()
+                        .zip(&a[at_a..][..len])
+                        .for_each(|(y, a)| *y = f(*a, b));
                 }
                 (_, 1) => {
                     let a = a[at_a];
-                    y.iter_mut().zip(&b[at_b..][..len]).for_each(|(y, b)| *y = f(a, *b));
+                    y.iter_mut()
+                        .zip(&b[at_b..][..len])
+                        .for_each(|(y, b)| *y = f(a, *b));
                 }
                 _ => y.fill(f(a[at_a], b[at_b])),
             }
@@ -132,7 +150,10 @@ impl Binary {
     }
 
     #[inline(always)]
-    #[expect(clippy::too_many_arguments, reason = "the operands, their gradient and what to do")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the operands, their gradient and what to do"
+    )]
     fn chain(
         &self,
         n: usize,
@@ -150,7 +171,8 @@ impl Binary {
             if [step, step_a, step_b] == [1; 3] {
                 let values = a[at_a..][..len].iter().zip(&b[at_b..][..len]);
                 let sums = gradient[to..][..len].iter_mut().zip(dy);
-                sums.zip(values).for_each(|((sum, dy), (a, b))| *sum += dy * f(*a, *b));
+                sums.zip(values)
+                    .for_each(|((sum, dy), (a, b))| *sum += dy * f(*a, *b));
             } else {
                 for (i, dy) in dy.iter().enumerate() {
                     gradient[to + i * step] += dy * f(a[at_a + i * step_a], b[at_b + i * step_b]);

@@ -61,9 +61,18 @@ fn place(position: usize) -> u32 {
 }
 
 /// Offsets of the slices under a window of `rows × columns` pixels, and the slices' length.
-fn slices(rows: usize, columns: usize, width: usize, depth: usize, groups: usize) -> (Vec<usize>, usize) {
+fn slices(
+    rows: usize,
+    columns: usize,
+    width: usize,
+    depth: usize,
+    groups: usize,
+) -> (Vec<usize>, usize) {
     if groups == 1 {
-        return ((0..rows).map(|y| y * width * depth).collect(), columns * depth);
+        return (
+            (0..rows).map(|y| y * width * depth).collect(),
+            columns * depth,
+        );
     }
     let pixels = (0..rows).flat_map(|y| (0..columns).map(move |x| (y * width + x) * depth));
     (pixels.collect(), depth / groups)
@@ -90,7 +99,9 @@ impl Conv {
                 }
             }
         }
-        let to = (0..CHUNK * output.pixels()).map(|pixel| place(pixel * output.c)).collect();
+        let to = (0..CHUNK * output.pixels())
+            .map(|pixel| place(pixel * output.c))
+            .collect();
         let (low_y, low_x) = (kh.div_ceil(sy) - 1, kw.div_ceil(sx) - 1);
         let around = [
             low_y,
@@ -123,10 +134,29 @@ impl Conv {
                     }
                 }
                 let first = (first_y, first_x);
-                phases.push(Phase { first, taps, from, to, runs, run });
+                phases.push(Phase {
+                    first,
+                    taps,
+                    from,
+                    to,
+                    runs,
+                    run,
+                });
             }
         }
-        Self { input, output, window, groups, inputs_first, from, to, runs, run, phases, around }
+        Self {
+            input,
+            output,
+            window,
+            groups,
+            inputs_first,
+            from,
+            to,
+            runs,
+            run,
+            phases,
+            around,
+        }
     }
 
     /// Multiply-accumulates for one picture.
@@ -162,12 +192,16 @@ impl Conv {
         let (inputs, outputs) = (self.input.c / self.groups, self.output.c / self.groups);
         for output in 0..self.output.c {
             let (group, column) = (output / outputs, output % outputs);
-            let start = group * self.group_len() + column / PANEL * self.depth() * PANEL + column % PANEL;
+            let start =
+                group * self.group_len() + column / PANEL * self.depth() * PANEL + column % PANEL;
             for y in 0..self.window.kernel.0 {
                 for x in 0..self.window.kernel.1 {
                     let k = (y * self.window.kernel.1 + x) * inputs;
                     for input in 0..inputs {
-                        each(start + (k + input) * PANEL, self.stored(output, input, y, x));
+                        each(
+                            start + (k + input) * PANEL,
+                            self.stored(output, input, y, x),
+                        );
                     }
                 }
             }
@@ -186,7 +220,10 @@ impl Conv {
         let (inputs, outputs) = (self.input.c / self.groups, self.output.c / self.groups);
         let len = |phase: &Phase| panels(inputs) * phase.runs.len() * phase.run * PANEL;
         packed.clear();
-        packed.resize(self.groups * self.phases.iter().map(len).sum::<usize>(), 0.0);
+        packed.resize(
+            self.groups * self.phases.iter().map(len).sum::<usize>(),
+            0.0,
+        );
         let mut start = 0;
         for phase in &self.phases {
             let depth = phase.runs.len() * phase.run;
@@ -277,7 +314,9 @@ impl Conv {
                 shift: (group * inputs, group * outputs),
                 columns: outputs,
                 gradient: &mut gradient[group * self.group_len()..][..self.group_len()],
-                bias: bias.as_deref_mut().map(|bias| &mut bias[group * outputs..][..outputs]),
+                bias: bias
+                    .as_deref_mut()
+                    .map(|bias| &mut bias[group * outputs..][..outputs]),
                 packed,
             }
             .run();

@@ -15,17 +15,16 @@ pub(in crate::tune) struct Depthwise {
 impl Depthwise {
     /// `output` must be what `window` gives for `input`; the depths are equal.
     pub(in crate::tune) fn new(input: Shape, output: Shape, window: Window) -> Self {
-        Self { input, output, window }
+        Self {
+            input,
+            output,
+            window,
+        }
     }
 
     /// Multiply-accumulates for one picture.
     pub(in crate::tune) fn macs(&self) -> usize {
         self.output.len() * self.taps()
-    }
-
-    /// Values of the packed weights and of their packed gradient.
-    pub(in crate::tune) fn packed_len(&self) -> usize {
-        self.taps() * self.input.c
     }
 
     fn taps(&self) -> usize {

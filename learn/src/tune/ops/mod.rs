@@ -29,11 +29,21 @@ pub(super) struct Shape {
 
 impl Shape {
     pub(super) const fn flat(c: usize) -> Self {
-        Self { c, h: 1, w: 1, flat: true }
+        Self {
+            c,
+            h: 1,
+            w: 1,
+            flat: true,
+        }
     }
 
     pub(super) const fn picture(c: usize, h: usize, w: usize) -> Self {
-        Self { c, h, w, flat: false }
+        Self {
+            c,
+            h,
+            w,
+            flat: false,
+        }
     }
 
     pub(super) const fn pixels(self) -> usize {

@@ -5,7 +5,6 @@ use pulp::Arch;
 /// A function of one value.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(in crate::tune) enum Point {
-    Identity,
     Relu,
     /// Between the two.
     Clip(f32, f32),
@@ -45,13 +44,12 @@ impl Point {
     /// Whether input and output may share one buffer, and their gradients too: the derivative can be told
     /// from the output.
     pub(in crate::tune) fn in_place(self) -> bool {
-        matches!(self, Self::Identity | Self::Relu | Self::Clip(..))
+        matches!(self, Self::Relu | Self::Clip(..))
     }
 
     /// `y = f(x)`.
     pub(in crate::tune) fn forward(self, x: &[f32], y: &mut [f32]) {
         Arch::new().dispatch(|| match self {
-            Self::Identity => y.copy_from_slice(x),
             Self::Relu => map(x, y, |x| if x > 0.0 { x } else { 0.0 }),
             Self::Clip(low, high) => map(x, y, |x| x.max(low).min(high)),
             Self::Leaky(slope) => map(x, y, |x| if x > 0.0 { x } else { x * slope }),
@@ -65,7 +63,9 @@ impl Point {
     /// [`Point::forward`] where input and output are the same buffer.
     pub(in crate::tune) fn forward_in_place(self, y: &mut [f32]) {
         Arch::new().dispatch(|| match self {
-            Self::Relu => y.iter_mut().for_each(|y| *y = if *y > 0.0 { *y } else { 0.0 }),
+            Self::Relu => y
+                .iter_mut()
+                .for_each(|y| *y = if *y > 0.0 { *y } else { 0.0 }),
             Self::Clip(low, high) => y.iter_mut().for_each(|y| *y = y.max(low).min(high)),
             _ => {}
         });
@@ -81,7 +81,6 @@ impl Point {
         add: bool,
     ) {
         Arch::new().dispatch(|| match self {
-            Self::Identity => super::give(dx, dy, add),
             Self::Relu => chain(x, y, dy, dx, add, |_, y| one_if(y > 0.0)),
             Self::Clip(low, high) => {
                 chain(x, y, dy, dx, add, |x, _| one_if(x > low && x < high));
@@ -91,7 +90,14 @@ impl Point {
             }
             Self::Sigmoid => chain(x, y, dy, dx, add, |_, y| y * (1.0 - y)),
             Self::HardSigmoid(a, _) => {
-                chain(x, y, dy, dx, add, |_, y| if y > 0.0 && y < 1.0 { a } else { 0.0 });
+                chain(
+                    x,
+                    y,
+                    dy,
+                    dx,
+                    add,
+                    |_, y| if y > 0.0 && y < 1.0 { a } else { 0.0 },
+                );
             }
             Self::HardSwish => chain(x, y, dy, dx, add, |x, _| {
                 if x <= -3.0 {

@@ -60,11 +60,20 @@ pub(in crate::tune) struct Pool {
 impl Pool {
     /// `output` must be what `window` gives for `input`.
     pub(in crate::tune) fn new(kind: Kind, input: Shape, output: Shape, window: Window) -> Self {
-        Self { kind, input, output, window }
+        Self {
+            kind,
+            input,
+            output,
+            window,
+        }
     }
 
     fn surroundings(&self) -> f32 {
-        if self.kind == Kind::Max { f32::NEG_INFINITY } else { 0.0 }
+        if self.kind == Kind::Max {
+            f32::NEG_INFINITY
+        } else {
+            0.0
+        }
     }
 
     /// Calls `each(picture, row, column, start of the result)`.
@@ -73,7 +82,12 @@ impl Pool {
         for n in 0..n {
             for y in 0..self.output.h {
                 for x in 0..self.output.w {
-                    each(n, y, x, ((n * self.output.h + y) * self.output.w + x) * self.input.c);
+                    each(
+                        n,
+                        y,
+                        x,
+                        ((n * self.output.h + y) * self.output.w + x) * self.input.c,
+                    );
                 }
             }
         }
@@ -96,16 +110,42 @@ impl Pool {
             return 1.0 / (kh * kw) as f32;
         }
         let inside = |start: usize, size: usize, pad: usize, len: usize| {
-            (start + size).min(pad + len).saturating_sub(start.max(pad)).max(1)
+            (start + size)
+                .min(pad + len)
+                .saturating_sub(start.max(pad))
+                .max(1)
         };
-        let rows = inside(y * self.window.stride.0, kh, self.window.pads[0], self.input.h);
-        let columns = inside(x * self.window.stride.1, kw, self.window.pads[1], self.input.w);
+        let rows = inside(
+            y * self.window.stride.0,
+            kh,
+            self.window.pads[0],
+            self.input.h,
+        );
+        let columns = inside(
+            x * self.window.stride.1,
+            kw,
+            self.window.pads[1],
+            self.input.w,
+        );
         1.0 / (rows * columns) as f32
     }
 
     /// Forward for `n` pictures.
-    pub(in crate::tune) fn forward(&self, n: usize, x: &[f32], y: &mut [f32], scratch: &mut Scratch) {
-        pad(n, self.input, self.window.pads, self.surroundings(), x, &mut scratch.padded);
+    pub(in crate::tune) fn forward(
+        &self,
+        n: usize,
+        x: &[f32],
+        y: &mut [f32],
+        scratch: &mut Scratch,
+    ) {
+        pad(
+            n,
+            self.input,
+            self.window.pads,
+            self.surroundings(),
+            x,
+            &mut scratch.padded,
+        );
         let (src, depth) = (&scratch.padded, self.input.c);
         Arch::new().dispatch(|| {
             self.each(n, |n, row, column, to| {
@@ -128,7 +168,10 @@ impl Pool {
     }
 
     /// The gradient of `x`.
-    #[expect(clippy::too_many_arguments, reason = "input, output and their gradients")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "input, output and their gradients"
+    )]
     pub(in crate::tune) fn backward(
         &self,
         n: usize,
@@ -140,7 +183,10 @@ impl Pool {
         scratch: &mut Scratch,
     ) {
         let depth = self.input.c;
-        let Scratch { padded: src, packed: sums } = scratch;
+        let Scratch {
+            padded: src,
+            packed: sums,
+        } = scratch;
         pad(n, self.input, self.window.pads, self.surroundings(), x, src);
         sums.clear();
         sums.resize(src.len(), 0.0);
