@@ -14,5 +14,6 @@ mod progress;
 mod random;
 mod softmax;
 pub mod surgery;
+pub mod tune;
 
 pub use progress::{Error, Progress, Report};
