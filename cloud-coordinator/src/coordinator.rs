@@ -150,7 +150,7 @@ impl Coordinator {
             tracing::info!(model = id, "a model is given");
         }
         let jobs = Arc::new(Jobs::open(records).await.map_err(|e| unlearnt(&e))?);
-        let work = Work {
+        let training = Work {
             catalog: catalog.clone(),
             datasets: datasets.clone(),
             objects: samples.objects.clone(),
@@ -160,7 +160,7 @@ impl Coordinator {
                 policy: config.training.policy.clone(),
             },
         };
-        let learning = Learning::new(catalog, jobs);
+        let learning = Learning::new(catalog, jobs.clone());
         let devices = store.devices().await.map_err(broken)?;
         let next_id = store.last_reading().await.map_err(broken)? + 1;
         let registry = Arc::new(Registry::new(devices, config.ingest.max_devices));
@@ -247,7 +247,7 @@ impl Coordinator {
             stop.clone(),
         ));
         tasks.spawn(samples.clone().keep_clean(stop.clone()));
-        tasks.spawn(jobs.clone().run(Arc::new(work), stop.clone()));
+        tasks.spawn(jobs.run(Arc::new(training), stop.clone()));
         let state = api::State {
             samples: samples.clone(),
             datasets: datasets.clone(),
