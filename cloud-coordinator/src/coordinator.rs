@@ -220,6 +220,7 @@ impl Coordinator {
         let state = api::State {
             samples: samples.clone(),
             datasets: datasets.clone(),
+            importing: Arc::new(tokio::sync::Semaphore::new(1)),
             store: store.clone(),
             registry,
             metrics,

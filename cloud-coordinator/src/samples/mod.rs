@@ -21,9 +21,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use staging::StagingError;
-pub(crate) use store::{
-    ImageRow, Import, Imported, SampleFilter, SampleRow, WITH_LABEL, note_task,
-};
+pub(crate) use store::{ImageRow, SampleFilter, SampleRow, WITH_LABEL, note_task};
 
 use crate::{
     clock,
