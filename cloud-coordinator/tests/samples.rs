@@ -531,3 +531,191 @@ async fn from_labels_to_a_dataset() {
     assert_eq!(ask(http, "GET /api/v1/datasets/0").await.0, 404);
     handle.stop().await;
 }
+
+fn tar_of(files: &[(&str, Vec<u8>)]) -> Vec<u8> {
+    let mut tar = Vec::new();
+    for (path, bytes) in files {
+        // Written by hand: a hostile name does not go through a library.
+        let mut header = [0_u8; 512];
+        header[..path.len()].copy_from_slice(path.as_bytes());
+        header[100..107].copy_from_slice(b"0000644");
+        header[124..135].copy_from_slice(format!("{:011o}", bytes.len()).as_bytes());
+        header[136..147].copy_from_slice(b"00000000000");
+        header[148..156].fill(b' ');
+        header[156] = b'0';
+        header[257..265].copy_from_slice(b"ustar\x0000");
+        let sum: u32 = header.iter().map(|b| u32::from(*b)).sum();
+        header[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+        tar.extend(header);
+        tar.extend(bytes);
+        tar.resize(tar.len().next_multiple_of(512), 0);
+    }
+    tar.extend([0; 1024]);
+    tar
+}
+
+async fn bring_in(
+    http: SocketAddr,
+    task: &str,
+    format: &str,
+    more: &str,
+    tar: &[u8],
+) -> (u16, Value) {
+    let line = format!("POST /api/v1/tasks/{task}/import?format={format}&author=ana{more}");
+    let kind = "content-type: application/x-tar\r\n";
+    let (status, _, body) = send(http, &line, kind, tar).await;
+    (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
+}
+
+async fn take_out(http: SocketAddr, task: &str, format: &str) -> Vec<u8> {
+    let line = format!("GET /api/v1/tasks/{task}/export?format={format}");
+    let (status, _, body) = send(http, &line, "", b"").await;
+    assert_eq!(status, 200);
+    body
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_comes_in_goes_out_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let handle = start(dir.path()).await;
+    let http = handle.http;
+    let images: Vec<_> = (0..4).map(|n| png(8 + n, 9)).collect();
+    let set = [
+        ("set/ok/a.png", images[0].clone()),
+        ("set/ok/b.png", images[1].clone()),
+        ("set/hole/c.png", images[2].clone()),
+        ("set/hole/again.png", images[2].clone()),
+        ("set/hole/bad.png", b"<svg onload='alert(1)'/>".to_vec()),
+        ("set/readme.md", b"x".to_vec()),
+        ("../../etc/evil.png", images[3].clone()),
+        ("/etc/evil.png", images[3].clone()),
+    ];
+    let tar = tar_of(&set);
+    let (status, report) = bring_in(http, "steel", "folder", "", &tar).await;
+    assert_eq!(status, 200, "{report}");
+    for (name, count) in [
+        ("imported", 3),
+        ("known", 1),
+        ("labelled", 3),
+        ("failed", 4),
+    ] {
+        assert_eq!(report[name], count, "{name} in {report}");
+    }
+    let (_, again) = bring_in(http, "steel", "folder", "", &tar).await;
+    assert_eq!((&again["imported"], &again["kept"]), (&json!(0), &json!(3)));
+
+    let folder = take_out(http, "steel", "folder").await;
+    let csv = String::from_utf8(take_out(http, "steel", "csv").await).unwrap();
+    let coco = take_out(http, "steel", "coco").await;
+    assert!(csv.starts_with("path,class,split\n") && csv.lines().count() == 4);
+    assert!(csv.contains(&format!("hole/{}.png,hole,train", digest(&images[2]))));
+    // Folders, CSV and COCO say the same of the same images; the end of a tar is cut off to add a text.
+    let with = |name: &str, text: &[u8]| {
+        let mut tar = folder[..folder.len() - 1024].to_vec();
+        tar.extend(tar_of(&[(name, text.to_vec())]));
+        tar
+    };
+    for (task, format, tar) in [
+        ("t-folder", "folder", folder.clone()),
+        ("t-csv", "csv", with("labels.csv", csv.as_bytes())),
+        ("t-coco", "coco", with("annotations.json", &coco)),
+        ("t-yolo", "yolo", take_out(http, "steel", "yolo").await),
+    ] {
+        let (status, report) = bring_in(http, task, format, "", &tar).await;
+        assert_eq!(
+            (status, &report["labelled"], &report["failed"]),
+            (200, &json!(3), &json!(0)),
+            "{report}"
+        );
+        assert_eq!(take_out(http, task, "folder").await, folder, "{format}");
+        assert_eq!(
+            String::from_utf8(take_out(http, task, "csv").await).unwrap(),
+            csv,
+            "{format}"
+        );
+    }
+
+    // The same image to train and to measure with is only measured with.
+    let held = tar_of(&[("hole/x.png", png(20, 1)), ("ok/a.png", images[0].clone())]);
+    let (_, report) = bring_in(http, "held", "folder", "&holdout=true", &held).await;
+    assert_eq!(report["imported"], 2);
+    let (_, page) = ask(http, "GET /api/v1/samples?task=held").await;
+    assert!(
+        page["items"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .all(|s| s["holdout"] == true && s["origin"] == "import")
+    );
+    let cut = &tar[..tar.len() / 2 + 100];
+    assert_eq!(bring_in(http, "steel", "folder", "", cut).await.0, 422);
+    assert_eq!(bring_in(http, "steel", "zip", "", &tar).await.0, 400);
+    assert_eq!(bring_in(http, "Steel", "folder", "", &tar).await.0, 422);
+    let line = "POST /api/v1/tasks/steel/import?format=folder&author=ana";
+    assert_eq!(send(http, line, "", &tar).await.0, 415);
+    handle.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mark_reaches_the_device() {
+    let dir = tempfile::tempdir().unwrap();
+    let handle = start(dir.path()).await;
+    let (broker, http) = (handle.mqtt.unwrap(), handle.http);
+    let line = "POST /api/v1/devices/d1/sources/cam0/mark";
+    assert_eq!(say(http, line, json!({ "mark": "wrong" })).await.0, 404);
+    let mut d1 = device(broker, "d1").await;
+    assert!(d1.subscribe(&topic("d1", "cam0", "mark")).await);
+    d1.publish(&topic("d1", "cam0", "result"), encoded("d1", 1, 1))
+        .await;
+    d1.acknowledged(1, 1).await;
+    assert_eq!(say(http, line, json!({ "mark": "novel" })).await.0, 422);
+    assert_eq!(say(http, line, json!({ "mark": "missed" })).await.0, 202);
+    let heard = loop {
+        let (topic, bytes) = d1.next().await;
+        if topic.ends_with("/mark") {
+            break bytes;
+        }
+    };
+    assert_eq!(heard, br#"{"v":1,"mark":"missed"}"#);
+    handle.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_folder_from_the_command_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let handle = start(&dir.path().join("data")).await;
+    let set = dir.path().join("set");
+    for (class, seed) in [("ok", 1), ("hole", 2)] {
+        std::fs::create_dir_all(set.join(class)).unwrap();
+        std::fs::write(set.join(class).join("1.png"), png(300, seed)).unwrap();
+    }
+    std::fs::write(set.join("ok/broken.jpg"), b"x").unwrap();
+    let run = |task: &'static str, folder: std::path::PathBuf| {
+        let data = dir.path().join("data");
+        let mut program = std::process::Command::new(env!("CARGO_BIN_EXE_cloud-coordinator"));
+        program.args(["import", task, "--format", "folder", "--author", "Ana & co"]);
+        program.arg("--data").arg(data).arg(folder);
+        tokio::task::spawn_blocking(move || program.output().unwrap())
+    };
+    let done = run("steel", set.clone()).await.unwrap();
+    let (out, error) = (
+        String::from_utf8(done.stdout).unwrap(),
+        String::from_utf8(done.stderr).unwrap(),
+    );
+    assert!(done.status.success(), "{error}");
+    assert!(
+        out.contains("2 new images") && out.contains("1 errors"),
+        "{out}"
+    );
+    assert!(error.contains("ok/broken.jpg"), "{error}");
+    let (_, page) = ask(handle.http, "GET /api/v1/samples?task=steel").await;
+    assert_eq!(page["items"][0]["author"], "Ana & co");
+    assert!(
+        !run("steel", dir.path().join("nothing"))
+            .await
+            .unwrap()
+            .status
+            .success()
+    );
+    handle.stop().await;
+}

@@ -168,9 +168,10 @@ fn sending() -> OpenApiRouter<State> {
 }
 
 fn bringing() -> OpenApiRouter<State> {
+    let most = usize::try_from(MAX_IMPORT_BYTES).unwrap_or(usize::MAX);
     OpenApiRouter::new()
         .routes(routes!(exchange::import))
-        .layer(RequestBodyLimitLayer::new(MAX_IMPORT_BYTES))
+        .layer(RequestBodyLimitLayer::new(most))
 }
 
 /// Everything that takes a body.

@@ -4,6 +4,7 @@
 //! stored as a sample at once; the classes are given at the end, when all files that name them were seen. An
 //! import that breaks off is simply done again.
 
+mod client;
 mod export;
 mod plan;
 mod read;
@@ -12,13 +13,14 @@ mod store;
 use mesh_core::MAX_SAMPLE_IMAGE_BYTES;
 use serde::{Deserialize, Serialize};
 
+pub(crate) use client::{in_query, send};
 pub(crate) use export::{Exported, export};
 pub(crate) use read::{Wanted, import};
 
 use crate::{labels::LabelError, samples::SampleError};
 
 /// Bytes of one import.
-pub(crate) const MAX_IMPORT_BYTES: usize = 16 << 30;
+pub(crate) const MAX_IMPORT_BYTES: u64 = 16 << 30;
 /// Files of one import.
 const MAX_FILES: usize = 100_000;
 /// Bytes of one file that names classes, and of all of them.
@@ -55,7 +57,7 @@ pub(crate) enum ExchangeError {
 }
 
 /// What an import did.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, utoipa::ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub(crate) struct ImportReport {
     /// Images that are new.
     pub(crate) imported: usize,
@@ -72,12 +74,24 @@ pub(crate) struct ImportReport {
 }
 
 /// What could not be used.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub(crate) struct FileError {
     /// The file, and the line if it is about one.
     pub(crate) path: String,
     /// Why.
     pub(crate) error: String,
+}
+
+impl Format {
+    /// As it stands in a query.
+    pub(crate) const fn as_str(self) -> &'static str {
+        match self {
+            Self::Folder => "folder",
+            Self::Csv => "csv",
+            Self::Coco => "coco",
+            Self::Yolo => "yolo",
+        }
+    }
 }
 
 impl ImportReport {

@@ -57,7 +57,7 @@ pub(crate) fn import(
 ) -> Result<ImportReport, ExchangeError> {
     let mut seen = Seen::default();
     let broken = |error: std::io::Error| ExchangeError::Broken(format!("not a whole tar: {error}"));
-    let mut archive = tar::Archive::new(tar.take(MAX_IMPORT_BYTES as u64));
+    let mut archive = tar::Archive::new(tar.take(MAX_IMPORT_BYTES));
     for (count, entry) in archive.entries().map_err(broken)?.enumerate() {
         let mut entry = entry.map_err(broken)?;
         if count >= MAX_FILES {
@@ -87,6 +87,9 @@ pub(crate) fn import(
         }
         let mut bytes = Vec::new();
         entry.read_to_end(&mut bytes).map_err(broken)?;
+        if bytes.len() as u64 != size {
+            return Err(ExchangeError::Broken(format!("the tar ends in {path}")));
+        }
         match kind {
             Kind::Text => seen.text(path, bytes),
             Kind::Image => runtime.block_on(seen.image(samples, wanted, path, bytes.into()))?,
