@@ -1,11 +1,22 @@
 //! The command line: arguments → configuration → start → signal → stop.
 
-use std::{ffi::OsString, net::SocketAddr, path::PathBuf, process::ExitCode};
+use std::{
+    ffi::OsString,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
+use anyhow::Context;
 use clap::{Parser, Subcommand};
+use mesh_core::Name;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::{Config, Coordinator, api, config, config::ConfigErrors};
+use crate::{
+    Config, Coordinator, api, config,
+    config::ConfigErrors,
+    exchange::{Format, in_query, send},
+};
 
 /// Takes in what devices report, keeps it, and shows it.
 #[derive(Parser)]
@@ -22,6 +33,8 @@ enum Command {
     /// Looks at a configuration without running it.
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Brings a folder of labelled images to a running coordinator.
+    Import(Import),
     /// Prints the description of the API as OpenAPI in JSON.
     Openapi,
 }
@@ -30,6 +43,35 @@ enum Command {
 enum ConfigCommand {
     /// Says whether the configuration can be used, and everything that is wrong with it.
     Check(Settings),
+}
+
+#[derive(clap::Args)]
+struct Import {
+    /// The task, a-z, 0-9, - and _; it is made if it is new.
+    task: Name,
+    /// The folder.
+    #[arg(value_name = "DIR")]
+    folder: PathBuf,
+    /// How its classes are written down.
+    #[arg(long, value_enum)]
+    format: Format,
+    /// Puts the images into the holdout: only ever measured with, never trained with.
+    #[arg(long)]
+    holdout: bool,
+    /// Who brings them.
+    #[arg(long, env = "USER")]
+    author: String,
+    /// Where the coordinator serves its API; without it the data folder says so.
+    #[arg(long, value_name = "ADDR", env = "LACEWING_COORDINATOR_HTTP")]
+    http: Option<SocketAddr>,
+    /// The coordinator's data folder.
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "LACEWING_COORDINATOR_DATA",
+        default_value = "lacewing-data"
+    )]
+    data: PathBuf,
 }
 
 #[derive(clap::Args)]
@@ -119,6 +161,10 @@ fn run(command: Command) -> anyhow::Result<()> {
             println!("the configuration can be used");
             Ok(())
         }
+        Command::Import(import) => tokio::runtime::Builder::new_multi_thread()
+            .enable_all()
+            .build()?
+            .block_on(bring(&import)),
         Command::Serve(settings) => {
             let config = settings.read()?;
             log();
@@ -138,6 +184,46 @@ fn log() {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .try_init();
+}
+
+/// Where the coordinator on a data folder says that it serves its API.
+fn address(data: &Path) -> anyhow::Result<SocketAddr> {
+    let path = data.join("addresses.json");
+    let text = std::fs::read_to_string(&path).with_context(|| {
+        format!(
+            "cannot read {}: name the coordinator with --http or --data",
+            path.display()
+        )
+    })?;
+    let said: serde_json::Value = serde_json::from_str(&text)?;
+    let http = said["http"].as_str().and_then(|text| text.parse().ok());
+    http.with_context(|| format!("{} names no address", path.display()))
+}
+
+async fn bring(import: &Import) -> anyhow::Result<()> {
+    let address = match import.http {
+        Some(address) => address,
+        None => address(&import.data)?,
+    };
+    let target = format!(
+        "/api/v1/tasks/{}/import?format={}&holdout={}&author={}",
+        import.task,
+        import.format.as_str(),
+        import.holdout,
+        in_query(&import.author),
+    );
+    let report = send(address, &target, &import.folder).await?;
+    println!(
+        "{} new images, {} known; {} labelled, {} had a label; {} errors",
+        report.imported, report.known, report.labelled, report.kept, report.failed
+    );
+    for error in &report.errors {
+        eprintln!("{}: {}", error.path, error.error);
+    }
+    if report.imported + report.known == 0 {
+        anyhow::bail!("no image could be used");
+    }
+    Ok(())
 }
 
 async fn serve(config: Config) -> anyhow::Result<()> {

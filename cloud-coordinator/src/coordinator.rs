@@ -252,6 +252,7 @@ impl Coordinator {
             samples: samples.clone(),
             datasets: datasets.clone(),
             learning,
+            importing: Arc::new(tokio::sync::Semaphore::new(1)),
             store: store.clone(),
             registry,
             metrics,

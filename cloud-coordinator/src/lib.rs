@@ -19,6 +19,7 @@ mod clock;
 pub mod config;
 pub mod coordinator;
 pub mod datasets;
+mod exchange;
 mod ingest;
 mod labels;
 mod metrics;

@@ -204,6 +204,12 @@ impl Objects {
         }
     }
 
+    /// The first bytes of an image, enough for [`kind_of`].
+    pub(crate) async fn head(&self, sha256: &str) -> Result<Bytes, ObjectError> {
+        let range = self.store.get_range(&key(sha256)?, 0..16).await;
+        range.map_err(failed("read", sha256))
+    }
+
     /// Whether there is an image of this digest.
     ///
     /// # Errors

@@ -435,6 +435,19 @@ impl Registry {
         state.devices.get_mut(&key).map(|d| d.view(second))
     }
 
+    /// Name and site of the only device of this name, at this site if one is given; else how many there are.
+    pub(crate) fn only(&self, name: &str, site: Option<&str>) -> Result<(Name, Name), usize> {
+        let state = self.state();
+        let fits =
+            |(s, d): &&(Name, Name)| d.as_str() == name && site.is_none_or(|t| t == s.as_str());
+        let mut found = state.devices.keys().filter(fits);
+        match (found.next(), found.count()) {
+            (Some((site, device)), 0) => Ok((device.clone(), site.clone())),
+            (None, _) => Err(0),
+            (Some(_), more) => Err(1 + more),
+        }
+    }
+
     /// Devices in order of their names: the page after `after`.
     pub(crate) fn views(
         &self,

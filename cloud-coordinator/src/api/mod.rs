@@ -1,9 +1,11 @@
 //! The API, the page, and what watches over the coordinator.
 
 mod datasets;
+mod exchange;
 mod labels;
 pub(crate) mod learning;
 pub(crate) mod live;
+mod mark;
 mod page;
 mod problem;
 mod routes;
@@ -35,8 +37,8 @@ pub(crate) use serve::serve;
 
 use self::{live::Live, problem::Problem};
 use crate::{
-    datasets::Datasets, ingest::Link, metrics::Metrics, registry::Registry, samples::Samples,
-    store::Store,
+    datasets::Datasets, exchange::MAX_IMPORT_BYTES, ingest::Link, metrics::Metrics,
+    registry::Registry, samples::Samples, store::Store,
 };
 
 /// Most of what is here takes no body; a few bytes are tolerated.
@@ -47,6 +49,8 @@ const MAX_SAID: usize = 64 * 1024;
 const MAX_PIECE: usize = 256 * 1024;
 /// A request that is not answered by then is given up.
 const REQUEST: Duration = Duration::from_secs(20);
+/// An import is as long as what it brings; it is given up after this.
+const IMPORT: Duration = Duration::from_secs(3_600);
 /// Requests that are worked on at a time.
 const AT_ONCE: usize = 256;
 /// How long the database may take to say that it can be written.
@@ -58,6 +62,8 @@ pub(crate) struct State {
     pub(crate) samples: Samples,
     pub(crate) datasets: Datasets,
     pub(crate) learning: learning::Learning,
+    /// Imports are read one after the other.
+    pub(crate) importing: Arc<Semaphore>,
     pub(crate) store: Arc<Store>,
     pub(crate) registry: Arc<Registry>,
     pub(crate) metrics: Arc<Metrics>,
@@ -148,6 +154,7 @@ fn reading() -> OpenApiRouter<State> {
         .routes(routes!(learning::catalog))
         .routes(routes!(learning::model))
         .routes(routes!(learning::confusion))
+        .routes(routes!(exchange::export))
 }
 
 fn saying() -> OpenApiRouter<State> {
@@ -156,6 +163,7 @@ fn saying() -> OpenApiRouter<State> {
         .routes(routes!(samples::holdout))
         .routes(routes!(labels::put_task))
         .routes(routes!(labels::label))
+        .routes(routes!(mark::mark))
         .routes(routes!(datasets::datasets, datasets::snapshot))
         .routes(routes!(learning::train))
         .layer(RequestBodyLimitLayer::new(MAX_SAID))
@@ -180,22 +188,32 @@ fn computing() -> OpenApiRouter<State> {
     images.merge(tables).layer(DefaultBodyLimit::disable())
 }
 
+fn bringing() -> OpenApiRouter<State> {
+    let most = usize::try_from(MAX_IMPORT_BYTES).unwrap_or(usize::MAX);
+    OpenApiRouter::new()
+        .routes(routes!(exchange::import))
+        .layer(RequestBodyLimitLayer::new(most))
+}
+
+/// Everything that takes a body.
+fn taking() -> OpenApiRouter<State> {
+    saying()
+        .merge(sending())
+        .merge(bringing())
+        .merge(computing())
+}
+
 /// The description of the API in JSON.
 pub(crate) fn openapi() -> Result<String, serde_json::Error> {
-    let (_, description) = reading()
-        .merge(saying())
-        .merge(sending())
-        .merge(computing())
-        .split_for_parts();
+    let (_, description) = reading().merge(taking()).split_for_parts();
     serde_json::to_string_pretty(&description)
 }
 
 /// Everything that is served.
 fn router(state: State) -> Router {
     let (reading, description) = reading().split_for_parts();
-    let mut described = OpenApiRouter::<State>::with_openapi(description);
-    described = described.merge(saying()).merge(sending()).merge(computing());
-    let (taking, description) = described.split_for_parts();
+    let described = OpenApiRouter::<State>::with_openapi(description);
+    let (taking, description) = described.merge(taking()).split_for_parts();
     let description = axum::routing::get(move || std::future::ready(Json(description)));
     reading
         .route("/api/v1/openapi.json", description)
@@ -218,9 +236,14 @@ async fn around(
     next: Next,
 ) -> Response {
     let route = matched.map_or_else(|| "other".to_owned(), |m| m.as_str().to_owned());
+    let time = if route.ends_with("/import") {
+        IMPORT
+    } else {
+        REQUEST
+    };
     let mut response = match places.try_acquire() {
         Err(_) => Problem::new(503, "Busy", "too many requests at once, try again").into_response(),
-        Ok(_place) => match tokio::time::timeout(REQUEST, next.run(request)).await {
+        Ok(_place) => match tokio::time::timeout(time, next.run(request)).await {
             Ok(response) => response,
             Err(_) => {
                 Problem::new(503, "Too slow", "it took too long, ask for less").into_response()
@@ -324,6 +347,7 @@ mod tests {
                 "/api/v1/datasets/{digest}",
                 "/api/v1/devices",
                 "/api/v1/devices/{site}/{device}",
+                "/api/v1/devices/{device}/sources/{source}/mark",
                 "/api/v1/gaps",
                 "/api/v1/live",
                 "/api/v1/models",
@@ -338,6 +362,8 @@ mod tests {
                 "/api/v1/tasks",
                 "/api/v1/tasks/{task}",
                 "/api/v1/tasks/{task}/datasets",
+                "/api/v1/tasks/{task}/export",
+                "/api/v1/tasks/{task}/import",
                 "/api/v1/tasks/{task}/queue",
                 "/healthz",
                 "/metrics",

@@ -1,4 +1,4 @@
-//! The live page: four files that are part of the program.
+//! The live page and the page to label in: files that are part of the program.
 
 use axum::{Router, http::header, response::IntoResponse, routing::get};
 
@@ -8,7 +8,7 @@ fn file(kind: &'static str, text: &'static str) -> impl IntoResponse + Clone {
     ([(header::CONTENT_TYPE, kind)], text)
 }
 
-/// `/` and what it loads.
+/// `/`, `/label`, and what they load.
 pub(super) fn router() -> Router<State> {
     let html = file(
         "text/html; charset=utf-8",
@@ -19,10 +19,20 @@ pub(super) fn router() -> Router<State> {
         "text/javascript; charset=utf-8",
         include_str!("../page/page.js"),
     );
+    let label = file(
+        "text/html; charset=utf-8",
+        include_str!("../page/label.html"),
+    );
+    let label_js = file(
+        "text/javascript; charset=utf-8",
+        include_str!("../page/label.js"),
+    );
     let icon = file("image/svg+xml", include_str!("../page/icon.svg"));
     Router::new()
         .route("/icon.svg", get(icon))
         .route("/", get(html))
+        .route("/label", get(label))
+        .route("/label.js", get(label_js))
         .route("/page.css", get(css))
         .route("/page.js", get(js))
 }

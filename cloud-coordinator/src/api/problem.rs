@@ -8,8 +8,8 @@ use axum::{
 use serde::Serialize;
 
 use crate::{
-    datasets::DatasetError, labels::LabelError, objects::ObjectError, records::RecordError,
-    samples::SampleError, store::StoreError,
+    datasets::DatasetError, exchange::ExchangeError, labels::LabelError, objects::ObjectError,
+    records::RecordError, samples::SampleError, store::StoreError,
 };
 
 /// What every 5xx of a database says; the log says what it was.
@@ -139,6 +139,16 @@ impl From<LabelError> for Problem {
             LabelError::Deleted => Self::new(410, "Gone", detail),
             LabelError::Classes(_) => Self::new(409, "Other classes", detail),
             LabelError::Invalid(_) => Self::invalid(detail),
+        }
+    }
+}
+
+impl From<ExchangeError> for Problem {
+    fn from(error: ExchangeError) -> Self {
+        match error {
+            ExchangeError::Sample(error) => error.into(),
+            ExchangeError::Label(error) => error.into(),
+            ExchangeError::Broken(detail) => Self::invalid(detail),
         }
     }
 }

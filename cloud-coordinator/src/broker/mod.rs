@@ -130,4 +130,11 @@ impl Broker {
             .router
             .publish(&topic.to_string(), payload, QoS::AtLeastOnce, true);
     }
+
+    /// Publishes a message of the coordinator to those who listen now.
+    pub(crate) fn tell(&self, topic: &Topic, payload: &[u8]) {
+        self.shared
+            .router
+            .publish(&topic.to_string(), payload, QoS::AtLeastOnce, false);
+    }
 }

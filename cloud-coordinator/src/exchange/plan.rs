@@ -30,7 +30,10 @@ pub(super) fn clean(path: &str) -> Option<String> {
     if path.starts_with('/') || path.contains(['\\', '\0']) {
         return None;
     }
-    let parts: Vec<_> = path.split('/').filter(|p| !p.is_empty() && *p != ".").collect();
+    let parts: Vec<_> = path
+        .split('/')
+        .filter(|p| !p.is_empty() && *p != ".")
+        .collect();
     let fine = !parts.is_empty() && !parts.contains(&"..");
     fine.then(|| parts.join("/"))
 }
@@ -46,7 +49,11 @@ fn base(path: &str) -> &str {
 /// The image that a file in `at` means by `name`: beside it, from the top, or the only one of this name.
 fn find<'a>(images: &'a BTreeSet<String>, at: &str, name: &str) -> Option<&'a String> {
     let name = clean(name)?;
-    let beside = if at.is_empty() { name.clone() } else { format!("{at}/{name}") };
+    let beside = if at.is_empty() {
+        name.clone()
+    } else {
+        format!("{at}/{name}")
+    };
     if let Some(found) = images.get(&beside).or_else(|| images.get(&name)) {
         return Some(found);
     }
@@ -64,7 +71,10 @@ impl Plan {
         if unclear.contains(path) {
             return;
         }
-        let known = self.labels.entry(path.to_owned()).or_insert_with(|| class.to_owned());
+        let known = self
+            .labels
+            .entry(path.to_owned())
+            .or_insert_with(|| class.to_owned());
         if known != class {
             let why = format!("has more than one class: {known:?} and {class:?}");
             self.labels.remove(path);
@@ -76,7 +86,10 @@ impl Plan {
     /// The classes that are used and not in the list yet, in the order of the alphabet.
     fn collect(&mut self) {
         let used: BTreeSet<&String> = self.labels.values().collect();
-        let new = used.into_iter().filter(|c| !self.classes.contains(c)).cloned();
+        let new = used
+            .into_iter()
+            .filter(|c| !self.classes.contains(c))
+            .cloned();
         let new: Vec<_> = new.collect();
         self.classes.extend(new);
     }
@@ -220,7 +233,10 @@ fn coco(plan: &mut Plan, images: &BTreeSet<String>, texts: &BTreeMap<String, Str
             };
             match names.get(&annotation.category_id) {
                 Some(class) => plan.label(path, class, &mut unclear),
-                None => plan.error(path, format!("there is no category {}", annotation.category_id)),
+                None => plan.error(
+                    path,
+                    format!("there is no category {}", annotation.category_id),
+                ),
             }
         }
     }
@@ -235,7 +251,11 @@ fn yaml_names(text: &str) -> Vec<String> {
     };
     if let Some(list) = first.trim().strip_prefix('[') {
         let list = list.trim_end().trim_end_matches(']');
-        return list.split(',').map(bare).filter(|n| !n.is_empty()).collect();
+        return list
+            .split(',')
+            .map(bare)
+            .filter(|n| !n.is_empty())
+            .collect();
     }
     lines
         .take_while(|line| line.starts_with([' ', '-', '\t']))
@@ -255,7 +275,11 @@ fn yolo(plan: &mut Plan, images: &BTreeSet<String>, texts: &BTreeMap<String, Str
     let is_list = |file: &str| base(file) == "classes.txt" || file.ends_with(".names");
     for (file, text) in texts {
         let names = if is_list(file) {
-            text.lines().map(|l| l.trim().to_owned()).filter(|l| !l.is_empty()).take(MAX_NAMES).collect()
+            text.lines()
+                .map(|l| l.trim().to_owned())
+                .filter(|l| !l.is_empty())
+                .take(MAX_NAMES)
+                .collect()
         } else if file.ends_with(".yaml") || file.ends_with(".yml") {
             yaml_names(text)
         } else {
@@ -276,14 +300,22 @@ fn yolo(plan: &mut Plan, images: &BTreeSet<String>, texts: &BTreeMap<String, Str
     }
     let mut unclear = BTreeSet::new();
     for path in images {
-        let stem = path.rsplit_once('.').map_or(path.as_str(), |(stem, _)| stem);
+        let stem = path
+            .rsplit_once('.')
+            .map_or(path.as_str(), |(stem, _)| stem);
         // `images/…` and `labels/…` lie side by side.
         let beside = format!("/{stem}").replace("/images/", "/labels/");
-        let Some(text) = boxes.get(beside.trim_start_matches('/')).or_else(|| boxes.get(stem)) else {
+        let Some(text) = boxes
+            .get(beside.trim_start_matches('/'))
+            .or_else(|| boxes.get(stem))
+        else {
             continue;
         };
         for line in text.lines().filter(|line| !line.trim().is_empty()) {
-            let index = line.split_whitespace().next().and_then(|n| n.parse::<usize>().ok());
+            let index = line
+                .split_whitespace()
+                .next()
+                .and_then(|n| n.parse::<usize>().ok());
             match index.and_then(|n| plan.classes.get(n)).cloned() {
                 Some(class) => plan.label(path, &class, &mut unclear),
                 None => {
@@ -302,7 +334,13 @@ pub(super) fn folders_of(classes: &[String]) -> Vec<String> {
         .iter()
         .enumerate()
         .map(|(index, class)| {
-            let safe = |c: char| if c.is_alphanumeric() || matches!(c, '-' | '_' | ' ' | '.') { c } else { '_' };
+            let safe = |c: char| {
+                if c.is_alphanumeric() || matches!(c, '-' | '_' | ' ' | '.') {
+                    c
+                } else {
+                    '_'
+                }
+            };
             let mut name: String = class.chars().map(safe).take(60).collect();
             name = name.trim_matches([' ', '.']).to_owned();
             if name.is_empty() || used.contains(&name.to_lowercase()) {
@@ -324,11 +362,17 @@ mod tests {
     }
 
     fn texts(files: &[(&str, &str)]) -> BTreeMap<String, String> {
-        files.iter().map(|(f, t)| ((*f).to_owned(), (*t).to_owned())).collect()
+        files
+            .iter()
+            .map(|(f, t)| ((*f).to_owned(), (*t).to_owned()))
+            .collect()
     }
 
     fn labels(plan: &Plan) -> Vec<(&str, &str)> {
-        plan.labels.iter().map(|(p, c)| (p.as_str(), c.as_str())).collect()
+        plan.labels
+            .iter()
+            .map(|(p, c)| (p.as_str(), c.as_str()))
+            .collect()
     }
 
     #[test]
@@ -336,7 +380,14 @@ mod tests {
         let images = set(&["set/hole/1.png", "set/ok/1.png", "ok/2.png", "3.png"]);
         let plan = plan(Format::Folder, &images, &texts(&[]));
         assert_eq!(plan.classes, ["hole", "ok"]);
-        assert_eq!(labels(&plan), [("ok/2.png", "ok"), ("set/hole/1.png", "hole"), ("set/ok/1.png", "ok")]);
+        assert_eq!(
+            labels(&plan),
+            [
+                ("ok/2.png", "ok"),
+                ("set/hole/1.png", "hole"),
+                ("set/ok/1.png", "ok")
+            ]
+        );
         assert_eq!(plan.errors[0].0, "3.png");
     }
 
@@ -346,9 +397,20 @@ mod tests {
         let text = "path,class,note\r\na.png,ok,x\n\"b, c.png\",\"a \"\"big\"\" hole\"\nd.png,ok\n../e.png,ok\n\ne.png,\nz\nq.png,ok\na.png,hole\n";
         let plan = plan(Format::Csv, &images, &texts(&[("set/labels.csv", text)]));
         assert_eq!(plan.classes, ["a \"big\" hole", "ok"]);
-        assert_eq!(labels(&plan), [("set/b, c.png", "a \"big\" hole"), ("set/deep/d.png", "ok")]);
+        assert_eq!(
+            labels(&plan),
+            [("set/b, c.png", "a \"big\" hole"), ("set/deep/d.png", "ok")]
+        );
         let at: Vec<_> = plan.errors.iter().map(|(at, _)| at.as_str()).collect();
-        assert_eq!(at, ["set/labels.csv:5", "set/labels.csv:8", "set/labels.csv:9", "set/a.png"]);
+        assert_eq!(
+            at,
+            [
+                "set/labels.csv:5",
+                "set/labels.csv:8",
+                "set/labels.csv:9",
+                "set/a.png"
+            ]
+        );
         assert_eq!(fields(&quoted("a \"b\", c")), ["a \"b\", c"]);
     }
 
@@ -363,12 +425,19 @@ mod tests {
         assert_eq!(plan.classes, ["ok", "hole"]);
         assert_eq!(labels(&plan), [("images/1.png", "hole")]);
         let at: Vec<_> = plan.errors.iter().map(|(at, _)| at.as_str()).collect();
-        assert_eq!(at, ["../4.png", "images/2.png", "images/3.png", "other.json"]);
+        assert_eq!(
+            at,
+            ["../4.png", "images/2.png", "images/3.png", "other.json"]
+        );
     }
 
     #[test]
     fn golden_yolo() {
-        let images = set(&["images/train/1.jpg", "images/train/2.jpg", "images/train/3.jpg"]);
+        let images = set(&[
+            "images/train/1.jpg",
+            "images/train/2.jpg",
+            "images/train/3.jpg",
+        ]);
         let boxes = [
             ("labels/train/1.txt", "1 .5 .5 .1 .1\n1 .2 .2 .1 .1\n"),
             ("labels/train/2.txt", "0 .5 .5 .1 .1\n7 0 0 0 0\n"),
@@ -387,17 +456,32 @@ mod tests {
             assert_eq!(plan.errors.len(), 1);
         }
         let images = set(&["train/ok/1.jpg", "val/hole/2.jpg"]);
-        assert_eq!(plan(Format::Yolo, &images, &texts(&[])).classes, ["hole", "ok"]);
+        assert_eq!(
+            plan(Format::Yolo, &images, &texts(&[])).classes,
+            ["hole", "ok"]
+        );
     }
 
     #[test]
     fn no_path_leads_out() {
         assert_eq!(clean("./a//b.png").unwrap(), "a/b.png");
-        for bad in ["../x", "a/../../x", "/etc/passwd", "..", "", ".", "a\\b", "a\0"] {
+        for bad in [
+            "../x",
+            "a/../../x",
+            "/etc/passwd",
+            "..",
+            "",
+            ".",
+            "a\\b",
+            "a\0",
+        ] {
             assert_eq!(clean(bad), None, "{bad:?}");
         }
         let classes = ["../../etc", "a/b", "a_b", ".", "ok", "OK", "Ähre 1"].map(str::to_owned);
         let folders = folders_of(&classes);
-        assert_eq!(folders, ["_.._etc", "a_b", "a_b_2", "_3", "ok", "OK_5", "Ähre 1"]);
+        assert_eq!(
+            folders,
+            ["_.._etc", "a_b", "a_b_2", "_3", "ok", "OK_5", "Ähre 1"]
+        );
     }
 }

@@ -41,6 +41,25 @@ impl Link {
             Self::External(client) => client.borrow().is_some(),
         }
     }
+
+    /// Publishes a message that is for those who listen now; false if the broker is not there.
+    pub(crate) async fn tell(&self, topic: &Topic, bytes: Vec<u8>) -> bool {
+        match self {
+            Self::Embedded(broker) => {
+                broker.tell(topic, &bytes);
+                true
+            }
+            Self::External(client) => {
+                let client = client.borrow().clone();
+                let Some(client) = client else { return false };
+                let options = rumqttc::PublishOptions::at_least_once();
+                client
+                    .publish(topic.to_string(), bytes, options)
+                    .await
+                    .is_ok()
+            }
+        }
+    }
 }
 
 /// Publishes acknowledgements until `stop`. What cannot be sent is dropped: the device asks again.

@@ -10,7 +10,7 @@ use crate::records::RecordError;
 
 /// The most classes of a task.
 pub(crate) const MAX_CLASSES: usize = 256;
-/// The most tasks; a device makes one by naming a model, and must not fill the list.
+/// The most tasks that people make, and that are listed.
 pub(crate) const MAX_TASKS: i64 = 1_000;
 /// Characters of the name of a class or a person.
 const MAX_TEXT: usize = 100;

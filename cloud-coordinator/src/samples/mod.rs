@@ -21,9 +21,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use staging::StagingError;
-pub(crate) use store::{
-    ImageRow, Import, Imported, SampleFilter, SampleRow, WITH_LABEL, note_task,
-};
+pub(crate) use store::{ImageRow, SampleFilter, SampleRow, WITH_LABEL, note_task};
 
 use crate::{
     clock,
@@ -207,6 +205,14 @@ impl Samples {
         // It ended while nobody could look at it. If it is refused now, it is as good as here: the device
         // has nothing better to send.
         let _lock = self.staging.lock(known.id, bytes).await?;
+        let (epoch, seq) = (sample.epoch.cast_signed(), sample.seq.cast_signed());
+        let records = &self.records;
+        let now = records.image_of(sample.device.as_str(), epoch, seq).await?;
+        if now.is_none_or(|now| now.image != "waiting" || now.deleted_ms.is_some()) {
+            // Another request has done it while this one waited.
+            self.staging.remove(known.id).await?;
+            return Ok(bytes);
+        }
         match self.finish(&known).await {
             Ok(()) | Err(SampleError::Invalid(_)) => Ok(bytes),
             Err(error) => Err(error),

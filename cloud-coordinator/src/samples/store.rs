@@ -113,27 +113,6 @@ pub(crate) struct SampleFilter {
     pub(crate) limit: i64,
 }
 
-/// An image that a person brought in.
-#[derive(Clone, Debug)]
-pub(crate) struct Import<'a> {
-    pub(crate) task: &'a str,
-    pub(crate) sha256: &'a str,
-    pub(crate) bytes: i64,
-    pub(crate) file: &'a str,
-    /// A position in the list of classes; nothing where the import does not say.
-    pub(crate) class: Option<i64>,
-    pub(crate) holdout: bool,
-    pub(crate) author: &'a str,
-    pub(crate) now_ms: i64,
-}
-
-/// What an import did with one image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Imported {
-    New,
-    Known,
-}
-
 /// Makes sure that a task is there.
 pub(crate) async fn note_task(
     connection: &mut SqliteConnection,
@@ -281,55 +260,6 @@ impl Records {
         commit(tx).await
     }
 
-    /// Writes images that a person brought in, all of them or none. One that the task has already from an
-    /// import stays as it is, except that a class it did not have is added.
-    pub(crate) async fn add_imports(
-        &self,
-        imports: &[Import<'_>],
-    ) -> Result<Vec<Imported>, RecordError> {
-        let mut writer = self.writer().await;
-        let mut tx = writer.begin().await?;
-        let mut done = Vec::with_capacity(imports.len());
-        for import in imports {
-            note_task(&mut tx, import.task, import.now_ms).await?;
-            let known: Option<i64> = sqlx::query_scalar(
-                "SELECT id FROM samples WHERE sha256 = ? AND task = ? AND origin = 'import' \
-                 AND deleted_ms IS NULL",
-            )
-            .bind(import.sha256)
-            .bind(import.task)
-            .fetch_optional(&mut *tx)
-            .await
-            .map_err(RecordError::sql("look for an imported image"))?;
-            let id = match known {
-                Some(id) => {
-                    done.push(Imported::Known);
-                    id
-                }
-                None => {
-                    done.push(Imported::New);
-                    insert_import(&mut tx, import).await?
-                }
-            };
-            let Some(class) = import.class else { continue };
-            sqlx::query(
-                "INSERT INTO labels (sample, kind, class, author, created_ms) \
-                 SELECT ?, 'class', ?, ?, ? WHERE NOT EXISTS \
-                 (SELECT 1 FROM labels WHERE sample = ? AND undone_ms IS NULL)",
-            )
-            .bind(id)
-            .bind(class)
-            .bind(import.author)
-            .bind(import.now_ms)
-            .bind(id)
-            .execute(&mut *tx)
-            .await
-            .map_err(RecordError::sql("write the label of an import"))?;
-        }
-        commit(tx).await?;
-        Ok(done)
-    }
-
     /// One page of samples, the newest first.
     pub(crate) async fn samples(
         &self,
@@ -438,27 +368,4 @@ impl Records {
         commit(tx).await?;
         Ok(done.rows_affected() > 0)
     }
-}
-
-async fn insert_import(
-    connection: &mut SqliteConnection,
-    import: &Import<'_>,
-) -> Result<i64, RecordError> {
-    let decided = import.holdout.then_some(import.now_ms);
-    sqlx::query_scalar(
-        "INSERT INTO samples (task, origin, ts, received_ms, file, sha256, bytes, image, holdout, \
-         holdout_by, holdout_ms) VALUES (?, 'import', ?, ?, ?, ?, ?, 'stored', ?, ?, ?) RETURNING id",
-    )
-    .bind(import.task)
-    .bind(import.now_ms)
-    .bind(import.now_ms)
-    .bind(import.file)
-    .bind(import.sha256)
-    .bind(import.bytes)
-    .bind(import.holdout)
-    .bind(import.holdout.then_some(import.author))
-    .bind(decided)
-    .fetch_one(connection)
-    .await
-    .map_err(RecordError::sql("write an imported image"))
 }
