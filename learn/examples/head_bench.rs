@@ -35,7 +35,8 @@ struct Data {
 }
 
 fn sorted(folder: &Path) -> Outcome<Vec<PathBuf>> {
-    let paths: Result<Vec<PathBuf>, _> = fs::read_dir(folder)?.map(|e| e.map(|e| e.path())).collect();
+    let paths: Result<Vec<PathBuf>, _> =
+        fs::read_dir(folder)?.map(|e| e.map(|e| e.path())).collect();
     let mut paths = paths?;
     paths.sort();
     Ok(paths)
@@ -55,7 +56,13 @@ fn embed(folder: &Path, per_class: usize, test: usize) -> Outcome<Data> {
     let per_class_test = test / classes.len();
     let mut held = (Vec::new(), Vec::new());
     for (class, folder) in (0u32..).zip(&classes) {
-        data.names.push(folder.file_name().unwrap_or_default().to_string_lossy().into_owned());
+        data.names.push(
+            folder
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned(),
+        );
         // The first ones teach, the last ones test.
         let files = sorted(folder)?;
         let last = files.len().saturating_sub(per_class_test);
@@ -66,7 +73,11 @@ fn embed(folder: &Path, per_class: usize, test: usize) -> Outcome<Data> {
                 _ => continue,
             };
             truth.push(class);
-            rows.extend(engine.run(&engine.tensor_from_bytes(&fs::read(path)?)?)?.embedding);
+            rows.extend(
+                engine
+                    .run(&engine.tensor_from_bytes(&fs::read(path)?)?)?
+                    .embedding,
+            );
         }
     }
     data.truth.extend(held.0);
@@ -108,7 +119,9 @@ fn median(mut values: Vec<f64>) -> f64 {
 
 fn main() -> Outcome<()> {
     let args: Vec<String> = std::env::args().collect();
-    let folder = args.get(1).ok_or("usage: head_bench <folder> [per class] [test] [turns]")?;
+    let folder = args
+        .get(1)
+        .ok_or("usage: head_bench <folder> [per class] [test] [turns]")?;
     let number = |at: usize, default: usize| args.get(at).map_or(Ok(default), |text| text.parse());
     let (per_class, test, turns) = (number(2, 100)?, number(3, 5000)?, number(4, 5)?);
     let data = embed(Path::new(folder), per_class, test)?;
@@ -130,7 +143,11 @@ fn main() -> Outcome<()> {
         let (head, taken) = timed(&features, &given)?;
         ours.push(taken.as_secs_f64());
         let arguments = [STRENGTH.to_string(), MOST_ITERATIONS.to_string()];
-        let output = Command::new(&python).arg(&peer).arg(&file).args(arguments).output()?;
+        let output = Command::new(&python)
+            .arg(&peer)
+            .arg(&file)
+            .args(arguments)
+            .output()?;
         if !output.status.success() {
             return Err(String::from_utf8_lossy(&output.stderr).into());
         }
