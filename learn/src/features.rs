@@ -137,8 +137,9 @@ impl Features {
         if let Some(weights) = &weights {
             equal("weights", weights.len(), truth.len())?;
         }
-        let wrong = |value: &f32| !(value.abs() <= MAX_MAGNITUDE);
-        if let Some(at) = rows.iter().position(|value| wrong(value)) {
+        // No comparison holds for what is not a number.
+        let wrong = |value: &f32| !(-MAX_MAGNITUDE..=MAX_MAGNITUDE).contains(value);
+        if let Some(at) = rows.iter().position(wrong) {
             return Err(FeaturesError::Value {
                 row: at / dim,
                 column: at % dim,

@@ -373,7 +373,7 @@ fn compare(
     for (at, (&found, &expected)) in found.iter().zip(expected).enumerate() {
         let off = (found - expected).abs() / scale;
         // Not a number must not pass.
-        if !(off <= TOLERANCE) {
+        if off.is_nan() || off > TOLERANCE {
             return Err(SurgeryError::Differs {
                 input,
                 what,
