@@ -129,7 +129,8 @@ pub fn wilson(correct: u64, rows: u64) -> [f64; 2] {
     let square = Z95 * Z95;
     let centre = (p + square / (2.0 * n)) / (1.0 + square / n);
     let half = Z95 / (1.0 + square / n) * (p * (1.0 - p) / n + square / (4.0 * n * n)).sqrt();
-    [(centre - half).max(0.0), (centre + half).min(1.0)]
+    // At the ends rounding must not leave the proportion outside.
+    [(centre - half).clamp(0.0, p), (centre + half).clamp(p, 1.0)]
 }
 
 /// Expected calibration error of (confidence 0..=1, right or not).
