@@ -2,7 +2,8 @@
 //!
 //! `head_bench <folder with train/<class>/*.jpg> [per class to train, 100] [to test, 5000] [turns, 5]`.
 //! The peer is `tests/peers/head.py`, run by the Python of `LACEWING_ML_PYTHON` (default `python3`), which needs
-//! scikit-learn. Embeddings are kept in the system's folder for temporary files between runs.
+//! scikit-learn. Set `OPENBLAS_NUM_THREADS=1` for a peer of one thread, as is what runs here. Compare CPU time
+//! where the machine is busy.
 
 use std::{
     error::Error,
@@ -35,7 +36,8 @@ struct Data {
 }
 
 fn sorted(folder: &Path) -> Outcome<Vec<PathBuf>> {
-    let paths: Result<Vec<PathBuf>, _> = fs::read_dir(folder)?.map(|e| e.map(|e| e.path())).collect();
+    let paths: Result<Vec<PathBuf>, _> =
+        fs::read_dir(folder)?.map(|e| e.map(|e| e.path())).collect();
     let mut paths = paths?;
     paths.sort();
     Ok(paths)
@@ -55,7 +57,13 @@ fn embed(folder: &Path, per_class: usize, test: usize) -> Outcome<Data> {
     let per_class_test = test / classes.len();
     let mut held = (Vec::new(), Vec::new());
     for (class, folder) in (0u32..).zip(&classes) {
-        data.names.push(folder.file_name().unwrap_or_default().to_string_lossy().into_owned());
+        data.names.push(
+            folder
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned(),
+        );
         // The first ones teach, the last ones test.
         let files = sorted(folder)?;
         let last = files.len().saturating_sub(per_class_test);
@@ -66,7 +74,11 @@ fn embed(folder: &Path, per_class: usize, test: usize) -> Outcome<Data> {
                 _ => continue,
             };
             truth.push(class);
-            rows.extend(engine.run(&engine.tensor_from_bytes(&fs::read(path)?)?)?.embedding);
+            rows.extend(
+                engine
+                    .run(&engine.tensor_from_bytes(&fs::read(path)?)?)?
+                    .embedding,
+            );
         }
     }
     data.truth.extend(held.0);
@@ -95,10 +107,23 @@ fn score(data: &Data, head: &Head) -> Outcome<(f64, f64)> {
 }
 
 #[expect(clippy::disallowed_methods, reason = "this program measures time")]
-fn timed(features: &Features, settings: &Settings) -> Outcome<(Head, Duration)> {
-    let start = std::time::Instant::now();
+fn timed(features: &Features, settings: &Settings) -> Outcome<(Head, Duration, f64)> {
+    let (start, before) = (std::time::Instant::now(), cpu_seconds()?);
     let head = train(features, settings, &mut |_| ControlFlow::Continue(()))?;
-    Ok((head, start.elapsed()))
+    Ok((head, start.elapsed(), cpu_seconds()? - before))
+}
+
+/// CPU time of this process so far; Linux counts it in hundredths of a second.
+fn cpu_seconds() -> Outcome<f64> {
+    let stat = fs::read_to_string("/proc/self/stat")?;
+    let (_, behind_name) = stat.rsplit_once(')').ok_or("unknown /proc/self/stat")?;
+    let ticks: Result<Vec<f64>, _> = behind_name
+        .split_whitespace()
+        .skip(11)
+        .take(2)
+        .map(str::parse)
+        .collect();
+    Ok(ticks?.iter().sum::<f64>() / 100.0)
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -108,7 +133,9 @@ fn median(mut values: Vec<f64>) -> f64 {
 
 fn main() -> Outcome<()> {
     let args: Vec<String> = std::env::args().collect();
-    let folder = args.get(1).ok_or("usage: head_bench <folder> [per class] [test] [turns]")?;
+    let folder = args
+        .get(1)
+        .ok_or("usage: head_bench <folder> [per class] [test] [turns]")?;
     let number = |at: usize, default: usize| args.get(at).map_or(Ok(default), |text| text.parse());
     let (per_class, test, turns) = (number(2, 100)?, number(3, 5000)?, number(4, 5)?);
     let data = embed(Path::new(folder), per_class, test)?;
@@ -125,12 +152,17 @@ fn main() -> Outcome<()> {
     };
     let peer = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/peers/head.py");
     let python = std::env::var_os("LACEWING_ML_PYTHON").unwrap_or_else(|| "python3".into());
-    let (mut ours, mut theirs, mut cpu) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut ours, mut theirs, mut our_cpu, mut cpu) = (vec![], vec![], vec![], vec![]);
     for turn in 1..=turns {
-        let (head, taken) = timed(&features, &given)?;
+        let (head, taken, used) = timed(&features, &given)?;
+        our_cpu.push(used);
         ours.push(taken.as_secs_f64());
         let arguments = [STRENGTH.to_string(), MOST_ITERATIONS.to_string()];
-        let output = Command::new(&python).arg(&peer).arg(&file).args(arguments).output()?;
+        let output = Command::new(&python)
+            .arg(&peer)
+            .arg(&file)
+            .args(arguments)
+            .output()?;
         if !output.status.success() {
             return Err(String::from_utf8_lossy(&output.stderr).into());
         }
@@ -139,20 +171,21 @@ fn main() -> Outcome<()> {
         cpu.push(answer["cpu_s"].as_f64().unwrap_or(f64::NAN));
         let (accuracy, _) = score(&data, &head)?;
         println!(
-            "turn {turn}: here {:.3} s, {} iterations, accuracy {accuracy:.4}; peer {answer}",
+            "turn {turn}: here {:.3} s, {used:.2} s CPU, {} iterations, accuracy {accuracy:.4}; peer {answer}",
             taken.as_secs_f64(),
             head.iterations
         );
     }
-    let (ours, theirs, cpu) = (median(ours), median(theirs), median(cpu));
+    let (ours, theirs, our_cpu, cpu) = (median(ours), median(theirs), median(our_cpu), median(cpu));
     println!(
-        "{}x{}: here {ours:.3} s (one thread), peer {theirs:.3} s ({cpu:.3} s CPU); ratio {:.2} of wall, {:.2} of CPU",
+        "{}x{}: here {ours:.3} s ({our_cpu:.2} s CPU), peer {theirs:.3} s ({cpu:.2} s CPU); ratio {:.2} of wall, \
+         {:.2} of CPU",
         data.train,
         data.dim,
         ours / theirs,
-        ours / cpu
+        our_cpu / cpu
     );
-    let (head, taken) = timed(&features, &Settings::default())?;
+    let (head, taken, _) = timed(&features, &Settings::default())?;
     let (accuracy, ece) = score(&data, &head)?;
     println!(
         "strength chosen: {:.2} s, strength {}, temperature {:.2}, accuracy {accuracy:.4}, ECE {ece:.4}",

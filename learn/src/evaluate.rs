@@ -23,7 +23,9 @@ const DRAWN_LETTERS: usize = 24;
 #[non_exhaustive]
 pub enum EvaluateError {
     /// Nothing to judge, or too many classes.
-    #[error("evaluate: {rows} answers, {classes} classes; at least 1 answer and 1 to 4096 classes are needed")]
+    #[error(
+        "evaluate: {rows} answers, {classes} classes; at least 1 answer and 1 to 4096 classes are needed"
+    )]
     Size {
         /// Answers.
         rows: usize,
@@ -109,7 +111,11 @@ pub fn answer(probabilities: &[f32]) -> usize {
 }
 
 fn ratio(part: u64, whole: u64) -> f64 {
-    if whole == 0 { 0.0 } else { part as f64 / whole as f64 }
+    if whole == 0 {
+        0.0
+    } else {
+        part as f64 / whole as f64
+    }
 }
 
 /// The 95 % interval of a proportion: `correct` of `rows` (Wilson 1927). All of 0..=1 for no rows.
@@ -123,7 +129,8 @@ pub fn wilson(correct: u64, rows: u64) -> [f64; 2] {
     let square = Z95 * Z95;
     let centre = (p + square / (2.0 * n)) / (1.0 + square / n);
     let half = Z95 / (1.0 + square / n) * (p * (1.0 - p) / n + square / (4.0 * n * n)).sqrt();
-    [(centre - half).max(0.0), (centre + half).min(1.0)]
+    // At the ends rounding must not leave the proportion outside.
+    [(centre - half).clamp(0.0, p), (centre + half).clamp(p, 1.0)]
 }
 
 /// Expected calibration error of (confidence 0..=1, right or not).
@@ -138,12 +145,19 @@ pub(crate) fn ece(answers: impl Iterator<Item = (f32, bool)>) -> f64 {
         *bin = (bin.0 + 1, bin.1 + confidence, bin.2 + u64::from(right));
         rows += 1;
     }
-    let off: f64 = bins.iter().map(|(_, sure, right)| (sure - *right as f64).abs()).sum();
+    let off: f64 = bins
+        .iter()
+        .map(|(_, sure, right)| (sure - *right as f64).abs())
+        .sum();
     off / (rows.max(1)) as f64
 }
 
 /// Are these N×C probabilities of N true classes?
-pub(crate) fn check(truth: &[u32], probabilities: &[f32], classes: usize) -> Result<(), EvaluateError> {
+pub(crate) fn check(
+    truth: &[u32],
+    probabilities: &[f32],
+    classes: usize,
+) -> Result<(), EvaluateError> {
     let rows = truth.len();
     if rows == 0 || !(1..=MAX_CLASSES).contains(&classes) {
         return Err(EvaluateError::Size { rows, classes });
@@ -210,7 +224,11 @@ pub fn evaluate(
         .collect();
     let rows = truth.len() as u64;
     let correct = (0..count).map(|at| confusion[at][at]).sum();
-    let with_rows: Vec<f64> = classes.iter().filter(|c| c.rows > 0).map(|c| c.f1).collect();
+    let with_rows: Vec<f64> = classes
+        .iter()
+        .filter(|c| c.rows > 0)
+        .map(|c| c.f1)
+        .collect();
     Ok(Evaluation {
         rows,
         correct,
@@ -334,14 +352,20 @@ mod tests {
         let result = evaluate(&[0, 0, 1, 1], &probabilities, &names(&["a", "b"])).unwrap();
         assert_eq!((result.rows, result.correct), (4, 3));
         assert_eq!(result.confusion, [[2, 0], [1, 1]]);
-        let [a, b] = &result.classes[..] else { panic!() };
+        let [a, b] = &result.classes[..] else {
+            panic!()
+        };
         assert!((a.precision - 2.0 / 3.0).abs() < 1e-12 && (a.recall - 1.0).abs() < 1e-12);
         assert!((b.precision - 1.0).abs() < 1e-12 && (b.recall - 0.5).abs() < 1e-12);
         assert!((a.f1 - 0.8).abs() < 1e-12 && (b.f1 - 2.0 / 3.0).abs() < 1e-12);
         let loss = -(0.9f64.ln() + 0.8f64.ln() + 0.7f64.ln() + 0.4f64.ln()) / 4.0;
         assert!((result.log_loss - loss).abs() < 1e-6);
         // Each answer has a bin of its own but 0.9 and 0.8 apart: |0.9-1| + |0.8-1| + |0.7-1| + |0.6-0|.
-        assert!((result.ece - (0.1 + 0.2 + 0.3 + 0.6) / 4.0).abs() < 1e-6, "{}", result.ece);
+        assert!(
+            (result.ece - (0.1 + 0.2 + 0.3 + 0.6) / 4.0).abs() < 1e-6,
+            "{}",
+            result.ece
+        );
     }
 
     #[test]
@@ -353,7 +377,10 @@ mod tests {
             ((29, 29), [0.8830, 1.0]),
         ] {
             let found = wilson(correct, rows);
-            assert!((found[0] - low).abs() < 1e-4 && (found[1] - high).abs() < 1e-4, "{found:?}");
+            assert!(
+                (found[0] - low).abs() < 1e-4 && (found[1] - high).abs() < 1e-4,
+                "{found:?}"
+            );
         }
         assert_eq!(wilson(0, 0), [0.0, 1.0]);
     }
@@ -361,17 +388,26 @@ mod tests {
     #[test]
     fn mistakes_are_named() {
         let words = |truth: &[u32], probabilities: &[f32]| {
-            evaluate(truth, probabilities, &names(&["a", "b"])).unwrap_err().to_string()
+            evaluate(truth, probabilities, &names(&["a", "b"]))
+                .unwrap_err()
+                .to_string()
         };
         assert!(words(&[], &[]).contains("0 answers"));
         assert_eq!(words(&[0], &[1.0]), "evaluate: 1 probabilities, 2 expected");
-        assert_eq!(words(&[0], &[1.0, f32::NAN]), "evaluate: answer 0 has the probability NaN");
+        assert_eq!(
+            words(&[0], &[1.0, f32::NAN]),
+            "evaluate: answer 0 has the probability NaN"
+        );
         assert!(words(&[2], &[1.0, 0.0]).contains("true class 2"));
     }
 
     #[test]
     fn labels_cannot_break_the_picture() {
-        let svg = confusion_svg(&[vec![1, 2], vec![0, 3]], &names(&["<script>&\"'", "b\u{1}"])).unwrap();
+        let svg = confusion_svg(
+            &[vec![1, 2], vec![0, 3]],
+            &names(&["<script>&\"'", "b\u{1}"]),
+        )
+        .unwrap();
         assert!(!svg.contains("<script>") && !svg.contains('\u{1}'));
         assert!(svg.contains("&lt;script&gt;&amp;&quot;&#39;"));
         assert!(svg.contains("currentColor"));

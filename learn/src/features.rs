@@ -86,7 +86,12 @@ pub struct Features {
     weights: Option<Vec<f32>>,
 }
 
-fn within(what: &'static str, found: usize, least: usize, most: usize) -> Result<(), FeaturesError> {
+fn within(
+    what: &'static str,
+    found: usize,
+    least: usize,
+    most: usize,
+) -> Result<(), FeaturesError> {
     if (least..=most).contains(&found) {
         return Ok(());
     }
@@ -132,8 +137,9 @@ impl Features {
         if let Some(weights) = &weights {
             equal("weights", weights.len(), truth.len())?;
         }
-        let wrong = |value: &f32| !(value.abs() <= MAX_MAGNITUDE);
-        if let Some(at) = rows.iter().position(|value| wrong(value)) {
+        // No comparison holds for what is not a number.
+        let wrong = |value: &f32| !(-MAX_MAGNITUDE..=MAX_MAGNITUDE).contains(value);
+        if let Some(at) = rows.iter().position(wrong) {
             return Err(FeaturesError::Value {
                 row: at / dim,
                 column: at % dim,
@@ -217,14 +223,27 @@ impl Features {
 mod tests {
     use super::*;
 
-    fn table(rows: &[f32], truth: &[u32], weights: Option<&[f32]>) -> Result<Features, FeaturesError> {
-        Features::new(2, 2, rows.to_vec(), truth.to_vec(), weights.map(<[f32]>::to_vec))
+    fn table(
+        rows: &[f32],
+        truth: &[u32],
+        weights: Option<&[f32]>,
+    ) -> Result<Features, FeaturesError> {
+        Features::new(
+            2,
+            2,
+            rows.to_vec(),
+            truth.to_vec(),
+            weights.map(<[f32]>::to_vec),
+        )
     }
 
     #[test]
     fn a_sound_table_is_taken() {
         let features = table(&[0.0, 1.0, 2.0, 3.0], &[0, 1], Some(&[1.0, 0.5])).unwrap();
-        assert_eq!((features.len(), features.dim(), features.classes()), (2, 2, 2));
+        assert_eq!(
+            (features.len(), features.dim(), features.classes()),
+            (2, 2, 2)
+        );
     }
 
     #[test]

@@ -205,7 +205,11 @@ impl Policy {
         for (name, found) in parts {
             if !(0.0..=1.0).contains(&found) {
                 let expected = "0 to 1";
-                return Err(GateError::Policy { name, found, expected });
+                return Err(GateError::Policy {
+                    name,
+                    found,
+                    expected,
+                });
             }
         }
         if !(self.alpha > 0.0 && self.alpha <= 0.5) {
@@ -226,10 +230,18 @@ pub fn spent_alpha(alpha: f64, judged: u64) -> f64 {
     alpha * 6.0 / (std::f64::consts::PI * n).powi(2)
 }
 
-fn sound(holdout: &Holdout<'_>, whose: &'static str, answers: &Answers<'_>) -> Result<(), GateError> {
+fn sound(
+    holdout: &Holdout<'_>,
+    whose: &'static str,
+    answers: &Answers<'_>,
+) -> Result<(), GateError> {
     // The truth counts by the holdout's labels; here only the sizes and the probabilities are looked at.
-    evaluate::check(&vec![0; holdout.truth.len()], answers.probabilities, answers.labels.len())
-        .map_err(|source| GateError::Answers { whose, source })?;
+    evaluate::check(
+        &vec![0; holdout.truth.len()],
+        answers.probabilities,
+        answers.labels.len(),
+    )
+    .map_err(|source| GateError::Answers { whose, source })?;
     distinct(answers.labels)
 }
 
@@ -237,7 +249,10 @@ fn distinct(labels: &[String]) -> Result<(), GateError> {
     let mut sorted: Vec<&String> = labels.iter().collect();
     sorted.sort();
     match sorted.windows(2).find(|pair| pair[0] == pair[1]) {
-        Some(pair) => Err(GateError::Holdout(format!("the label {:?} is there twice", pair[0]))),
+        Some(pair) => Err(GateError::Holdout(format!(
+            "the label {:?} is there twice",
+            pair[0]
+        ))),
         None => Ok(()),
     }
 }
@@ -273,10 +288,19 @@ pub fn judge(
 ) -> Result<Verdict, GateError> {
     policy.check()?;
     distinct(holdout.labels)?;
-    if holdout.truth.iter().any(|&t| t as usize >= holdout.labels.len()) {
-        return Err(GateError::Holdout("a frame has a label that is not in the list".to_owned()));
+    if holdout
+        .truth
+        .iter()
+        .any(|&t| t as usize >= holdout.labels.len())
+    {
+        return Err(GateError::Holdout(
+            "a frame has a label that is not in the list".to_owned(),
+        ));
     }
-    let mut reasons = vec![checks::leak(holdout), checks::classes(holdout, current, candidate)];
+    let mut reasons = vec![
+        checks::leak(holdout),
+        checks::classes(holdout, current, candidate),
+    ];
     if holdout.truth.is_empty() {
         reasons.push(checks::total(0, policy));
     }
@@ -292,11 +316,15 @@ pub fn judge(
     sound(holdout, "candidate", candidate)?;
     let frames = pair(holdout, current, candidate);
     let count = |label: &String| {
-        let frames = frames.iter().filter(|frame| &holdout.labels[frame.label] == label);
+        let frames = frames
+            .iter()
+            .filter(|frame| &holdout.labels[frame.label] == label);
         (label.clone(), Tally::of(frames))
     };
-    let (known, new): (Vec<&String>, Vec<&String>) =
-        candidate.labels.iter().partition(|label| current.labels.contains(label));
+    let (known, new): (Vec<&String>, Vec<&String>) = candidate
+        .labels
+        .iter()
+        .partition(|label| current.labels.contains(label));
     let known: Vec<(String, Tally)> = known.into_iter().map(count).collect();
     let new: Vec<(String, Tally)> = new.into_iter().map(count).collect();
     reasons.push(checks::total(frames.len(), policy));

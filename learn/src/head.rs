@@ -128,7 +128,11 @@ impl Settings {
             Strength::Best(list) => list.as_slice(),
         };
         if !(1..=MAX_STRENGTHS).contains(&strengths.len()) {
-            return setting("strength", format!("{} numbers", strengths.len()), "1 to 32 numbers");
+            return setting(
+                "strength",
+                format!("{} numbers", strengths.len()),
+                "1 to 32 numbers",
+            );
         }
         if let Some(wrong) = strengths.iter().find(|s| !(1e-8..=1e4).contains(*s)) {
             return setting("strength", wrong.to_string(), "1e-8 to 1e4");
@@ -155,7 +159,11 @@ struct Standard {
 
 fn standardise(features: &Features) -> Standard {
     let dim = features.dim();
-    let weight = |row: usize| features.weights().map_or(1.0, |weights| f64::from(weights[row]));
+    let weight = |row: usize| {
+        features
+            .weights()
+            .map_or(1.0, |weights| f64::from(weights[row]))
+    };
     let total: f64 = (0..features.len()).map(weight).sum();
     let mut mean = vec![0.0f64; dim];
     for (at, row) in features.rows().chunks_exact(dim).enumerate() {
@@ -182,7 +190,11 @@ fn standardise(features: &Features) -> Standard {
         .collect();
     let mut rows = Vec::with_capacity(features.rows().len());
     for row in features.rows().chunks_exact(dim) {
-        rows.extend(row.iter().zip(&scale).map(|(x, (mean, scale))| (x - mean) * scale));
+        rows.extend(
+            row.iter()
+                .zip(&scale)
+                .map(|(x, (mean, scale))| (x - mean) * scale),
+        );
     }
     Standard {
         rows,
@@ -195,18 +207,29 @@ fn standardise(features: &Features) -> Standard {
 fn normalised(weights: impl Iterator<Item = f64>) -> Vec<f32> {
     let weights: Vec<f64> = weights.collect();
     let sum: f64 = weights.iter().sum();
-    weights.into_iter().map(|weight| (weight / sum) as f32).collect()
+    weights
+        .into_iter()
+        .map(|weight| (weight / sum) as f32)
+        .collect()
 }
 
 /// How much each row counts.
 fn row_weights(features: &Features, balanced: bool) -> Vec<f32> {
-    let of = |row: usize| features.weights().map_or(1.0, |weights| f64::from(weights[row]));
+    let of = |row: usize| {
+        features
+            .weights()
+            .map_or(1.0, |weights| f64::from(weights[row]))
+    };
     let mut per_class = vec![0.0f64; features.classes()];
     for (row, &class) in features.truth().iter().enumerate() {
         per_class[class as usize] += of(row);
     }
     normalised(features.truth().iter().enumerate().map(|(row, &class)| {
-        let share = if balanced { per_class[class as usize] } else { 1.0 };
+        let share = if balanced {
+            per_class[class as usize]
+        } else {
+            1.0
+        };
         of(row) / share
     }))
 }
@@ -263,7 +286,11 @@ pub fn train(features: &Features, settings: &Settings, report: Report<'_>) -> Re
     strengths.dedup();
     let choose = strengths.len() > 1 || settings.calibrate;
     let held_back = trainer.fold.iter().any(Option::is_some);
-    let fits = if choose && held_back { strengths.len() * settings.folds } else { 0 };
+    let fits = if choose && held_back {
+        strengths.len() * settings.folds
+    } else {
+        0
+    };
     let mut counted = Counted {
         done: 0,
         steps: (fits + 1) * settings.iterations,
@@ -305,15 +332,22 @@ fn fold_in(fit: Fit, standard: &Standard, choice: &Choice) -> Result<Head, Error
     };
     for (row, &bias) in weight.chunks_exact(dim).zip(bias) {
         let mut shift = 0.0;
-        for ((&weight, mean), deviation) in row.iter().zip(&standard.mean).zip(&standard.deviation) {
+        for ((&weight, mean), deviation) in row.iter().zip(&standard.mean).zip(&standard.deviation)
+        {
             // The weight as it will be stored: the bias then corrects its rounding at the mean.
             let stored = (f64::from(weight) / deviation / choice.temperature) as f32;
             shift += f64::from(stored) * mean;
             head.weight.push(stored);
         }
-        head.bias.push((f64::from(bias) / choice.temperature - shift) as f32);
+        head.bias
+            .push((f64::from(bias) / choice.temperature - shift) as f32);
     }
-    if head.weight.iter().chain(&head.bias).all(|value| value.is_finite()) {
+    if head
+        .weight
+        .iter()
+        .chain(&head.bias)
+        .all(|value| value.is_finite())
+    {
         Ok(head)
     } else {
         Err(Error::Diverged("the head"))
@@ -379,16 +413,21 @@ impl Trainer<'_> {
         let folds = self.settings.folds;
         let size = classes * (self.features.dim() + 1);
         let mut starts = vec![vec![0.0; size]; folds];
-        let held_weights = normalised(self.weights.iter().zip(&self.fold).map(|(&weight, fold)| {
-            if fold.is_some() { f64::from(weight) } else { 0.0 }
-        }));
+        let held_weights =
+            normalised(self.weights.iter().zip(&self.fold).map(|(&weight, fold)| {
+                if fold.is_some() {
+                    f64::from(weight)
+                } else {
+                    0.0
+                }
+            }));
         let mut held_logits = vec![0.0; self.features.len() * classes];
         let mut best = Choice {
             strength: strengths.first().copied().unwrap_or(1.0),
             temperature: 1.0,
             loss: None,
         };
-        let mut worse = 0;
+        let (mut least, mut worse) = (f64::INFINITY, 0);
         let stop = Stop {
             gradient: self.settings.gradient.max(FOLD_GRADIENT),
             iterations: self.settings.iterations,
@@ -399,9 +438,14 @@ impl Trainer<'_> {
                     counted.done += counted.each;
                     continue;
                 }
-                let weights = normalised(self.weights.iter().zip(&self.fold).map(
-                    |(&weight, &fold)| if fold == Some(at) { 0.0 } else { f64::from(weight) },
-                ));
+                let weights =
+                    normalised(self.weights.iter().zip(&self.fold).map(|(&weight, &fold)| {
+                        if fold == Some(at) {
+                            0.0
+                        } else {
+                            f64::from(weight)
+                        }
+                    }));
                 let fit = self.fit(&weights, strength, std::mem::take(start), stop, counted)?;
                 let rows = held_logits
                     .chunks_exact_mut(classes)
@@ -420,13 +464,18 @@ impl Trainer<'_> {
                 weights: &held_weights,
                 classes,
             };
-            let temperature = if self.settings.calibrate { held.temperature() } else { 1.0 };
-            let loss = held.log_loss(temperature);
-            if best.loss.is_none_or(|least| loss < least) {
+            let temperature = if self.settings.calibrate {
+                held.temperature()
+            } else {
+                1.0
+            };
+            let loss = held.doubted_loss(temperature);
+            if loss < least {
+                least = loss;
                 best = Choice {
                     strength,
                     temperature,
-                    loss: Some(loss),
+                    loss: Some(held.log_loss(temperature)),
                 };
                 worse = 0;
             } else {

@@ -6,7 +6,9 @@ use crate::random::Random;
 /// Clusters of `per_class` rows around random centres, features of very different scale.
 fn clusters(per_class: &[usize], dim: usize, spread: f64, seed: u64) -> Features {
     let mut random = Random::new(seed);
-    let centres: Vec<f64> = (0..per_class.len() * dim).map(|_| random.unit() - 0.5).collect();
+    let centres: Vec<f64> = (0..per_class.len() * dim)
+        .map(|_| random.unit() - 0.5)
+        .collect();
     let (mut rows, mut truth) = (Vec::new(), Vec::new());
     for (class, &count) in per_class.iter().enumerate() {
         for _ in 0..count {
@@ -63,7 +65,11 @@ fn the_same_seed_gives_the_same_bytes() {
     let features = clusters(&[20, 20], 8, 0.6, 2);
     let settings = Settings::default();
     let bits = |head: &Head| -> Vec<u32> {
-        head.weight.iter().chain(&head.bias).map(|value| value.to_bits()).collect()
+        head.weight
+            .iter()
+            .chain(&head.bias)
+            .map(|value| value.to_bits())
+            .collect()
     };
     let first = train(&features, &settings, &mut on).unwrap();
     let second = train(&features, &settings, &mut on).unwrap();
@@ -77,7 +83,11 @@ fn stops_when_told_to() {
     let mut calls = 0;
     let result = train(&features, &Settings::default(), &mut |_| {
         calls += 1;
-        if calls == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if calls == 3 {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
     });
     assert_eq!((result, calls), (Err(Error::Cancelled), 3));
 }
@@ -86,7 +96,13 @@ fn stops_when_told_to() {
 fn a_constant_feature_gets_no_weight_to_speak_of() {
     let plain = clusters(&[20, 20], 4, 0.3, 4);
     let rows = plain.rows().iter().enumerate();
-    let rows = rows.map(|(at, &x)| if at % 4 == 0 { 5.0 + (at % 3) as f32 * 1e-5 } else { x });
+    let rows = rows.map(|(at, &x)| {
+        if at % 4 == 0 {
+            5.0 + (at % 3) as f32 * 1e-5
+        } else {
+            x
+        }
+    });
     let features = Features::new(4, 2, rows.collect(), plain.truth().to_vec(), None).unwrap();
     let head = train(&features, &Settings::default(), &mut on).unwrap();
     assert!(head.weight[0].abs() < 0.01, "{}", head.weight[0]);
@@ -104,22 +120,33 @@ fn balance_helps_the_rare_class() {
         };
         let head = train(&features, &settings, &mut on).unwrap();
         let rare = features.rows().chunks_exact(2).skip(300);
-        rare.filter(|row| head.logits(row)[1] > head.logits(row)[0]).count()
+        rare.filter(|row| head.logits(row)[1] > head.logits(row)[0])
+            .count()
     };
-    assert!(recall(true) > recall(false), "{} {}", recall(true), recall(false));
+    assert!(
+        recall(true) > recall(false),
+        "{} {}",
+        recall(true),
+        recall(false)
+    );
 }
 
 #[test]
 fn a_row_of_weight_nothing_teaches_nothing() {
     let features = clusters(&[20, 20], 4, 0.5, 6);
-    let settings = Settings { strength: Strength::Given(0.1), ..Settings::default() };
+    let settings = Settings {
+        strength: Strength::Given(0.1),
+        ..Settings::default()
+    };
     let first_ten = |turned: bool, weight: f32| {
         let truth = features.truth().iter().enumerate();
         let truth = truth.map(|(at, &class)| if at < 10 && turned { 1 - class } else { class });
         let rows = features.rows().iter().enumerate();
         // And their features are far off.
         let rows = rows.map(|(at, &x)| if at < 40 && turned { x + 1000.0 } else { x });
-        let weights = (0..40).map(|at| if at < 10 { weight } else { 1.0 }).collect();
+        let weights = (0..40)
+            .map(|at| if at < 10 { weight } else { 1.0 })
+            .collect();
         let table = Features::new(4, 2, rows.collect(), truth.collect(), Some(weights));
         train(&table.unwrap(), &settings, &mut on).unwrap()
     };
@@ -150,7 +177,10 @@ fn folds_hold_as_much_of_each_class() {
                 counts[fold.unwrap()] += 1;
             }
         }
-        assert!(counts.iter().all(|&n| n == rows / 5 || n == rows / 5 + 1), "{counts:?}");
+        assert!(
+            counts.iter().all(|&n| n == rows / 5 || n == rows / 5 + 1),
+            "{counts:?}"
+        );
     }
     assert_ne!(fold, folds(&features, 5, 4));
 }
@@ -158,8 +188,15 @@ fn folds_hold_as_much_of_each_class() {
 #[test]
 fn settings_out_of_range_are_named() {
     let features = clusters(&[4, 4], 2, 0.5, 9);
-    let words = |settings: Settings| train(&features, &settings, &mut on).unwrap_err().to_string();
-    let with = |strength| Settings { strength, ..Settings::default() };
+    let words = |settings: Settings| {
+        train(&features, &settings, &mut on)
+            .unwrap_err()
+            .to_string()
+    };
+    let with = |strength| Settings {
+        strength,
+        ..Settings::default()
+    };
     assert_eq!(
         words(with(Strength::Given(f64::NAN))),
         "setting strength is NaN, expected 1e-8 to 1e4"
@@ -169,7 +206,10 @@ fn settings_out_of_range_are_named() {
         "setting strength is 0 numbers, expected 1 to 32 numbers"
     );
     assert_eq!(
-        words(Settings { folds: 1, ..Settings::default() }),
+        words(Settings {
+            folds: 1,
+            ..Settings::default()
+        }),
         "setting folds is 1, expected 2 to 20"
     );
 }

@@ -51,7 +51,11 @@ fn at_least(heads: u64, tosses: u64) -> f64 {
 pub(crate) fn one_sided(wins: u64, losses: u64, mid_p: bool) -> f64 {
     let tosses = wins + losses;
     let p = at_least(wins, tosses);
-    if mid_p { p - exactly(wins, tosses) / 2.0 } else { p }
+    if mid_p {
+        p - exactly(wins, tosses) / 2.0
+    } else {
+        p
+    }
 }
 
 /// About how many more frames show the difference, if further ones go like the `frames` so far. None if that

@@ -10,7 +10,9 @@ use models::{Engine, EngineError, Input, MAX_MODEL_BYTES};
 use prost::Message;
 use tract_onnx::pb::{
     AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, TensorShapeProto, TypeProto,
-    ValueInfoProto, attribute_proto::AttributeType, tensor_proto::DataType,
+    ValueInfoProto,
+    attribute_proto::AttributeType,
+    tensor_proto::DataType,
     tensor_shape_proto::{Dimension, dimension},
     type_proto,
 };
@@ -73,13 +75,18 @@ fn decode(model: &[u8]) -> Result<ModelProto, SurgeryError> {
     }
     let model = ModelProto::decode(model).map_err(|e| SurgeryError::Unreadable(e.to_string()))?;
     if model.graph.is_none() {
-        return Err(SurgeryError::Unreadable("there is no graph in it".to_owned()));
+        return Err(SurgeryError::Unreadable(
+            "there is no graph in it".to_owned(),
+        ));
     }
     Ok(model)
 }
 
 fn little_endian(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+    values
+        .iter()
+        .flat_map(|value| value.to_le_bytes())
+        .collect()
 }
 
 /// A stored f32 tensor.
@@ -141,7 +148,10 @@ fn shape(value: &ValueInfoProto) -> Option<(i32, Option<Vec<Option<i64>>>)> {
         Some(dimension::Value::DimValue(size)) => Some(size),
         _ => None,
     };
-    let sizes = tensor.shape.as_ref().map(|shape| shape.dim.iter().map(size).collect());
+    let sizes = tensor
+        .shape
+        .as_ref()
+        .map(|shape| shape.dim.iter().map(size).collect());
     Some((tensor.elem_type, sizes))
 }
 
@@ -171,10 +181,16 @@ fn cut(graph: &mut GraphProto, output: &str) {
     let mut kept = keep.into_iter();
     graph.node.retain(|_| kept.next().unwrap_or(false));
     let had: HashSet<String> = graph.initializer.iter().map(|t| t.name.clone()).collect();
-    graph.initializer.retain(|tensor| needed.contains(&tensor.name));
+    graph
+        .initializer
+        .retain(|tensor| needed.contains(&tensor.name));
     // Old files list what is stored among the inputs too.
-    graph.input.retain(|input| needed.contains(&input.name) || !had.contains(&input.name));
-    graph.value_info.retain(|value| needed.contains(&value.name));
+    graph
+        .input
+        .retain(|input| needed.contains(&input.name) || !had.contains(&input.name));
+    graph
+        .value_info
+        .retain(|value| needed.contains(&value.name));
     graph.quantization_annotation.clear();
 }
 
@@ -193,7 +209,10 @@ pub fn with_head(
     head: &Head,
 ) -> Result<Vec<u8>, SurgeryError> {
     let mut model = decode(model)?;
-    let opset = model.opset_import.iter().find(|set| matches!(set.domain.as_str(), "" | "ai.onnx"));
+    let opset = model
+        .opset_import
+        .iter()
+        .find(|set| matches!(set.domain.as_str(), "" | "ai.onnx"));
     let opset = opset.map_or(0, |set| set.version);
     if opset < LEAST_OPSET {
         return Err(SurgeryError::Unreadable(format!(
@@ -204,12 +223,25 @@ pub fn with_head(
         return Err(wrong(scores, "the head's weights do not match its sizes"));
     }
     let Some(graph) = &mut model.graph else {
-        return Err(SurgeryError::Unreadable("there is no graph in it".to_owned()));
+        return Err(SurgeryError::Unreadable(
+            "there is no graph in it".to_owned(),
+        ));
     };
-    if !graph.node.iter().any(|node| node.output.iter().any(|made| made == embedding)) {
-        return Err(wrong(embedding, "is made by no node, so it is no embedding"));
+    if !graph
+        .node
+        .iter()
+        .any(|node| node.output.iter().any(|made| made == embedding))
+    {
+        return Err(wrong(
+            embedding,
+            "is made by no node, so it is no embedding",
+        ));
     }
-    let declaration = graph.output.iter().chain(&graph.value_info).find(|v| v.name == embedding);
+    let declaration = graph
+        .output
+        .iter()
+        .chain(&graph.value_info)
+        .find(|v| v.name == embedding);
     let declaration = declaration.cloned();
     let (kind, sizes) = declaration.as_ref().and_then(shape).unwrap_or((0, None));
     if kind != 0 && kind != DataType::Float as i32 {
@@ -217,11 +249,17 @@ pub fn with_head(
     }
     if let Some(sizes) = &sizes {
         // An open size is the batch, which is 1.
-        let volume = sizes.iter().map(|size| size.unwrap_or(1)).try_fold(1, i64::checked_mul);
+        let volume = sizes
+            .iter()
+            .map(|size| size.unwrap_or(1))
+            .try_fold(1, i64::checked_mul);
         if volume != i64::try_from(head.dim).ok() {
             return Err(wrong(
                 embedding,
-                format!("has the sizes {sizes:?}, the head takes {} values", head.dim),
+                format!(
+                    "has the sizes {sizes:?}, the head takes {} values",
+                    head.dim
+                ),
             ));
         }
     }
@@ -234,7 +272,10 @@ pub fn with_head(
         .chain(graph.input.iter().map(|input| input.name.clone()))
         .collect();
     if !taken.insert(scores.to_owned()) {
-        return Err(wrong(scores, "is needed by the embedding, so it cannot be replaced"));
+        return Err(wrong(
+            scores,
+            "is needed by the embedding, so it cannot be replaced",
+        ));
     }
     let mut input = embedding.to_owned();
     if sizes.is_none_or(|sizes| sizes.len() != 2) {
@@ -244,9 +285,18 @@ pub fn with_head(
     }
     let weight = free("head.weight", &mut taken);
     let bias = free("head.bias", &mut taken);
-    graph.initializer.push(stored(&weight, &[head.classes(), head.dim], &head.weight));
-    graph.initializer.push(stored(&bias, &[head.classes()], &head.bias));
-    graph.node.push(node("Gemm", &[&input, &weight, &bias], scores, integer("transB", 1)));
+    graph
+        .initializer
+        .push(stored(&weight, &[head.classes(), head.dim], &head.weight));
+    graph
+        .initializer
+        .push(stored(&bias, &[head.classes()], &head.bias));
+    graph.node.push(node(
+        "Gemm",
+        &[&input, &weight, &bias],
+        scores,
+        integer("transB", 1),
+    ));
     graph.value_info.retain(|value| value.name != embedding);
     graph.output = vec![
         declared(scores, head.classes()),
@@ -265,7 +315,10 @@ pub fn replace_initializers(
     values: &BTreeMap<String, Vec<f32>>,
 ) -> Result<Vec<u8>, SurgeryError> {
     let mut model = decode(model)?;
-    let tensors = model.graph.iter_mut().flat_map(|graph| &mut graph.initializer);
+    let tensors = model
+        .graph
+        .iter_mut()
+        .flat_map(|graph| &mut graph.initializer);
     let mut missing: HashSet<&str> = values.keys().map(String::as_str).collect();
     for tensor in tensors {
         let Some(values) = values.get(&tensor.name) else {
@@ -275,15 +328,25 @@ pub fn replace_initializers(
         if tensor.data_type != DataType::Float as i32 {
             return Err(wrong(&tensor.name, "is not of 32-bit floats"));
         }
-        let count = tensor.dims.iter().try_fold(1i64, |product, &dim| product.checked_mul(dim));
+        let count = tensor
+            .dims
+            .iter()
+            .try_fold(1i64, |product, &dim| product.checked_mul(dim));
         if count != i64::try_from(values.len()).ok() {
             return Err(wrong(
                 &tensor.name,
-                format!("has the sizes {:?}, {} values given", tensor.dims, values.len()),
+                format!(
+                    "has the sizes {:?}, {} values given",
+                    tensor.dims,
+                    values.len()
+                ),
             ));
         }
         if let Some(at) = values.iter().position(|value| !value.is_finite()) {
-            return Err(wrong(&tensor.name, format!("new value {at} is {}", values[at])));
+            return Err(wrong(
+                &tensor.name,
+                format!("new value {at} is {}", values[at]),
+            ));
         }
         tensor.float_data.clear();
         tensor.raw_data = little_endian(values);
@@ -303,12 +366,14 @@ fn compare(
     if found.len() != expected.len() {
         return Err(SurgeryError::Unproven("another number of values comes out"));
     }
-    let scale = expected.iter().fold(1.0f32, |top, value| top.max(value.abs()));
+    let scale = expected
+        .iter()
+        .fold(1.0f32, |top, value| top.max(value.abs()));
     let mut most = 0.0f32;
     for (at, (&found, &expected)) in found.iter().zip(expected).enumerate() {
         let off = (found - expected).abs() / scale;
         // Not a number must not pass.
-        if !(off <= TOLERANCE) {
+        if off.is_nan() || off > TOLERANCE {
             return Err(SurgeryError::Differs {
                 input,
                 what,
@@ -340,7 +405,9 @@ pub fn verify(
     }
     let output = &after.manifest().output;
     if output.scores.is_none() || output.embedding.is_none() {
-        return Err(SurgeryError::Unproven("scores and embedding must be outputs"));
+        return Err(SurgeryError::Unproven(
+            "scores and embedding must be outputs",
+        ));
     }
     let mut most = 0.0f32;
     for (at, input) in inputs.iter().enumerate() {

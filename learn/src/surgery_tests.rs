@@ -10,7 +10,9 @@ fn bundle(name: &str) -> Vec<u8> {
 fn head(classes: usize, dim: usize) -> Head {
     Head {
         dim,
-        weight: (0..classes * dim).map(|at| (at % 7) as f32 * 0.01).collect(),
+        weight: (0..classes * dim)
+            .map(|at| (at % 7) as f32 * 0.01)
+            .collect(),
         bias: (0..classes).map(|at| at as f32).collect(),
         strength: 0.01,
         temperature: 1.0,
@@ -27,10 +29,16 @@ fn graph(bytes: &[u8]) -> GraphProto {
 fn an_embedding_gets_a_head_and_keeps_everything_else() {
     let before = bundle("backbone");
     let bytes = with_head(&before, "embedding", "logits", &head(4, 704)).unwrap();
-    assert_eq!(bytes, with_head(&before, "embedding", "logits", &head(4, 704)).unwrap());
+    assert_eq!(
+        bytes,
+        with_head(&before, "embedding", "logits", &head(4, 704)).unwrap()
+    );
     let (old, new) = (graph(&before), graph(&bytes));
     assert_eq!(new.node[..old.node.len()], old.node[..]);
-    assert_eq!(new.initializer[..old.initializer.len()], old.initializer[..]);
+    assert_eq!(
+        new.initializer[..old.initializer.len()],
+        old.initializer[..]
+    );
     assert_eq!(new.node.len(), old.node.len() + 1);
     let outputs: Vec<&str> = new.output.iter().map(|o| o.name.as_str()).collect();
     assert_eq!(outputs, ["logits", "embedding"]);
@@ -43,7 +51,11 @@ fn a_head_is_replaced_with_more_classes() {
     let (old, new) = (graph(&before), graph(&bytes));
     assert_eq!(new.node.len(), old.node.len());
     assert_eq!(new.initializer.len(), old.initializer.len());
-    let weight = new.initializer.iter().find(|t| t.name == "head.weight").unwrap();
+    let weight = new
+        .initializer
+        .iter()
+        .find(|t| t.name == "head.weight")
+        .unwrap();
     assert_eq!(weight.dims, [9, 704]);
     // Once more gives the same as straight from the bare embedding.
     let bare = with_head(&bytes, "embedding", "logits", &head(4, 704)).unwrap();
@@ -54,7 +66,9 @@ fn a_head_is_replaced_with_more_classes() {
 fn what_does_not_fit_is_refused() {
     let model = bundle("backbone");
     let words = |embedding: &str, scores: &str, dim| {
-        with_head(&model, embedding, scores, &head(2, dim)).unwrap_err().to_string()
+        with_head(&model, embedding, scores, &head(2, dim))
+            .unwrap_err()
+            .to_string()
     };
     assert!(words("no", "logits", 704).contains("made by no node"));
     assert!(words("image", "logits", 704).contains("made by no node"));
@@ -79,7 +93,9 @@ fn stored_values_are_replaced_and_nothing_else() {
     assert_eq!(graph(&bytes).node, old.node);
     let words = |name: &str, values: Vec<f32>| {
         let values = BTreeMap::from([(name.to_owned(), values)]);
-        replace_initializers(&model, &values).unwrap_err().to_string()
+        replace_initializers(&model, &values)
+            .unwrap_err()
+            .to_string()
     };
     assert!(words("head.bias", vec![0.5; 5]).contains("5 values given"));
     assert!(words("head.bias", vec![f32::NAN; 6]).contains("new value 0 is NaN"));

@@ -18,7 +18,7 @@ use learn::{
     head::{Head, Settings, train},
     surgery::{SurgeryError, verify, with_head},
 };
-use models::{Activation, Bundle, Engine, Input, Picture};
+use models::{Bundle, Engine, Input, Picture};
 
 fn backbone() -> Bundle {
     let bundles = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/bundles");
@@ -26,7 +26,10 @@ fn backbone() -> Bundle {
 }
 
 fn learn_head(features: &Features) -> Head {
-    train(features, &Settings::default(), &mut |_| ControlFlow::Continue(())).unwrap()
+    train(features, &Settings::default(), &mut |_| {
+        ControlFlow::Continue(())
+    })
+    .unwrap()
 }
 
 /// A bundle on disk with the model's bytes and a manifest that fits them.
@@ -34,7 +37,6 @@ fn write(dir: &Path, model: &[u8], labels: &[String]) -> Bundle {
     let from = backbone();
     let digest = sha256(model, dir);
     let input = &from.manifest.input;
-    assert_eq!(from.manifest.output.activation, Activation::None);
     let manifest = format!(
         "schema = 1\nname = \"tried\"\nversion = \"1\"\ntask = \"classify\"\ndescription = \"a test\"\n\
          [model]\nfile = \"model.onnx\"\nsha256 = \"{digest}\"\nbytes = {}\n\
@@ -87,7 +89,11 @@ fn drawn(kind: u32, number: u32) -> Picture {
             };
             let base = if on { 170 } else { 60 };
             let value = u8::try_from(base + (noise >> 27)).unwrap();
-            pixels.extend([value, value.saturating_sub(u8::try_from(number % 40).unwrap()), value]);
+            pixels.extend([
+                value,
+                value.saturating_sub(u8::try_from(number % 40).unwrap()),
+                value,
+            ]);
         }
     }
     Picture::from_rgb(64, 64, pixels).unwrap()
@@ -129,8 +135,10 @@ fn a_new_head_answers_in_the_engine_as_it_did_in_training() {
         Err(SurgeryError::Differs { what: "logit", .. })
     ));
     assert!(verify(&engine, &after, &head, &[]).is_err());
-    let probabilities: Vec<f32> =
-        held.iter().flat_map(|input| after.run(input).unwrap().scores).collect();
+    let probabilities: Vec<f32> = held
+        .iter()
+        .flat_map(|input| after.run(input).unwrap().scores)
+        .collect();
     let result = evaluate(&held_truth, &probabilities, &labels).unwrap();
     assert!(result.accuracy >= 0.9, "{result:?}");
     // Fifteen held-back frames convince nobody.
@@ -200,7 +208,10 @@ fn forty_photographs_of_each_defect_are_enough() {
     }
     let dim = engine.manifest().output.embedding_dim;
     let head = learn_head(&Features::new(dim, labels.len(), rows, truth, None).unwrap());
-    let probabilities: Vec<f32> = held.iter().flat_map(|row| head.probabilities(row)).collect();
+    let probabilities: Vec<f32> = held
+        .iter()
+        .flat_map(|row| head.probabilities(row))
+        .collect();
     let result = evaluate(&held_truth, &probabilities, &labels).unwrap();
     println!(
         "{} held back: accuracy {:.4}, ECE {:.4}, strength {}, temperature {:.2}",

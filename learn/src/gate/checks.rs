@@ -55,7 +55,11 @@ pub(super) fn leak(holdout: &Holdout<'_>) -> Reason {
     }
 }
 
-pub(super) fn classes(holdout: &Holdout<'_>, current: &Answers<'_>, candidate: &Answers<'_>) -> Reason {
+pub(super) fn classes(
+    holdout: &Holdout<'_>,
+    current: &Answers<'_>,
+    candidate: &Answers<'_>,
+) -> Reason {
     let lost: Vec<&str> = current
         .labels
         .iter()
@@ -86,12 +90,18 @@ pub(super) fn total(frames: usize, policy: &Policy) -> Reason {
         text: if frames >= least {
             format!("{frames} frames were held back.")
         } else {
-            format!("{frames} frames were held back, {} more are needed.", least - frames)
+            format!(
+                "{frames} frames were held back, {} more are needed.",
+                least - frames
+            )
         },
     }
 }
 
-pub(super) fn per_class<'a>(classes: impl Iterator<Item = &'a (String, Tally)>, policy: &Policy) -> Reason {
+pub(super) fn per_class<'a>(
+    classes: impl Iterator<Item = &'a (String, Tally)>,
+    policy: &Policy,
+) -> Reason {
     let least = policy.min_per_class.max(1) as u64;
     let mut few = Vec::new();
     let mut smallest = u64::MAX;
@@ -114,13 +124,20 @@ pub(super) fn per_class<'a>(classes: impl Iterator<Item = &'a (String, Tally)>, 
     }
 }
 
-pub(super) fn improvement(frames: &[Paired], judged: u64, policy: &Policy) -> (Reason, Option<u64>) {
+pub(super) fn improvement(
+    frames: &[Paired],
+    judged: u64,
+    policy: &Policy,
+) -> (Reason, Option<u64>) {
     let all = Tally::of(frames.iter());
     let wins = frames.iter().filter(|f| f.candidate && !f.current).count() as u64;
     let losses = frames.iter().filter(|f| f.current && !f.candidate).count() as u64;
     let alpha = spent_alpha(policy.alpha, judged);
     let p = mcnemar::one_sided(wins, losses, policy.mid_p);
-    let (old, new) = (100.0 * all.part(all.current), 100.0 * all.part(all.candidate));
+    let (old, new) = (
+        100.0 * all.part(all.current),
+        100.0 * all.part(all.candidate),
+    );
     let story = format!(
         "Accuracy {old:.1} % before, {new:.1} % after; {wins} frames only the candidate got right, {losses} \
          only the current model"
@@ -157,7 +174,9 @@ pub(super) fn improvement(frames: &[Paired], judged: u64, policy: &Policy) -> (R
 }
 
 pub(super) fn class_loss(known: &[(String, Tally)], policy: &Policy) -> Reason {
-    let worst = known.iter().min_by(|a, b| a.1.gain().total_cmp(&b.1.gain()));
+    let worst = known
+        .iter()
+        .min_by(|a, b| a.1.gain().total_cmp(&b.1.gain()));
     let (name, tally) = worst.map_or(("none", Tally::default()), |(name, t)| (name.as_str(), *t));
     let loss = (-tally.gain()).max(0.0);
     let pass = loss <= policy.max_class_loss + ROUNDING;
@@ -181,11 +200,13 @@ pub(super) fn class_loss(known: &[(String, Tally)], policy: &Policy) -> Reason {
 }
 
 pub(super) fn known_classes(known: &[(String, Tally)], policy: &Policy) -> Reason {
-    let sum = known.iter().fold(Tally::default(), |sum, (_, tally)| Tally {
-        rows: sum.rows + tally.rows,
-        current: sum.current + tally.current,
-        candidate: sum.candidate + tally.candidate,
-    });
+    let sum = known
+        .iter()
+        .fold(Tally::default(), |sum, (_, tally)| Tally {
+            rows: sum.rows + tally.rows,
+            current: sum.current + tally.current,
+            candidate: sum.candidate + tally.candidate,
+        });
     let loss = (-sum.gain()).max(0.0);
     Reason {
         check: Check::KnownClasses,
@@ -203,8 +224,12 @@ pub(super) fn known_classes(known: &[(String, Tally)], policy: &Policy) -> Reaso
 
 pub(super) fn new_classes(new: &[(String, Tally)], policy: &Policy) -> Reason {
     let recall = |tally: &Tally| tally.part(tally.candidate);
-    let worst = new.iter().min_by(|a, b| recall(&a.1).total_cmp(&recall(&b.1)));
-    let (name, found) = worst.map_or(("none", 1.0), |(name, tally)| (name.as_str(), recall(tally)));
+    let worst = new
+        .iter()
+        .min_by(|a, b| recall(&a.1).total_cmp(&recall(&b.1)));
+    let (name, found) = worst.map_or(("none", 1.0), |(name, tally)| {
+        (name.as_str(), recall(tally))
+    });
     Reason {
         check: Check::NewClasses,
         pass: found >= policy.min_new_recall - ROUNDING,
@@ -219,7 +244,11 @@ pub(super) fn new_classes(new: &[(String, Tally)], policy: &Policy) -> Reason {
 }
 
 pub(super) fn calibration(frames: &[Paired], policy: &Policy) -> Reason {
-    let found = evaluate::ece(frames.iter().map(|frame| (frame.confidence, frame.candidate)));
+    let found = evaluate::ece(
+        frames
+            .iter()
+            .map(|frame| (frame.confidence, frame.candidate)),
+    );
     Reason {
         check: Check::Calibration,
         pass: found <= policy.max_ece,

@@ -31,7 +31,11 @@ fn answers(truth: &[u32], classes: usize, accuracy: f64, random: &mut Random) ->
     for &truth in truth {
         let right = random.unit() < accuracy;
         let other = (truth as usize + 1 + random.below(classes - 1)) % classes;
-        sure(if right { truth as usize } else { other }, classes, &mut out);
+        sure(
+            if right { truth as usize } else { other },
+            classes,
+            &mut out,
+        );
     }
     out
 }
@@ -59,12 +63,23 @@ impl Simulated {
             labels: &self.labels,
             probabilities,
         };
-        judge(&holdout, &of(&self.current), &of(&self.candidate), &CHEAP, policy).unwrap()
+        judge(
+            &holdout,
+            &of(&self.current),
+            &of(&self.candidate),
+            &CHEAP,
+            policy,
+        )
+        .unwrap()
     }
 }
 
 fn reason(verdict: &Verdict, check: Check) -> &Reason {
-    verdict.reasons.iter().find(|reason| reason.check == check).unwrap()
+    verdict
+        .reasons
+        .iter()
+        .find(|reason| reason.check == check)
+        .unwrap()
 }
 
 /// Only the test of improvement decides.
@@ -101,9 +116,16 @@ fn too_few_frames_are_counted() {
     assert!(!verdict.pass);
     let total = reason(&verdict, Check::Total);
     assert_eq!(total.text, "40 frames were held back, 60 more are needed.");
-    let policy = Policy { min_per_class: 12, ..bare() };
+    let policy = Policy {
+        min_per_class: 12,
+        ..bare()
+    };
     let verdict = simulate(40, 0.5, 1.0, &mut Random::new(2)).judge(0, 0, &policy);
-    assert!(reason(&verdict, Check::PerClass).text.contains("2 of a, 2 of b"));
+    assert!(
+        reason(&verdict, Check::PerClass)
+            .text
+            .contains("2 of a, 2 of b")
+    );
 }
 
 #[test]
@@ -112,7 +134,11 @@ fn a_small_gain_says_how_many_frames_would_show_it() {
     let improvement = reason(&verdict, Check::Improvement);
     assert!(!improvement.pass, "{improvement:?}");
     let more = verdict.frames_needed.unwrap();
-    assert!(improvement.text.contains(&format!("needs about {more} more labelled frames")));
+    assert!(
+        improvement
+            .text
+            .contains(&format!("needs about {more} more labelled frames"))
+    );
 }
 
 #[test]
@@ -120,13 +146,28 @@ fn a_missing_class_is_refused_whatever_the_others_gain() {
     let mut simulated = simulate(800, 0.7, 1.0, &mut Random::new(4));
     simulated.candidate.clear();
     for &truth in &simulated.truth {
-        sure(if truth == 3 { 0 } else { truth as usize }, 4, &mut simulated.candidate);
+        sure(
+            if truth == 3 { 0 } else { truth as usize },
+            4,
+            &mut simulated.candidate,
+        );
     }
     simulated.current = answers(&simulated.truth, 4, 0.3, &mut Random::new(5));
-    let verdict = simulated.judge(0, 0, &Policy { max_ece: 1.0, ..Policy::default() });
+    let verdict = simulated.judge(
+        0,
+        0,
+        &Policy {
+            max_ece: 1.0,
+            ..Policy::default()
+        },
+    );
     assert!(reason(&verdict, Check::Improvement).pass);
     assert!(!verdict.pass && !reason(&verdict, Check::ClassLoss).pass);
-    assert!(reason(&verdict, Check::ClassLoss).text.starts_with("d loses most"));
+    assert!(
+        reason(&verdict, Check::ClassLoss)
+            .text
+            .starts_with("d loses most")
+    );
 }
 
 #[test]
@@ -144,8 +185,14 @@ fn classes_may_be_added_and_not_removed() {
             leaked: 0,
             judged: 0,
         };
-        let current = Answers { labels: &old, probabilities: &current };
-        let candidate = Answers { labels: candidate_labels, probabilities: candidate };
+        let current = Answers {
+            labels: &old,
+            probabilities: &current,
+        };
+        let candidate = Answers {
+            labels: candidate_labels,
+            probabilities: candidate,
+        };
         judge(&holdout, &current, &candidate, &CHEAP, &Policy::default()).unwrap()
     };
     let all = labels(&["a", "b", "c", "d"]);
@@ -167,18 +214,28 @@ fn classes_may_be_added_and_not_removed() {
     assert!(!reason(&on(&greedy, &new, &all), Check::KnownClasses).pass);
     // A label of the holdout, or of the current model, that the candidate lacks.
     let verdict = on(&current, &old, &all);
-    assert_eq!(reason(&verdict, Check::Classes).text, "The candidate does not know d.");
+    assert_eq!(
+        reason(&verdict, Check::Classes).text,
+        "The candidate does not know d."
+    );
     assert!(!verdict.pass);
 }
 
 #[test]
 fn confidence_and_costs_count() {
     let mut simulated = simulate(800, 0.5, 0.95, &mut Random::new(7));
-    simulated.candidate.iter_mut().for_each(|p| *p = if *p > 0.5 { 0.4 } else { 0.2 });
+    simulated
+        .candidate
+        .iter_mut()
+        .for_each(|p| *p = if *p > 0.5 { 0.4 } else { 0.2 });
     let verdict = simulated.judge(0, 0, &Policy::default());
     assert!(!verdict.pass && !reason(&verdict, Check::Calibration).pass);
     for (latency_ms, memory_mib) in [(21.0, 1.0), (1.0, 21.0), (f64::NAN, 1.0), (-1.0, 1.0)] {
-        let cost = Cost { latency_ms, memory_mib, ..CHEAP };
+        let cost = Cost {
+            latency_ms,
+            memory_mib,
+            ..CHEAP
+        };
         assert!(checks::costs(&cost).iter().any(|reason| !reason.pass));
     }
 }
@@ -188,17 +245,47 @@ fn tables_that_do_not_belong_together_are_errors() {
     let (two, truth) = (labels(&["a", "b"]), [0, 1]);
     let good = [0.9, 0.1, 0.2, 0.8];
     let run = |labels: &[String], truth: &[u32], new: &[f32], policy: &Policy| {
-        let holdout = Holdout { labels, truth, leaked: 0, judged: 0 };
-        let current = Answers { labels: &two, probabilities: &good };
-        let candidate = Answers { labels: &two, probabilities: new };
+        let holdout = Holdout {
+            labels,
+            truth,
+            leaked: 0,
+            judged: 0,
+        };
+        let current = Answers {
+            labels: &two,
+            probabilities: &good,
+        };
+        let candidate = Answers {
+            labels: &two,
+            probabilities: new,
+        };
         judge(&holdout, &current, &candidate, &CHEAP, policy).map_err(|e| e.to_string())
     };
     assert!(run(&two, &truth, &good, &bare()).is_ok());
-    assert!(run(&two, &[0, 2], &good, &bare()).unwrap_err().contains("not in the list"));
-    assert!(run(&two, &truth, &good[..3], &bare()).unwrap_err().contains("candidate answers"));
-    assert!(run(&labels(&["a", "a"]), &truth, &good, &bare()).unwrap_err().contains("twice"));
-    let policy = Policy { alpha: 0.0, ..bare() };
-    assert!(run(&two, &truth, &good, &policy).unwrap_err().contains("alpha"));
+    assert!(
+        run(&two, &[0, 2], &good, &bare())
+            .unwrap_err()
+            .contains("not in the list")
+    );
+    assert!(
+        run(&two, &truth, &good[..3], &bare())
+            .unwrap_err()
+            .contains("candidate answers")
+    );
+    assert!(
+        run(&labels(&["a", "a"]), &truth, &good, &bare())
+            .unwrap_err()
+            .contains("twice")
+    );
+    let policy = Policy {
+        alpha: 0.0,
+        ..bare()
+    };
+    assert!(
+        run(&two, &truth, &good, &policy)
+            .unwrap_err()
+            .contains("alpha")
+    );
     assert!(!run(&two, &[], &[], &bare()).unwrap().pass);
 }
 
@@ -219,7 +306,10 @@ fn a_worse_candidate_never_passes() {
         let after = before - 0.05 - 0.2 * random.unit();
         let simulated = simulate(frames, before, after.max(0.0), &mut random);
         let verdict = simulated.judge(0, seed, &bare());
-        assert!(!verdict.pass, "seed {seed}: {frames} frames, {before} to {after}: {verdict:#?}");
+        assert!(
+            !verdict.pass,
+            "seed {seed}: {frames} frames, {before} to {after}: {verdict:#?}"
+        );
     }
 }
 
