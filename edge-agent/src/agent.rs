@@ -6,6 +6,8 @@
 //!                                    ▼                         └─────────────────────────┘
 //!                                  board
 //! ```
+//!
+//! Frames that are kept to learn from leave at the store, for threads of their own: see [`crate::samples`].
 
 use std::{
     sync::{Arc, mpsc},
@@ -13,13 +15,13 @@ use std::{
     time::Duration,
 };
 
-use mesh_core::{Info, ModelInfo, State, VERSION};
+use mesh_core::{Info, ModelInfo, SampleReason, State, VERSION};
 use models::{Bundle, Engine, self_test};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    board::{Board, BoardHandle, State as BoardState},
+    board::{Board, BoardHandle, Meaning, State as BoardState},
     capture,
     clock::WallClock,
     config::Config,
@@ -206,6 +208,10 @@ impl Agent {
             counters.clone(),
         )
         .with_samples(desk.map(|desk| (desk, marks)))
+        .with_button(config.board.button.as_ref().map(|button| match button.means {
+            Meaning::Wrong => SampleReason::Wrong,
+            Meaning::Missed => SampleReason::Missed,
+        }))
         .with_drift(&config.drift, config.device.clone(), found);
         threads.push(thread("pipeline", move || pipeline.run(&frames))?);
         let store = Store::new(

@@ -10,7 +10,7 @@ use std::{
 };
 
 use mesh_core::{
-    Name,
+    Name, SampleReason,
     decide::{Decider, Publish, Rule},
     drift::Drift,
 };
@@ -61,6 +61,8 @@ pub(crate) struct Pipeline {
     samples: Option<(Desk, Receiver<Marked>)>,
     /// The device's name, and where findings about its sources go.
     drifts: Option<(Name, watch::Sender<Drifts>)>,
+    /// What the button says, and how often it was pressed when it was last looked at.
+    button: Option<(SampleReason, u64)>,
     clock: Monotonic,
     counters: Counters,
 }
@@ -92,6 +94,7 @@ impl Pipeline {
             store,
             samples: None,
             drifts: None,
+            button: None,
             clock: Monotonic::start(),
             counters,
         }
@@ -101,6 +104,16 @@ impl Pipeline {
     #[must_use]
     pub(crate) fn with_samples(self, samples: Option<(Desk, Receiver<Marked>)>) -> Self {
         Self { samples, ..self }
+    }
+
+    /// With a button on the board that says this about the last frames.
+    #[must_use]
+    pub(crate) fn with_button(self, says: Option<SampleReason>) -> Self {
+        let presses = self.board.counts().presses;
+        Self {
+            button: says.map(|reason| (reason, presses)),
+            ..self
+        }
     }
 
     /// With an eye on what the sources see, and a place for what is found.
@@ -151,8 +164,17 @@ impl Pipeline {
         let Some((desk, marks)) = &mut self.samples else {
             return Vec::new();
         };
+        let mut heard: Vec<Marked> = marks.try_iter().collect();
+        if let Some((reason, before)) = &mut self.button {
+            let presses = self.board.counts().presses;
+            // Pressed twice in a moment is pressed.
+            if std::mem::replace(before, presses) != presses {
+                let reason = *reason;
+                heard.push(Marked { source: None, reason });
+            }
+        }
         let mut commands = Vec::new();
-        while let Ok(marked) = marks.try_recv() {
+        for marked in heard {
             let names: Vec<Name> = self.lanes.iter().map(|lane| lane.name.clone()).collect();
             commands.extend(desk.mark(&marked, &names, self.clock.now_ms()));
         }

@@ -22,7 +22,7 @@ use crate::{
     clock::{Monotonic, WallClock},
     config::Config,
     connection::{Connection, News},
-    counters::{Counters, resident_bytes},
+    counters::{Counter, Counters, resident_bytes},
     dice,
     outbox::GapRecord,
     pipeline::Drifts,
@@ -573,6 +573,9 @@ impl Uplink {
             return;
         };
         let numbers = &self.counters;
+        let samples = &numbers.samples;
+        // In the order of the reasons.
+        let kept = |at: usize| samples.kept.get(at).map_or(0, Counter::get);
         let metrics = Metrics {
             v: VERSION,
             ts: self.wall.now_ms(),
@@ -588,6 +591,16 @@ impl Uplink {
             refused: numbers.refused.get(),
             latency_ms: numbers.latency_us.get() as f32 / 1_000.0,
             rss_bytes: resident_bytes(),
+            samples_wrong: kept(0),
+            samples_missed: kept(1),
+            samples_uncertain: kept(2),
+            samples_novel: kept(3),
+            samples_random: kept(4),
+            samples_dropped: samples.dropped.get() + samples.evicted.get(),
+            samples_sent: samples.sent.get(),
+            samples_refused: samples.refused.get(),
+            samples_waiting: samples.waiting.get(),
+            drifting: numbers.drifting.get(),
         };
         let payload = metrics.encode().unwrap_or_default();
         // Lost if there is no room: the next one says the same and more.
