@@ -673,12 +673,25 @@ mod tests {
             registry.update(id, |d| d.drifted(drift))
         };
         assert!(say("cam0".into(), "dark,frozen") && say("cam1".into(), "dark"));
-        let count = |sign| registry.drifting().iter().find(|(s, _)| *s == sign).unwrap().1;
-        assert_eq!((count(Sign::Dark), count(Sign::Frozen), count(Sign::Novelty)), (2, 1, 0));
+        let count = |sign| {
+            registry
+                .drifting()
+                .iter()
+                .find(|(s, _)| *s == sign)
+                .unwrap()
+                .1
+        };
+        assert_eq!(
+            (count(Sign::Dark), count(Sign::Frozen), count(Sign::Novelty)),
+            (2, 1, 0)
+        );
         assert!(say("cam0".into(), ""));
         assert_eq!((count(Sign::Dark), count(Sign::Frozen)), (1, 0));
         let shown = registry.view(&site, &name, 0).unwrap();
-        assert_eq!((shown.drift.len(), shown.drift[1].names.as_str()), (2, "dark"));
+        assert_eq!(
+            (shown.drift.len(), shown.drift[1].names.as_str()),
+            (2, "dark")
+        );
         for n in 2..16 {
             assert!(say(format!("cam{n}"), ""));
         }

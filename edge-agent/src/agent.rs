@@ -208,10 +208,16 @@ impl Agent {
             counters.clone(),
         )
         .with_samples(desk.map(|desk| (desk, marks)))
-        .with_button(config.board.button.as_ref().map(|button| match button.means {
-            Meaning::Wrong => SampleReason::Wrong,
-            Meaning::Missed => SampleReason::Missed,
-        }))
+        .with_button(
+            config
+                .board
+                .button
+                .as_ref()
+                .map(|button| match button.means {
+                    Meaning::Wrong => SampleReason::Wrong,
+                    Meaning::Missed => SampleReason::Missed,
+                }),
+        )
         .with_drift(&config.drift, config.device.clone(), found);
         threads.push(thread("pipeline", move || pipeline.run(&frames))?);
         let store = Store::new(
@@ -258,7 +264,12 @@ impl AgentHandle {
         join(self.threads).await;
         self.stop.cancel();
         let _ = self.uplink.await;
-        join(std::iter::once(self.store).chain(self.sample_writer).collect()).await;
+        join(
+            std::iter::once(self.store)
+                .chain(self.sample_writer)
+                .collect(),
+        )
+        .await;
         // It may be waiting for an answer from far away.
         let end = tokio::time::Instant::now() + SENDING;
         while let Some(sender) = &self.sample_sender
@@ -276,9 +287,15 @@ fn start_samples(config: &Config, epoch: u64, counters: &Counters) -> Option<Sam
         return None;
     }
     let folder = config.data.join("samples");
-    Samples::start(&config.samples, &folder, config.device.clone(), epoch, counters)
-        .map_err(|why| tracing::error!("no frames are kept to learn from: {why}"))
-        .ok()
+    Samples::start(
+        &config.samples,
+        &folder,
+        config.device.clone(),
+        epoch,
+        counters,
+    )
+    .map_err(|why| tracing::error!("no frames are kept to learn from: {why}"))
+    .ok()
 }
 
 async fn join(threads: Vec<JoinHandle<()>>) {

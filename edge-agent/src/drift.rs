@@ -71,15 +71,31 @@ impl DriftConfig {
                 all.push((field, what));
             }
         };
-        must((50..=MAX_FRAMES).contains(&self.frames), "frames", "must be 50 to 10000");
-        must((1..=MAX_MINUTES).contains(&self.minutes), "minutes", "must be 1 to 1440");
-        must((10..=86_400).contains(&self.every_s), "every_s", "must be 10 to 86400 seconds");
+        must(
+            (50..=MAX_FRAMES).contains(&self.frames),
+            "frames",
+            "must be 50 to 10000",
+        );
+        must(
+            (1..=MAX_MINUTES).contains(&self.minutes),
+            "minutes",
+            "must be 1 to 1440",
+        );
+        must(
+            (10..=86_400).contains(&self.every_s),
+            "every_s",
+            "must be 10 to 86400 seconds",
+        );
         for (field, value) in [
             ("scores", self.scores),
             ("embedding", self.embedding),
             ("novelty", self.novelty),
         ] {
-            must(value.is_finite() && value > 0.0, field, "must be a number above 0");
+            must(
+                value.is_finite() && value > 0.0,
+                field,
+                "must be a number above 0",
+            );
         }
         for (field, value) in [
             ("unknown", self.unknown),
@@ -89,7 +105,11 @@ impl DriftConfig {
             ("blocked", self.blocked),
             ("frozen", self.frozen),
         ] {
-            must((0.0..=1.0).contains(&value), field, "must lie between 0 and 1");
+            must(
+                (0.0..=1.0).contains(&value),
+                field,
+                "must lie between 0 and 1",
+            );
         }
         all
     }
@@ -161,7 +181,14 @@ impl Watcher {
         }
         let spec = &manifest.input;
         let (channels, _, width) = spec.channels_height_width();
-        brightness(input.values(), spec.layout, channels, &spec.mean, &spec.std, &mut self.now);
+        brightness(
+            input.values(),
+            spec.layout,
+            channels,
+            &spec.mean,
+            &spec.std,
+            &mut self.now,
+        );
         let looks = looks(&self.now, width, &self.last);
         std::mem::swap(&mut self.now, &mut self.last);
         let novelty = reference
@@ -230,10 +257,16 @@ fn looks(gray: &[u8], width: usize, last: &[u8]) -> Looks {
     let rows: Vec<&[u8]> = gray.chunks_exact(width.max(1)).collect();
     for three in rows.windows(3) {
         let [above, row, below] = three else { continue };
-        let middle = row.windows(3).zip(above.iter().skip(1)).zip(below.iter().skip(1));
+        let middle = row
+            .windows(3)
+            .zip(above.iter().skip(1))
+            .zip(below.iter().skip(1));
         for ((row, above), below) in middle {
             let [left, here, right] = row else { continue };
-            let around = [above, below, left, right].iter().map(|p| i64::from(**p)).sum::<i64>();
+            let around = [above, below, left, right]
+                .iter()
+                .map(|p| i64::from(**p))
+                .sum::<i64>();
             let edge = around - 4 * i64::from(*here);
             edges += edge;
             edge_squares += edge * edge;
@@ -243,13 +276,18 @@ fn looks(gray: &[u8], width: usize, last: &[u8]) -> Looks {
     let inner = inner.max(1) as f64;
     let edge_mean = edges as f64 / inner;
     let change = (last.len() == gray.len() && !gray.is_empty()).then(|| {
-        let sum: u64 = gray.iter().zip(last).map(|(a, b)| u64::from(a.abs_diff(*b))).sum();
+        let sum: u64 = gray
+            .iter()
+            .zip(last)
+            .map(|(a, b)| u64::from(a.abs_diff(*b)))
+            .sum();
         (sum as f64 / count / 255.0) as f32
     });
     Looks {
         brightness: (mean / 255.0) as f32,
         contrast: (variance.sqrt() / 255.0) as f32,
-        detail: ((edge_squares as f64 / inner - edge_mean * edge_mean).max(0.0) / (255.0 * 255.0)) as f32,
+        detail: ((edge_squares as f64 / inner - edge_mean * edge_mean).max(0.0) / (255.0 * 255.0))
+            as f32,
         change,
     }
 }
@@ -261,10 +299,21 @@ mod tests {
     #[test]
     fn the_defaults_are_sound_and_mistakes_are_named() {
         assert_eq!(DriftConfig::default().mistakes(), []);
-        let text = "frames = 1\nminutes = 0\nevery_s = 1\nscores = 0.0\nembedding = nan\ndark = 2.0";
+        let text =
+            "frames = 1\nminutes = 0\nevery_s = 1\nscores = 0.0\nembedding = nan\ndark = 2.0";
         let config: DriftConfig = toml::from_str(text).unwrap();
         let fields: Vec<_> = config.mistakes().into_iter().map(|(f, _)| f).collect();
-        assert_eq!(fields, ["frames", "minutes", "every_s", "scores", "embedding", "dark"]);
+        assert_eq!(
+            fields,
+            [
+                "frames",
+                "minutes",
+                "every_s",
+                "scores",
+                "embedding",
+                "dark"
+            ]
+        );
     }
 
     #[test]
@@ -272,8 +321,13 @@ mod tests {
         let (mean, std) = ([0.5, 0.4, 0.3], [0.2, 0.25, 0.3]);
         let pixels: Vec<[u8; 3]> = (0..64).map(|n| [n * 4, 255 - n, n]).collect();
         let value = |pixel: &[u8; 3], c: usize| (f32::from(pixel[c]) / 255.0 - mean[c]) / std[c];
-        let wide: Vec<f32> = pixels.iter().flat_map(|p| (0..3).map(|c| value(p, c)).collect::<Vec<_>>()).collect();
-        let planes: Vec<f32> = (0..3).flat_map(|c| pixels.iter().map(|p| value(p, c)).collect::<Vec<_>>()).collect();
+        let wide: Vec<f32> = pixels
+            .iter()
+            .flat_map(|p| (0..3).map(|c| value(p, c)).collect::<Vec<_>>())
+            .collect();
+        let planes: Vec<f32> = (0..3)
+            .flat_map(|c| pixels.iter().map(|p| value(p, c)).collect::<Vec<_>>())
+            .collect();
         let expected: Vec<u8> = pixels
             .iter()
             .map(|p| (p.iter().map(|v| f32::from(*v)).sum::<f32>() / 3.0).round() as u8)
@@ -288,7 +342,9 @@ mod tests {
 
     #[test]
     fn looks_tell_dark_from_bright_and_sharp_from_blurred() {
-        let sharp: Vec<u8> = (0..32 * 32).map(|n| if (n / 4 + n / 128) % 2 == 0 { 200 } else { 40 }).collect();
+        let sharp: Vec<u8> = (0..32 * 32)
+            .map(|n| if (n / 4 + n / 128) % 2 == 0 { 200 } else { 40 })
+            .collect();
         let flat = vec![120u8; 32 * 32];
         let a = looks(&sharp, 32, &[]);
         let b = looks(&flat, 32, &sharp);

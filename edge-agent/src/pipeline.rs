@@ -170,7 +170,10 @@ impl Pipeline {
             // Pressed twice in a moment is pressed.
             if std::mem::replace(before, presses) != presses {
                 let reason = *reason;
-                heard.push(Marked { source: None, reason });
+                heard.push(Marked {
+                    source: None,
+                    reason,
+                });
             }
         }
         let mut commands = Vec::new();

@@ -324,14 +324,19 @@ impl Watch {
         } = self.limits;
         let health = (numbers.frames >= MIN_PICTURES).then_some(());
         let count = numbers.frames.max(1) as f32;
-        let more_unknown = self.yardstick.as_ref().zip(numbers.unknown).map(|(y, share)| {
-            // What chance may add is no sign.
-            let chance = CHANCE * libm::sqrtf((y.unknown * (1.0 - y.unknown)).max(0.0) / count);
-            (share - y.unknown - chance).max(0.0)
-        });
-        let real_shift = numbers.shift.zip(numbers.shift_chance).map(|(shift, times)| {
-            if times >= CHANCE { shift } else { 0.0 }
-        });
+        let more_unknown = self
+            .yardstick
+            .as_ref()
+            .zip(numbers.unknown)
+            .map(|(y, share)| {
+                // What chance may add is no sign.
+                let chance = CHANCE * libm::sqrtf((y.unknown * (1.0 - y.unknown)).max(0.0) / count);
+                (share - y.unknown - chance).max(0.0)
+            });
+        let real_shift = numbers
+            .shift
+            .zip(numbers.shift_chance)
+            .map(|(shift, times)| if times >= CHANCE { shift } else { 0.0 });
         // Brightness towards white: the distance from it, so that a limit near 1 has room to come down.
         let states = [
             (more_unknown, unknown, true),
@@ -339,7 +344,11 @@ impl Watch {
             (real_shift, embedding, true),
             (numbers.novelty, novelty, true),
             (health.map(|()| numbers.brightness), dark, false),
-            (health.map(|()| 1.0 - numbers.brightness), 1.0 - bright, false),
+            (
+                health.map(|()| 1.0 - numbers.brightness),
+                1.0 - bright,
+                false,
+            ),
             (numbers.detail, blurred, false),
             (health.map(|()| numbers.contrast), blocked, false),
             (health.map(|()| numbers.still), frozen, true),
@@ -359,9 +368,7 @@ impl Watch {
     fn learn_usual(&mut self) {
         let sick = [Sign::Dark, Sign::Bright, Sign::Blurred, Sign::Blocked];
         let too_early = self.full.len() < BLOCKS && self.usual_detail.is_none();
-        if too_early
-            || self.signs().iter().any(|sign| sick.contains(sign))
-        {
+        if too_early || self.signs().iter().any(|sign| sick.contains(sign)) {
             return;
         }
         let all = Block::sum(&self.full);

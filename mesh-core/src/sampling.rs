@@ -177,8 +177,7 @@ impl Sampler {
                 .last_ms
                 .get(source)
                 .and_then(|times| times.get(at).copied().flatten());
-            let apart =
-                last.is_none_or(|last| now_ms.saturating_sub(last) >= self.policy.apart_ms);
+            let apart = last.is_none_or(|last| now_ms.saturating_sub(last) >= self.policy.apart_ms);
             if is_so && apart && self.take(reason) {
                 if let Some(last) = self.last_ms.get_mut(source).and_then(|t| t.get_mut(at)) {
                     *last = Some(now_ms);
@@ -259,15 +258,37 @@ mod tests {
         assert_eq!(why(SURE), None);
         for look in [
             Look { score: 0.5, ..SURE },
-            Look { margin: 0.1, ..SURE },
-            Look { entropy: 0.7, ..SURE },
+            Look {
+                margin: 0.1,
+                ..SURE
+            },
+            Look {
+                entropy: 0.7,
+                ..SURE
+            },
         ] {
             assert_eq!(why(look), Some(SampleReason::Uncertain));
         }
-        let novel = Look { novelty: Some(1.2), score: 0.1, ..SURE };
+        let novel = Look {
+            novelty: Some(1.2),
+            score: 0.1,
+            ..SURE
+        };
         assert_eq!(why(novel), Some(SampleReason::Novel));
-        assert_eq!(why(Look { novelty: None, ..SURE }), None);
-        assert_eq!(why(Look { novelty: Some(f32::NAN), ..SURE }), None);
+        assert_eq!(
+            why(Look {
+                novelty: None,
+                ..SURE
+            }),
+            None
+        );
+        assert_eq!(
+            why(Look {
+                novelty: Some(f32::NAN),
+                ..SURE
+            }),
+            None
+        );
     }
 
     #[test]
@@ -305,7 +326,13 @@ mod tests {
     /// What is dropped on the way costs nothing.
     #[test]
     fn what_was_not_kept_is_given_back() {
-        let mut sampler = Sampler::new(Policy { random: 1.0, ..policy() }, 1);
+        let mut sampler = Sampler::new(
+            Policy {
+                random: 1.0,
+                ..policy()
+            },
+            1,
+        );
         let mut used = NONE;
         for n in 1..1_000 {
             assert_eq!(
@@ -378,14 +405,32 @@ mod tests {
 
     #[test]
     fn the_lot_is_as_large_as_was_asked_for() {
-        let sampler = Sampler::new(Policy { random: 0.01, ..policy() }, 1);
+        let sampler = Sampler::new(
+            Policy {
+                random: 0.01,
+                ..policy()
+            },
+            1,
+        );
         // An even sequence (Weyl, by the golden ratio).
         let drawn = (0..100_000u64)
             .filter(|n| sampler.draw(n.wrapping_mul(0x9e37_79b9_7f4a_7c15)))
             .count();
         assert!((950..1_050).contains(&drawn), "{drawn}");
-        let all = Sampler::new(Policy { random: 1.0, ..policy() }, 1);
-        let none = Sampler::new(Policy { random: 0.0, ..policy() }, 1);
+        let all = Sampler::new(
+            Policy {
+                random: 1.0,
+                ..policy()
+            },
+            1,
+        );
+        let none = Sampler::new(
+            Policy {
+                random: 0.0,
+                ..policy()
+            },
+            1,
+        );
         assert!(all.draw(u64::MAX) && !none.draw(0));
     }
 }

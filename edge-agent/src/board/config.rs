@@ -176,7 +176,9 @@ mod tests {
         let button: BoardConfig =
             toml::from_str("button = { line = 5, means = \"missed\" }").unwrap();
         assert_eq!(button.button.unwrap().means, Meaning::Missed);
-        assert!(toml::from_str::<BoardConfig>("button = { line = 5, means = \"random\" }").is_err());
+        assert!(
+            toml::from_str::<BoardConfig>("button = { line = 5, means = \"random\" }").is_err()
+        );
         let bad: BoardConfig = toml::from_str(
             "name = \"\"\nreject_ms = 0\ndebounce_ms = 9999\nled = { line = 1 }\ntrigger = { chip = \"0\", line = 1 }\nreject = { line = 1 }",
         )

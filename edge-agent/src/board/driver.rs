@@ -297,7 +297,15 @@ mod tests {
             .map(|n| driver.step(n * 5, State::Running, 0))
             .map(|step| (step.triggered, step.pressed))
             .collect();
-        assert_eq!(seen, [(false, false), (false, true), (false, false), (false, false)]);
+        assert_eq!(
+            seen,
+            [
+                (false, false),
+                (false, true),
+                (false, false),
+                (false, false)
+            ]
+        );
         pin.done();
         other.done();
     }

@@ -129,7 +129,11 @@ fn understand(sent: Result<ureq::http::Response<ureq::Body>, ureq::Error>) -> An
         Ok(body) => body,
         Err(error) => return Answer::Later(format!("status {status}, and no end: {error}")),
     };
-    let offset = || serde_json::from_slice::<Offset>(&body).ok().map(|o| o.offset);
+    let offset = || {
+        serde_json::from_slice::<Offset>(&body)
+            .ok()
+            .map(|o| o.offset)
+    };
     match (status, offset()) {
         (200 | 201, Some(offset)) => Answer::Has(offset),
         (409, Some(offset)) => Answer::HasInstead(offset),

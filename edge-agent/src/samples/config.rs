@@ -134,7 +134,8 @@ impl SamplesConfig {
         );
         let [left, top, width, height] = self.crop;
         // A hair of tolerance: 0.1 + 0.9 need not be 1.
-        let side = |start: f32, length: f32| start >= 0.0 && length > 0.0 && start + length < 1.0001;
+        let side =
+            |start: f32, length: f32| start >= 0.0 && length > 0.0 && start + length < 1.0001;
         must(
             side(left, width) && side(top, height),
             "crop",
@@ -214,7 +215,14 @@ mod tests {
     fn addresses() {
         assert_eq!(base_url("http://a:80/").unwrap(), "http://a:80");
         assert_eq!(base_url("http://a").unwrap(), "http://a");
-        for bad in ["a:80", "https://a", "http://", "http://a:0", "http://a/b", "http://u@a"] {
+        for bad in [
+            "a:80",
+            "https://a",
+            "http://",
+            "http://a:0",
+            "http://a/b",
+            "http://u@a",
+        ] {
             assert!(base_url(bad).is_err(), "{bad}");
         }
     }

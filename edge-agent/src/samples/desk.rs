@@ -183,8 +183,15 @@ impl Desk {
         let mut commands = Vec::new();
         for at in places {
             let used = self.counters.samples.used();
-            let Some(frame) = self.recent.get_mut(at).and_then(|f| meant_by(f, marked.reason)) else {
-                tracing::info!(mark = marked.reason.as_str(), "nothing was seen lately to be marked");
+            let Some(frame) = self
+                .recent
+                .get_mut(at)
+                .and_then(|f| meant_by(f, marked.reason))
+            else {
+                tracing::info!(
+                    mark = marked.reason.as_str(),
+                    "nothing was seen lately to be marked"
+                );
                 continue;
             };
             match frame.already {

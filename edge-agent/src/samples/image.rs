@@ -116,11 +116,7 @@ fn decode(material: &Material, config: &SamplesConfig) -> Result<(Picture, u32, 
     let factor = [8, 4, 2].into_iter().find(|f| side / f >= config.max_side);
     let picture = match factor {
         // A decoder that is told twice the factor keeps twice the size: see `Picture::decode_for`.
-        Some(f) => Picture::decode_for(
-            bytes,
-            (width / (2 * f)).max(1),
-            (height / (2 * f)).max(1),
-        ),
+        Some(f) => Picture::decode_for(bytes, (width / (2 * f)).max(1), (height / (2 * f)).max(1)),
         None => Picture::decode(bytes),
     }
     .map_err(|error| fail(&error))?;
@@ -156,14 +152,23 @@ mod tests {
     /// Left half red, right half blue.
     fn flag(width: u32, height: u32) -> RgbImage {
         RgbImage::from_fn(width, height, |x, _| {
-            image::Rgb(if x < width / 2 { [250, 0, 0] } else { [0, 0, 250] })
+            image::Rgb(if x < width / 2 {
+                [250, 0, 0]
+            } else {
+                [0, 0, 250]
+            })
         })
     }
 
     fn jpeg(image: &RgbImage) -> Vec<u8> {
         let mut bytes = Vec::new();
         JpegEncoder::new_with_quality(&mut bytes, 95)
-            .encode(image, image.width(), image.height(), ExtendedColorType::Rgb8)
+            .encode(
+                image,
+                image.width(),
+                image.height(),
+                ExtendedColorType::Rgb8,
+            )
             .unwrap();
         bytes
     }
@@ -188,7 +193,11 @@ mod tests {
             Material::Pixels(picture),
             Material::File(jpeg(&flag(4_000, 1_000))),
         ] {
-            let made = make(&material, &config("crop = [0.55, 0.1, 0.4, 0.5]\nmax_side = 64")).unwrap();
+            let made = make(
+                &material,
+                &config("crop = [0.55, 0.1, 0.4, 0.5]\nmax_side = 64"),
+            )
+            .unwrap();
             let seen = Picture::decode(&made).unwrap();
             assert_eq!((seen.width(), seen.height()), (64, 20));
             assert!(seen.rgb().chunks_exact(3).all(|p| p[2] > 200 && p[0] < 50));
@@ -209,7 +218,9 @@ mod tests {
     fn nothing_beside_the_pixels_is_kept() {
         let plain = jpeg(&flag(64, 32));
         // An EXIF block that turns the picture by 90 degrees and holds a secret.
-        let mut exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0SECRET-PLACE".to_vec();
+        let mut exif =
+            b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0SECRET-PLACE"
+                .to_vec();
         let length = u16::try_from(exif.len() + 2).unwrap().to_be_bytes();
         let mut marked = plain[..2].to_vec();
         marked.extend([0xff, 0xe1]);
@@ -225,6 +236,12 @@ mod tests {
     #[test]
     fn nonsense_is_an_error() {
         assert!(make(&Material::File(b"<svg>".to_vec()), &config("")).is_err());
-        assert!(make(&Material::File(jpeg(&flag(64, 64))[..300].to_vec()), &config("")).is_err());
+        assert!(
+            make(
+                &Material::File(jpeg(&flag(64, 64))[..300].to_vec()),
+                &config("")
+            )
+            .is_err()
+        );
     }
 }

@@ -141,7 +141,8 @@ impl Tray {
     /// Hands a frame over, or drops it if there are too many.
     pub fn put(&self, job: Job) {
         let reason = job.kept.reason;
-        if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) = self.jobs.try_send(job) {
+        if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) = self.jobs.try_send(job)
+        {
             self.counters.samples.lost(reason);
         }
     }

@@ -100,7 +100,8 @@ impl Sender {
                         tracing::debug!(epoch, seq, "the coordinator refused a sample: {why}");
                     } else {
                         tracing::warn!(
-                            epoch, seq,
+                            epoch,
+                            seq,
                             "the coordinator refused a sample: {why}; more of this is only counted"
                         );
                     }

@@ -129,13 +129,22 @@ impl Held {
             }
         };
         if !matches!(mood, Mood::Mute | Mood::Cut) {
-            answer(stream, status, "application/json", &format!("{{\"offset\":{has}}}"));
+            answer(
+                stream,
+                status,
+                "application/json",
+                &format!("{{\"offset\":{has}}}"),
+            );
         }
     }
 }
 
 impl Server {
-    fn start(address: &str, held: Arc<Mutex<Held>>, mut mood: impl FnMut() -> Mood + Send + 'static) -> Self {
+    fn start(
+        address: &str,
+        held: Arc<Mutex<Held>>,
+        mut mood: impl FnMut() -> Mood + Send + 'static,
+    ) -> Self {
         let listener = TcpListener::bind(address).unwrap();
         let address = listener.local_addr().unwrap();
         let stop = Arc::new(AtomicBool::new(false));
@@ -148,7 +157,12 @@ impl Server {
                 theirs.lock().unwrap().serve(&mut stream.unwrap(), mood());
             }
         });
-        Self { address, held, stop, thread: Some(thread) }
+        Self {
+            address,
+            held,
+            stop,
+            thread: Some(thread),
+        }
     }
 
     fn url(&self) -> String {
@@ -167,9 +181,17 @@ impl Drop for Server {
 }
 
 /// Brief, so that a hanging server does not hold up the tests.
-const PATIENCE: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(1), Duration::from_secs(2)];
+const PATIENCE: [Duration; 3] = [
+    Duration::from_secs(1),
+    Duration::from_secs(1),
+    Duration::from_secs(2),
+];
 
-fn send(shelf: &Arc<Mutex<Shelf>>, url: &str, rate: u64) -> (JoinHandle<()>, SyncSender<()>, Counters) {
+fn send(
+    shelf: &Arc<Mutex<Shelf>>,
+    url: &str,
+    rate: u64,
+) -> (JoinHandle<()>, SyncSender<()>, Counters) {
     let (tell, news) = sync_channel(1);
     let counters = Counters::default();
     let sender = Sender {
@@ -193,15 +215,26 @@ fn until(mut good: impl FnMut() -> bool) {
 }
 
 fn image(seq: u64, length: usize) -> Vec<u8> {
-    (0..length).map(|n| (n as u64 * 31 + seq * 7) as u8).collect()
+    (0..length)
+        .map(|n| (n as u64 * 31 + seq * 7) as u8)
+        .collect()
 }
 
 fn fill(root: &Path, count: u64) -> Arc<Mutex<Shelf>> {
     let (mut shelf, _) = Shelf::open(root.to_owned(), 64 << 20, 7).unwrap();
     for seq in 1..=count {
         let bytes = image(seq, [0, 1_000, 300_000, 700_000][seq as usize % 4]);
-        let reason = if seq % 5 == 0 { SampleReason::Wrong } else { SampleReason::Novel };
-        shelf.add(&sample(seq, reason, &bytes), (!bytes.is_empty()).then_some(&bytes)).unwrap();
+        let reason = if seq % 5 == 0 {
+            SampleReason::Wrong
+        } else {
+            SampleReason::Novel
+        };
+        shelf
+            .add(
+                &sample(seq, reason, &bytes),
+                (!bytes.is_empty()).then_some(&bytes),
+            )
+            .unwrap();
     }
     Arc::new(Mutex::new(shelf))
 }
@@ -218,7 +251,9 @@ fn whole(held: &Held) -> usize {
 
 fn moods(mut seed: u64) -> impl FnMut() -> Mood + Send + 'static {
     move || {
-        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        seed = seed
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         match (seed >> 33) % 12 {
             0 => Mood::Cut,
             1 => Mood::Mute,
@@ -236,7 +271,10 @@ fn every_sample_arrives_once_and_whole_whatever_the_network_does() {
     let shelf = fill(folder.path(), 40);
     let held = Arc::new(Mutex::new(Held::default()));
     let mut server = Some(Server::start("127.0.0.1:0", held.clone(), moods(1)));
-    let (address, url) = server.as_ref().map(|s| (s.address.to_string(), s.url())).unwrap();
+    let (address, url) = server
+        .as_ref()
+        .map(|s| (s.address.to_string(), s.url()))
+        .unwrap();
 
     // The device goes down in the middle, the coordinator too; both come back.
     let (thread, tell, _) = send(&shelf, &url, 0);
@@ -248,7 +286,10 @@ fn every_sample_arrives_once_and_whole_whatever_the_network_does() {
     let (shelf, damaged) = Shelf::open(folder.path().to_owned(), 64 << 20, 7).unwrap();
     assert_eq!(damaged, 0);
     let already = 40 - shelf.len();
-    assert!(already < 40 && whole(&held.lock().unwrap()) >= already, "nothing that was kept is lost");
+    assert!(
+        already < 40 && whole(&held.lock().unwrap()) >= already,
+        "nothing that was kept is lost"
+    );
     let shelf = Arc::new(Mutex::new(shelf));
     let (thread, tell, counters) = send(&shelf, &url, 0);
     until(|| counters.samples.sent.get() == 0 && shelf.lock().unwrap().len() > 0);
@@ -259,7 +300,10 @@ fn every_sample_arrives_once_and_whole_whatever_the_network_does() {
     drop(server);
 
     let held = held.lock().unwrap();
-    assert_eq!((held.samples.len(), whole(&held), held.order.len()), (40, 40, 40));
+    assert_eq!(
+        (held.samples.len(), whole(&held), held.order.len()),
+        (40, 40, 40)
+    );
     for ((_, seq), (_, bytes)) in &held.samples {
         assert_eq!(*bytes, image(*seq, bytes.len()));
     }
@@ -283,7 +327,10 @@ fn marks_go_first_and_what_is_refused_holds_nobody_up() {
     drop(tell);
     thread.join().unwrap();
     assert_eq!(held.lock().unwrap().order, [10, 5, 1, 2, 4, 6, 7, 8, 9]);
-    assert_eq!((counters.samples.sent.get(), counters.samples.refused.get()), (9, 1));
+    assert_eq!(
+        (counters.samples.sent.get(), counters.samples.refused.get()),
+        (9, 1)
+    );
 }
 
 #[test]
@@ -295,7 +342,10 @@ fn the_rate_is_kept() {
     let begin = Instant::now();
     let (thread, tell, _) = send(&shelf, &server.url(), 400 * 1_024);
     until(|| shelf.lock().unwrap().len() == 0);
-    assert!(begin.elapsed() >= Duration::from_millis(500), "300 KB at 400 KiB a second");
+    assert!(
+        begin.elapsed() >= Duration::from_millis(500),
+        "300 KB at 400 KiB a second"
+    );
     drop(tell);
     thread.join().unwrap();
 }
@@ -310,7 +360,9 @@ fn hostile(words: Vec<u8>, again: bool) -> (String, Arc<AtomicBool>) {
         for stream in listener.incoming() {
             let (mut stream, words, stopped) = (stream.unwrap(), words.clone(), stopped.clone());
             std::thread::spawn(move || {
-                while stream.write_all(&words).is_ok() && again && !stopped.load(Ordering::Relaxed) {}
+                while stream.write_all(&words).is_ok() && again && !stopped.load(Ordering::Relaxed)
+                {
+                }
                 let _ = stream.set_read_timeout(Some(Duration::from_secs(8)));
                 let _ = stream.read_to_end(&mut Vec::new());
             });
@@ -326,12 +378,36 @@ fn a_hostile_coordinator_harms_nothing() {
         ("silence", String::new(), false),
         ("noise", "\0\u{1}nonsense\r\n\r\n".into(), true),
         ("an endless head", "x-more: yes\r\n".into(), true),
-        ("an endless body", format!("{ok}\r\n{}", " ".repeat(65_536)), true),
-        ("a body that never ends", format!("{ok}content-length: 100\r\n\r\n{{"), false),
-        ("a body of any size", format!("{ok}content-length: 18446744073709551615\r\n\r\n{{"), false),
-        ("what it cannot have", format!("{ok}content-length: 31\r\n\r\n{{\"offset\": 18446744073709551615}}"), false),
-        ("a way to somewhere else", "HTTP/1.1 307 Go\r\nlocation: http://127.0.0.1:1/\r\ncontent-length: 0\r\n\r\n".into(), false),
-        ("no of somebody else", "HTTP/1.1 400 No\r\ncontent-type: text/html\r\ncontent-length: 2\r\n\r\nno".into(), false),
+        (
+            "an endless body",
+            format!("{ok}\r\n{}", " ".repeat(65_536)),
+            true,
+        ),
+        (
+            "a body that never ends",
+            format!("{ok}content-length: 100\r\n\r\n{{"),
+            false,
+        ),
+        (
+            "a body of any size",
+            format!("{ok}content-length: 18446744073709551615\r\n\r\n{{"),
+            false,
+        ),
+        (
+            "what it cannot have",
+            format!("{ok}content-length: 31\r\n\r\n{{\"offset\": 18446744073709551615}}"),
+            false,
+        ),
+        (
+            "a way to somewhere else",
+            "HTTP/1.1 307 Go\r\nlocation: http://127.0.0.1:1/\r\ncontent-length: 0\r\n\r\n".into(),
+            false,
+        ),
+        (
+            "no of somebody else",
+            "HTTP/1.1 400 No\r\ncontent-type: text/html\r\ncontent-length: 2\r\n\r\nno".into(),
+            false,
+        ),
     ];
     let folder = tempfile::tempdir().unwrap();
     let shelf = fill(folder.path(), 3);
@@ -346,13 +422,21 @@ fn a_hostile_coordinator_harms_nothing() {
             _ => false,
         };
         assert!(harmless, "{what}: {said:?}");
-        assert!(begin.elapsed() < Duration::from_secs(8), "{what} takes {:?}", begin.elapsed());
+        assert!(
+            begin.elapsed() < Duration::from_secs(8),
+            "{what} takes {:?}",
+            begin.elapsed()
+        );
         let (thread, tell, counters) = send(&shelf, &url, 0);
         std::thread::park_timeout(Duration::from_millis(50));
         drop(tell);
         thread.join().unwrap();
         stop.store(true, Ordering::Relaxed);
-        assert_eq!((counters.samples.sent.get(), counters.samples.refused.get()), (0, 0), "{what}");
+        assert_eq!(
+            (counters.samples.sent.get(), counters.samples.refused.get()),
+            (0, 0),
+            "{what}"
+        );
     }
     assert_eq!(shelf.lock().unwrap().len(), 3);
 }

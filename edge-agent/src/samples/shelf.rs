@@ -91,7 +91,11 @@ fn room(bytes: u64) -> u64 {
 impl Shelf {
     /// Opens the folder: takes stock of what is whole, removes what is not. Samples of `epoch`, the outbox's life
     /// of today, are the youngest. Says how many samples were damaged.
-    pub(super) fn open(root: PathBuf, max_bytes: u64, epoch: u64) -> Result<(Self, u64), ShelfError> {
+    pub(super) fn open(
+        root: PathBuf,
+        max_bytes: u64,
+        epoch: u64,
+    ) -> Result<(Self, u64), ShelfError> {
         fs::create_dir_all(&root).map_err(disk("making", &root))?;
         let mut shelf = Self {
             root,
@@ -203,11 +207,16 @@ impl Shelf {
     /// Drops what matters no more than `rank`, the least and oldest first, until `bytes` more fit; drops nothing
     /// if they would not.
     fn make_room(&mut self, bytes: u64, most: u8) -> bool {
-        let fits = |taken: u64, count: usize| taken + bytes <= self.max_bytes && count < MAX_SAMPLES;
+        let fits =
+            |taken: u64, count: usize| taken + bytes <= self.max_bytes && count < MAX_SAMPLES;
         if fits(self.bytes, self.items.len()) {
             return true;
         }
-        let mut least: Vec<&Item> = self.items.values().filter(|i| rank(i.reason) <= most).collect();
+        let mut least: Vec<&Item> = self
+            .items
+            .values()
+            .filter(|i| rank(i.reason) <= most)
+            .collect();
         least.sort_unstable_by_key(|item| (rank(item.reason), item.age));
         let (mut taken, mut gone) = (self.bytes, Vec::new());
         for item in least {
@@ -249,7 +258,11 @@ impl Shelf {
 
     /// The coordinator has it, or will never take it. One that was replaced in the meantime stays.
     pub(super) fn done(&mut self, item: &Item) {
-        if self.items.get(&item.key).is_some_and(|now| now.age == item.age) {
+        if self
+            .items
+            .get(&item.key)
+            .is_some_and(|now| now.age == item.age)
+        {
             self.forget(item.key);
         }
     }

@@ -35,7 +35,10 @@ fn open(root: &Path, max_bytes: u64) -> (Shelf, u64) {
 
 fn add(shelf: &mut Shelf, seq: u64, reason: SampleReason, bytes: usize) -> Result<u64, ShelfError> {
     let image = vec![seq as u8; bytes];
-    shelf.add(&sample(seq, reason, &image), Some(&image).filter(|i| !i.is_empty()).map(Vec::as_slice))
+    shelf.add(
+        &sample(seq, reason, &image),
+        Some(&image).filter(|i| !i.is_empty()).map(Vec::as_slice),
+    )
 }
 
 fn seqs(shelf: &Shelf) -> Vec<u64> {
@@ -47,7 +50,14 @@ fn what_people_marked_goes_first_and_stays_longest() {
     use SampleReason::{Missed, Novel, Random, Uncertain, Wrong};
     let folder = tempfile::tempdir().unwrap();
     let (mut shelf, _) = open(folder.path(), 6 * 8_192);
-    for (seq, reason) in [(1, Wrong), (2, Random), (3, Novel), (4, Missed), (5, Uncertain), (6, Random)] {
+    for (seq, reason) in [
+        (1, Wrong),
+        (2, Random),
+        (3, Novel),
+        (4, Missed),
+        (5, Uncertain),
+        (6, Random),
+    ] {
         add(&mut shelf, seq, reason, 4_000).unwrap();
     }
     let mut tried = BTreeSet::new();
@@ -66,12 +76,22 @@ fn what_people_marked_goes_first_and_stays_longest() {
         add(&mut shelf, seq, Wrong, 4_000).unwrap();
     }
     assert_eq!(seqs(&shelf), [1, 4, 7, 9, 10, 11]);
-    assert!(matches!(add(&mut shelf, 12, Random, 4_000), Err(ShelfError::Full(_))));
+    assert!(matches!(
+        add(&mut shelf, 12, Random, 4_000),
+        Err(ShelfError::Full(_))
+    ));
     add(&mut shelf, 13, Wrong, 4_000).unwrap();
     add(&mut shelf, 14, Wrong, 4_000).unwrap();
-    assert_eq!(seqs(&shelf), [4, 9, 10, 11, 13, 14], "the oldest mark makes room for the newest");
+    assert_eq!(
+        seqs(&shelf),
+        [4, 9, 10, 11, 13, 14],
+        "the oldest mark makes room for the newest"
+    );
     assert_eq!(shelf.evicted(), 8);
-    assert!(matches!(add(&mut shelf, 15, Wrong, 100_000), Err(ShelfError::Full(_))));
+    assert!(matches!(
+        add(&mut shelf, 15, Wrong, 100_000),
+        Err(ShelfError::Full(_))
+    ));
     assert_eq!(shelf.len(), 6, "what never fits drops nothing");
 }
 
@@ -101,7 +121,12 @@ fn a_restart_finds_what_is_whole_and_removes_what_is_not() {
         .map(|e| e.unwrap().file_name().into_string().unwrap())
         .collect();
     left.sort();
-    assert_eq!(left, ["7-4.jpg", "7-4.json", "7-5.jpg", "7-5.json", "7-6.json", "README"]);
+    assert_eq!(
+        left,
+        [
+            "7-4.jpg", "7-4.json", "7-5.jpg", "7-5.json", "7-6.json", "README"
+        ]
+    );
     // A lower bound is kept at once.
     let (shelf, _) = open(root, 9_000);
     assert_eq!(seqs(&shelf), [6]);

@@ -47,7 +47,8 @@ impl Block {
                 *sum += f64::from(*value);
             }
         }
-        self.novelties.extend(seen.novelty.filter(|n| n.is_finite()));
+        self.novelties
+            .extend(seen.novelty.filter(|n| n.is_finite()));
         let finite = |value: f32| if value.is_finite() { value } else { 0.0 };
         self.brightness += finite(seen.looks.brightness);
         self.contrast += finite(seen.looks.contrast);
@@ -95,7 +96,11 @@ impl Block {
             return None;
         }
         let count = f64::from(self.embedded);
-        let scaled = self.embedding.iter().zip(&yardstick.mean).zip(&yardstick.deviation);
+        let scaled = self
+            .embedding
+            .iter()
+            .zip(&yardstick.mean)
+            .zip(&yardstick.deviation);
         let sum: f64 = scaled
             .map(|((sum, mean), deviation)| {
                 let away = (sum / count - f64::from(*mean)) / f64::from(*deviation);

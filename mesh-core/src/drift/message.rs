@@ -81,7 +81,12 @@ impl Drift {
             ts,
             model,
             frames,
-            state: if finding.signs.is_empty() { "ok" } else { "drift" }.into(),
+            state: if finding.signs.is_empty() {
+                "ok"
+            } else {
+                "drift"
+            }
+            .into(),
             names: finding.names(),
             unknown: say(unknown),
             scores: say(scores),

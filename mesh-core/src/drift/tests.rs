@@ -122,7 +122,10 @@ fn each_sign_goes_up_and_comes_down() {
         let mut watch = Watch::new(window(), limits(), Some(yardstick()));
         let mut scene = Scene::new(7);
         let before = scene.show(&mut watch, 1_000);
-        assert!(!before.is_empty() && before.iter().all(|f| f.signs.is_empty()), "{sign:?}: {before:?}");
+        assert!(
+            !before.is_empty() && before.iter().all(|f| f.signs.is_empty()),
+            "{sign:?}: {before:?}"
+        );
         let good = scene.looks;
         change(&mut scene);
         let during = scene.show(&mut watch, 1_000);
@@ -154,7 +157,14 @@ fn without_a_reference_only_the_picture_is_judged() {
     let found = scene.show(&mut watch, 500);
     let last = found.last().unwrap();
     assert_eq!(last.signs, []);
-    assert_eq!((last.numbers.shift, last.numbers.scores, last.numbers.novelty), (None, None, None));
+    assert_eq!(
+        (
+            last.numbers.shift,
+            last.numbers.scores,
+            last.numbers.novelty
+        ),
+        (None, None, None)
+    );
     scene.looks.brightness = 0.01;
     scene.show(&mut watch, 500);
     assert_eq!(watch.signs(), [Sign::Dark]);
