@@ -362,6 +362,9 @@ async fn tell_devices(
         metrics
             .devices_online
             .set(i64::try_from(online).unwrap_or(i64::MAX));
+        for (sign, sources) in registry.drifting() {
+            metrics.drifting(sign.as_str(), sources);
+        }
         live.devices(&registry, started.elapsed().as_secs());
     }
 }

@@ -19,6 +19,12 @@ pub(crate) struct Reason {
     pub(crate) reason: &'static str,
 }
 
+/// A sign of drift.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct Drifting {
+    pub(crate) name: &'static str,
+}
+
 /// A route of the API and the status of its answer.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct Answer {
@@ -44,6 +50,7 @@ pub(crate) struct Metrics {
     pub(crate) queue_messages: Gauge,
     pub(crate) devices: Gauge,
     pub(crate) devices_online: Gauge,
+    drifting: Family<Drifting, Gauge>,
     pub(crate) live_missed: Counter,
     pub(crate) retention_removed: Counter,
     pub(crate) broker_connections: Gauge,
@@ -122,6 +129,11 @@ impl Default for Metrics {
                 "Devices that are connected",
                 Gauge::default()
             ),
+            drifting: new!(
+                "drifting_sources",
+                "Sources that show a sign of drift",
+                Family::default()
+            ),
             live_missed: new!(
                 "live_missed",
                 "Live events that slow clients missed",
@@ -190,6 +202,12 @@ impl Metrics {
     /// A client of the broker tried what it has no right to.
     pub(crate) fn broker_denied(&self, reason: &'static str) {
         self.broker_denied.get_or_create(&Reason { reason }).inc();
+    }
+
+    /// So many sources show a sign of drift now.
+    pub(crate) fn drifting(&self, name: &'static str, sources: usize) {
+        let sources = i64::try_from(sources).unwrap_or(i64::MAX);
+        self.drifting.get_or_create(&Drifting { name }).set(sources);
     }
 
     /// A request was answered.

@@ -1,11 +1,14 @@
 //! The devices as they last reported, in memory, for the page and the API.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     sync::{Mutex, MutexGuard},
 };
 
-use mesh_core::{Info, Metrics, ModelInfo, Name, Reading, State as Health, Status};
+use mesh_core::{
+    Info, Metrics, ModelInfo, Name, Reading, State as Health, Status,
+    drift::{Drift, Sign},
+};
 use serde::Serialize;
 
 use crate::store::DeviceRow;
@@ -14,6 +17,9 @@ use crate::store::DeviceRow;
 const HISTORY: usize = 60;
 /// The rate that is shown is the mean of the last whole seconds.
 const RATE_OVER: usize = 5;
+
+/// Sources of one device whose drift is remembered: as many as an agent may have.
+const MAX_DRIFTS: usize = 16;
 
 /// One device.
 #[derive(Clone, Debug)]
@@ -29,6 +35,8 @@ pub(crate) struct Device {
     pub(crate) health: Option<Health>,
     /// Of the moment: not kept in the database.
     pub(crate) metrics: Option<Metrics>,
+    /// What each source's frames have come to. Retained on the broker, so not kept in the database either.
+    drifts: BTreeMap<Name, Drift>,
     pub(crate) stored: u64,
     pub(crate) missing: u64,
     pub(crate) right: u64,
@@ -163,6 +171,9 @@ pub(crate) struct View {
     /// Resident memory of the agent in bytes, as it last said.
     #[serde(skip_serializing_if = "Option::is_none")]
     rss_bytes: Option<u64>,
+    /// What each source's frames have come to, as far as the device said.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    drift: Vec<DriftView>,
     /// Readings ever stored.
     stored: u64,
     /// Readings ever reported as dropped.
@@ -177,6 +188,71 @@ impl View {
     /// Where the next page begins.
     pub(crate) fn cursor(&self) -> String {
         format!("{}/{}", self.site, self.device)
+    }
+}
+
+/// What a source sees, compared with what the model's training saw and with what it used to see.
+#[derive(Clone, Debug, PartialEq, Serialize, utoipa::ToSchema)]
+#[schema(as = SourceDrift)]
+pub(crate) struct DriftView {
+    /// The camera or sensor.
+    source: String,
+    /// `ok` or `drift`.
+    state: String,
+    /// What is wrong, separated by commas: unknown, scores, embedding, novelty, dark, bright, blurred, blocked,
+    /// frozen.
+    names: String,
+    /// Said, milliseconds since 1970 by the device's clock.
+    ts: i64,
+    /// The model that looked, `name@version`.
+    model: String,
+    /// Frames that it is about.
+    frames: u32,
+    /// Share of unknown results, 0 to 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unknown: Option<f32>,
+    /// Population stability index of the top scores.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    scores: Option<f32>,
+    /// Shift of the mean embedding in training's standard deviations.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shift: Option<f32>,
+    /// The same in units of what chance shows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shift_chance: Option<f32>,
+    /// Median novelty.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    novelty: Option<f32>,
+    /// Mean brightness, 0 to 1.
+    brightness: f32,
+    /// Mean contrast, 0 to 1.
+    contrast: f32,
+    /// Detail over what is usual for the source.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    detail: Option<f32>,
+    /// Share of frames that equal the one before, 0 to 1.
+    still: f32,
+}
+
+impl From<&Drift> for DriftView {
+    fn from(drift: &Drift) -> Self {
+        Self {
+            source: drift.source.as_str().to_owned(),
+            state: drift.state.clone(),
+            names: drift.names.clone(),
+            ts: drift.ts,
+            model: drift.model.clone(),
+            frames: drift.frames,
+            unknown: drift.unknown,
+            scores: drift.scores,
+            shift: drift.shift,
+            shift_chance: drift.shift_chance,
+            novelty: drift.novelty,
+            brightness: drift.brightness,
+            contrast: drift.contrast,
+            detail: drift.detail,
+            still: drift.still,
+        }
     }
 }
 
@@ -231,6 +307,7 @@ impl Device {
             model: None,
             health: None,
             metrics: None,
+            drifts: BTreeMap::new(),
             stored: 0,
             missing: 0,
             right: 0,
@@ -283,6 +360,16 @@ impl Device {
         })
     }
 
+    /// Takes in what was found about a source; false if there are too many sources.
+    pub(crate) fn drifted(&mut self, drift: Drift) -> bool {
+        let fits = self.drifts.len() < MAX_DRIFTS || self.drifts.contains_key(&drift.source);
+        if fits {
+            self.drifts.insert(drift.source.clone(), drift);
+            self.changed = true;
+        }
+        fits
+    }
+
     fn view(&mut self, second: u64) -> View {
         self.rate.advance(second);
         View {
@@ -308,6 +395,7 @@ impl Device {
                 .filter(|d| !d.is_empty()),
             backlog: self.metrics.as_ref().map(|m| m.backlog),
             rss_bytes: self.metrics.as_ref().map(|m| m.rss_bytes),
+            drift: self.drifts.values().map(DriftView::from).collect(),
             stored: self.stored,
             missing: self.missing,
             right: self.right,
@@ -495,6 +583,23 @@ impl Registry {
         )
     }
 
+    /// How many sources show each sign of drift now, in the order of [`Sign::ALL`].
+    pub(crate) fn drifting(&self) -> [(Sign, usize); Sign::ALL.len()] {
+        let state = self.state();
+        let mut counts = Sign::ALL.map(|sign| (sign, 0));
+        let signs = state
+            .devices
+            .values()
+            .flat_map(|device| device.drifts.values())
+            .flat_map(Drift::signs);
+        for sign in signs {
+            if let Some((_, count)) = counts.iter_mut().find(|(s, _)| *s == sign) {
+                *count += 1;
+            }
+        }
+        counts
+    }
+
     /// The models that devices have loaded, and on how many devices each.
     pub(crate) fn models(&self) -> Vec<(ModelView, usize)> {
         let state = self.state();
@@ -564,5 +669,45 @@ mod tests {
         assert_eq!(again.counts(), (1, 1));
         assert_eq!(again.heard(&site, &d2, 7), Some(id + 1));
         assert_eq!(again.view(&site, &d1, 0).unwrap().stored, 3);
+    }
+
+    #[test]
+    fn drift_is_shown_counted_and_bounded() {
+        let registry = Registry::new(Vec::new(), 9);
+        let (site, name): (Name, Name) = ("s".parse().unwrap(), "d1".parse().unwrap());
+        let id = registry.heard(&site, &name, 5).unwrap();
+        let say = |source: String, names: &str| {
+            let state = if names.is_empty() { "ok" } else { "drift" };
+            let text = format!(
+                r#"{{"v":1,"device":"d1","source":"{source}","ts":1,"model":"m@1","frames":500,"state":"{state}",
+                "names":"{names}","brightness":0.5,"contrast":0.1,"still":0.0}}"#
+            );
+            let drift = Drift::decode(text.as_bytes(), &name, &source.parse().unwrap()).unwrap();
+            registry.update(id, |d| d.drifted(drift))
+        };
+        assert!(say("cam0".into(), "dark,frozen") && say("cam1".into(), "dark"));
+        let count = |sign| {
+            registry
+                .drifting()
+                .iter()
+                .find(|(s, _)| *s == sign)
+                .unwrap()
+                .1
+        };
+        assert_eq!(
+            (count(Sign::Dark), count(Sign::Frozen), count(Sign::Novelty)),
+            (2, 1, 0)
+        );
+        assert!(say("cam0".into(), ""));
+        assert_eq!((count(Sign::Dark), count(Sign::Frozen)), (1, 0));
+        let shown = registry.view(&site, &name, 0).unwrap();
+        assert_eq!(
+            (shown.drift.len(), shown.drift[1].names.as_str()),
+            (2, "dark")
+        );
+        for n in 2..16 {
+            assert!(say(format!("cam{n}"), ""));
+        }
+        assert!(!say("cam16".into(), ""));
     }
 }

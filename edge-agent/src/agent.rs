@@ -6,25 +6,29 @@
 //!                                    ▼                         └─────────────────────────┘
 //!                                  board
 //! ```
+//!
+//! Frames that are kept to learn from leave at the store, for threads of their own: see [`crate::samples`].
 
 use std::{
     sync::{Arc, mpsc},
     thread::JoinHandle,
+    time::Duration,
 };
 
-use mesh_core::{Info, ModelInfo, State, VERSION};
+use mesh_core::{Info, ModelInfo, SampleReason, State, VERSION};
 use models::{Bundle, Engine, self_test};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    board::{Board, BoardHandle, State as BoardState},
+    board::{Board, BoardHandle, Meaning, State as BoardState},
     capture,
     clock::WallClock,
     config::Config,
     counters::Counters,
     outbox::{Opened, Options, Outbox, OutboxError},
-    pipeline::{Loaded, Pipeline},
+    pipeline::{Drifts, Loaded, Pipeline},
+    samples::{Samples, desk::Desk},
     store::{Cursor, Store},
     uplink::{Identity, Start, Uplink},
 };
@@ -33,6 +37,11 @@ use crate::{
 const FRAMES: usize = 2;
 /// Results and requests between pipeline, uplink and store: two full groups.
 const COMMANDS: usize = 256;
+/// Marks that wait to be heard: somebody who presses a button more often than this means the same.
+const MARKS: usize = 16;
+/// A sample that is just being sent is given up after this when the agent stops; it is taken up again at the next
+/// start.
+const SENDING: Duration = Duration::from_secs(1);
 /// Groups between store and uplink.
 const STORED: usize = 16;
 
@@ -67,6 +76,9 @@ pub struct AgentHandle {
     /// Capture and pipeline: they end with the cameras. The store ends with the uplink.
     threads: Vec<JoinHandle<()>>,
     store: JoinHandle<()>,
+    /// They end with the store: first what writes samples, then what sends them.
+    sample_writer: Option<JoinHandle<()>>,
+    sample_sender: Option<JoinHandle<()>>,
     uplink: tokio::task::JoinHandle<()>,
 }
 
@@ -176,6 +188,16 @@ impl Agent {
             .iter()
             .map(|s| (s.name.clone(), s.gate))
             .collect::<Vec<_>>();
+        let samples = start_samples(&config, outbox.epoch(), &counters);
+        let (tray, sample_writer, sample_sender) = match samples {
+            Some(samples) => (Some(samples.tray), Some(samples.writer), samples.sender),
+            None => (None, None, None),
+        };
+        let (mark, marks) = mpsc::sync_channel(MARKS);
+        let (found, drifts) = watch::channel(Drifts::new());
+        let desk = tray
+            .is_some()
+            .then(|| Desk::new(&config.samples, config.source.len(), counters.clone()));
         let pipeline = Pipeline::new(
             lanes,
             config.publish,
@@ -184,7 +206,19 @@ impl Agent {
             board.clone(),
             to_store.clone(),
             counters.clone(),
-        );
+        )
+        .with_samples(desk.map(|desk| (desk, marks)))
+        .with_button(
+            config
+                .board
+                .button
+                .as_ref()
+                .map(|button| match button.means {
+                    Meaning::Wrong => SampleReason::Wrong,
+                    Meaning::Missed => SampleReason::Missed,
+                }),
+        )
+        .with_drift(&config.drift, config.device.clone(), found);
         threads.push(thread("pipeline", move || pipeline.run(&frames))?);
         let store = Store::new(
             config.device.clone(),
@@ -192,7 +226,8 @@ impl Agent {
             cursor,
             to_uplink,
             counters.clone(),
-        );
+        )
+        .with_samples(tray);
         let store_thread = thread("store", move || store.run(commands))?;
         let stop = CancellationToken::new();
         let uplink = Uplink::new(Start {
@@ -201,6 +236,8 @@ impl Agent {
             pending,
             gaps,
             store: to_store,
+            drifts,
+            marks: mark,
             board,
             counters: counters.clone(),
             wall: clock,
@@ -213,6 +250,8 @@ impl Agent {
             captures,
             threads,
             store: store_thread,
+            sample_writer,
+            sample_sender,
             uplink,
         })
     }
@@ -225,8 +264,38 @@ impl AgentHandle {
         join(self.threads).await;
         self.stop.cancel();
         let _ = self.uplink.await;
-        join(vec![self.store]).await;
+        join(
+            std::iter::once(self.store)
+                .chain(self.sample_writer)
+                .collect(),
+        )
+        .await;
+        // It may be waiting for an answer from far away.
+        let end = tokio::time::Instant::now() + SENDING;
+        while let Some(sender) = &self.sample_sender
+            && !sender.is_finished()
+            && tokio::time::Instant::now() < end
+        {
+            tokio::time::sleep(SENDING / 50).await;
+        }
     }
+}
+
+/// A device that cannot keep samples does everything else.
+fn start_samples(config: &Config, epoch: u64, counters: &Counters) -> Option<Samples> {
+    if !config.samples.enabled {
+        return None;
+    }
+    let folder = config.data.join("samples");
+    Samples::start(
+        &config.samples,
+        &folder,
+        config.device.clone(),
+        epoch,
+        counters,
+    )
+    .map_err(|why| tracing::error!("no frames are kept to learn from: {why}"))
+    .ok()
 }
 
 async fn join(threads: Vec<JoinHandle<()>>) {

@@ -61,7 +61,8 @@ enum ConfigCommand {
 #[derive(Debug, Args)]
 struct Configured {
     /// Configuration file (TOML). Several are layered, a later one over an earlier one; LACEWING_SITE,
-    /// LACEWING_DEVICE, LACEWING_DATA, LACEWING_BROKER_URL and LACEWING_MODEL_BUNDLE override them.
+    /// LACEWING_DEVICE, LACEWING_DATA, LACEWING_BROKER_URL, LACEWING_MODEL_BUNDLE and LACEWING_SAMPLES_COORDINATOR override
+    /// them.
     #[arg(long = "config", value_name = "FILE", required = true)]
     files: Vec<PathBuf>,
 }

@@ -11,7 +11,9 @@ use mesh_core::{
 };
 use serde::Deserialize;
 
-use crate::{board::BoardConfig, capture::SourceConfig};
+use crate::{
+    board::BoardConfig, capture::SourceConfig, drift::DriftConfig, samples::SamplesConfig,
+};
 
 /// A configuration file is written by people; larger is not one.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
@@ -46,6 +48,10 @@ pub struct Config {
     pub board: BoardConfig,
     /// How often the device speaks about itself.
     pub report: ReportConfig,
+    /// Frames that are kept to learn from.
+    pub samples: SamplesConfig,
+    /// Has what a source sees moved away from what training saw?
+    pub drift: DriftConfig,
 }
 
 /// The broker's address and how to keep in touch with it.
@@ -99,6 +105,8 @@ impl Default for Config {
             outbox: OutboxConfig::default(),
             board: BoardConfig::default(),
             report: ReportConfig::default(),
+            samples: SamplesConfig::default(),
+            drift: DriftConfig::default(),
         }
     }
 }
@@ -160,12 +168,13 @@ impl fmt::Display for ConfigErrors {
 }
 
 /// Settings that the environment may override: the variable, and the path of the key.
-const ENVIRONMENT: [(&str, &[&str]); 5] = [
+const ENVIRONMENT: [(&str, &[&str]); 6] = [
     ("LACEWING_SITE", &["site"]),
     ("LACEWING_DEVICE", &["device"]),
     ("LACEWING_DATA", &["data"]),
     ("LACEWING_BROKER_URL", &["broker", "url"]),
     ("LACEWING_MODEL_BUNDLE", &["model", "bundle"]),
+    ("LACEWING_SAMPLES_COORDINATOR", &["samples", "coordinator"]),
 ];
 
 impl Config {
@@ -295,6 +304,12 @@ impl Config {
             for (field, what) in source.mistakes() {
                 must(false, &format!("source[{at}].{field}"), &what);
             }
+        }
+        for (field, what) in self.samples.mistakes() {
+            must(false, &format!("samples.{field}"), &what);
+        }
+        for (field, what) in self.drift.mistakes() {
+            must(false, &format!("drift.{field}"), what);
         }
         for (field, what) in self.board.mistakes() {
             must(false, &format!("board.{field}"), &what);

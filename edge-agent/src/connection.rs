@@ -27,6 +27,8 @@ pub(crate) enum News {
         topic: String,
         /// Its payload.
         payload: bytes::Bytes,
+        /// It was said before this connection.
+        retained: bool,
     },
     /// It is over.
     Lost(String),
@@ -182,6 +184,7 @@ async fn drive(mut event_loop: EventLoop, tell: mpsc::Sender<News>) {
             Ok(Event::Incoming(Packet::Publish(message))) => News::Message {
                 topic: String::from_utf8_lossy(&message.topic).into_owned(),
                 payload: message.payload,
+                retained: message.retain,
             },
             Ok(Event::Incoming(Packet::PubAck(_))) => News::Taken,
             Ok(_) => News::Progress,

@@ -66,6 +66,10 @@ pub struct Numbers {
     pub gaps_pending: Counter,
     /// Moving average of the time from frame to result, in microseconds.
     pub latency_us: Counter,
+    /// Sources that see something else than they should.
+    pub drifting: Counter,
+    /// Frames that are kept to learn from.
+    pub samples: crate::samples::SampleNumbers,
 }
 
 impl Numbers {

@@ -9,6 +9,7 @@ use crate::{
     clock::WallClock,
     config::Config,
     connection::{Connection, News},
+    samples::{self, SamplesConfig},
 };
 
 /// A broker that takes longer is too slow to be of use.
@@ -31,7 +32,13 @@ pub(crate) async fn examine(config: &Config) -> usize {
         }
     };
     say("device", Ok(format!("{}/{}", config.site, config.device)));
-    say("disk", disk(&config.data, config.outbox.max_bytes));
+    let samples = if config.samples.enabled {
+        config.samples.max_bytes
+    } else {
+        0
+    };
+    let wanted = config.outbox.max_bytes.saturating_add(samples);
+    say("disk", disk(&config.data, wanted));
     say("clock", clock(WallClock::system().now_ms()));
     if config.source.is_empty() {
         say("source", Err("none is configured; add a [[source]]".into()));
@@ -48,6 +55,12 @@ pub(crate) async fn examine(config: &Config) -> usize {
         crate::board::Board::try_pins(&config.board).map_err(|error| error.to_string()),
     );
     say("broker", broker(config).await);
+    let samples = config.samples.clone();
+    let finding = tokio::task::spawn_blocking(move || samples_reach(&samples)).await;
+    say(
+        "samples",
+        finding.unwrap_or_else(|_| Err("they could not be tried".into())),
+    );
     if sick == 0 {
         println!("everything works");
     } else {
@@ -71,7 +84,8 @@ fn disk(data: &Path, wanted: u64) -> Finding {
     let mib = |bytes: u64| bytes / (1024 * 1024);
     if free < wanted {
         return Err(format!(
-            "{shown} has {} MiB free, the outbox may take {} MiB: free some space or lower outbox.max_bytes",
+            "{shown} has {} MiB free, outbox and samples may take {} MiB: free some space or lower outbox.max_bytes or \
+             samples.max_bytes",
             mib(free),
             mib(wanted)
         ));
@@ -118,6 +132,17 @@ fn model(path: Option<&Path>) -> Finding {
     }
 }
 
+fn samples_reach(config: &SamplesConfig) -> Finding {
+    match &config.coordinator {
+        _ if !config.enabled => Ok("none are kept (samples.enabled is false)".into()),
+        Some(url) => samples::probe(url),
+        None => Ok(format!(
+            "up to {} MiB stay on the device (samples.coordinator is not set)",
+            config.max_bytes / (1024 * 1024)
+        )),
+    }
+}
+
 async fn broker(config: &Config) -> Finding {
     let url = &config.broker.url;
     let mut connection = Connection::probe(config).map_err(|error| error.to_string())?;
@@ -149,6 +174,15 @@ mod tests {
     fn a_clock_that_was_never_set_is_noticed() {
         assert!(clock(0).is_err() && clock(i64::MAX).is_err());
         assert!(clock(YEAR_2026_MS + 1).is_ok());
+    }
+
+    #[test]
+    fn it_says_where_samples_go() {
+        let with = |text: &str| samples_reach(&toml::from_str(text).unwrap());
+        assert!(with("enabled = false").unwrap().contains("none are kept"));
+        assert!(with("").unwrap().contains("100 MiB stay on the device"));
+        let nobody = with("coordinator = 'http://127.0.0.1:9'").unwrap_err();
+        assert!(nobody.contains("wait on the device"), "{nobody}");
     }
 
     #[test]

@@ -10,10 +10,13 @@ pub mod clock;
 pub mod config;
 mod connection;
 pub mod counters;
+mod dice;
 mod doctor;
+pub mod drift;
 pub mod gate;
 pub mod outbox;
 mod pipeline;
+pub mod samples;
 pub mod store;
 mod uplink;
 

@@ -1,10 +1,18 @@
 //! gate → preprocess → infer → decide: the thread between the cameras and the outbox.
 
-use std::sync::{Arc, mpsc::Receiver};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        mpsc::{Receiver, RecvTimeoutError},
+    },
+    time::Duration,
+};
 
 use mesh_core::{
-    Name,
+    Name, SampleReason,
     decide::{Decider, Publish, Rule},
+    drift::Drift,
 };
 use models::Engine;
 use tokio::sync::{mpsc::Sender, watch};
@@ -14,7 +22,12 @@ use crate::{
     capture::Frame,
     clock::Monotonic,
     counters::Counters,
+    drift::{DriftConfig, Watcher},
     gate::{Gate, GateConfig},
+    samples::{
+        Material,
+        desk::{Desk, Marked, Seen},
+    },
     store::{Command, Draft},
 };
 
@@ -26,7 +39,15 @@ struct Lane {
     name: Name,
     gate: Gate,
     decider: Decider,
+    /// Is what it sees still what it should see? Nothing where nobody wants to know.
+    watcher: Option<Watcher>,
 }
+
+/// What was last found about each source, for the uplink.
+pub(crate) type Drifts = BTreeMap<Name, Drift>;
+
+/// How soon a mark is heard while the cameras show nothing.
+const LISTEN: Duration = Duration::from_millis(200);
 
 /// The thread's state.
 pub(crate) struct Pipeline {
@@ -36,6 +57,12 @@ pub(crate) struct Pipeline {
     reject: Option<Rule>,
     board: BoardHandle,
     store: Sender<Command>,
+    /// Where it is decided what is kept, and what people say about it; nothing where no frame may be kept.
+    samples: Option<(Desk, Receiver<Marked>)>,
+    /// The device's name, and where findings about its sources go.
+    drifts: Option<(Name, watch::Sender<Drifts>)>,
+    /// What the button says, and how often it was pressed when it was last looked at.
+    button: Option<(SampleReason, u64)>,
     clock: Monotonic,
     counters: Counters,
 }
@@ -56,6 +83,7 @@ impl Pipeline {
             name,
             gate: Gate::new(gate),
             decider: Decider::new(publish),
+            watcher: None,
         };
         Self {
             lanes: sources.into_iter().map(lane).collect(),
@@ -64,25 +92,99 @@ impl Pipeline {
             reject,
             board,
             store,
+            samples: None,
+            drifts: None,
+            button: None,
             clock: Monotonic::start(),
             counters,
         }
     }
 
+    /// With a desk where frames are chosen to be kept, and the marks for it.
+    #[must_use]
+    pub(crate) fn with_samples(self, samples: Option<(Desk, Receiver<Marked>)>) -> Self {
+        Self { samples, ..self }
+    }
+
+    /// With a button on the board that says this about the last frames.
+    #[must_use]
+    pub(crate) fn with_button(self, says: Option<SampleReason>) -> Self {
+        let presses = self.board.counts().presses;
+        Self {
+            button: says.map(|reason| (reason, presses)),
+            ..self
+        }
+    }
+
+    /// With an eye on what the sources see, and a place for what is found.
+    #[must_use]
+    pub(crate) fn with_drift(
+        mut self,
+        config: &DriftConfig,
+        device: Name,
+        drifts: watch::Sender<Drifts>,
+    ) -> Self {
+        if config.enabled {
+            for lane in &mut self.lanes {
+                lane.watcher = Some(Watcher::new(config));
+            }
+            self.drifts = Some((device, drifts));
+        }
+        self
+    }
+
     /// Looks at frames until the cameras or the store are gone. Blocks: it has a thread of its own.
     pub(crate) fn run(mut self, frames: &Receiver<Frame>) {
-        while let Ok(frame) = frames.recv() {
-            let Some(draft) = self.look(frame) else {
-                continue;
+        loop {
+            let frame = if self.samples.is_some() {
+                frames.recv_timeout(LISTEN)
+            } else {
+                frames.recv().map_err(|_| RecvTimeoutError::Disconnected)
             };
-            self.counters.results.add(1);
-            if self.store.blocking_send(Command::Append(draft)).is_err() {
-                return;
+            let mut commands = self.hear();
+            match frame {
+                Ok(frame) => commands.extend(self.look(frame)),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            for command in commands {
+                // A frame that is a reading already becomes none.
+                if !matches!(command, Command::Keep { again: true, .. }) {
+                    self.counters.results.add(1);
+                }
+                if self.store.blocking_send(command).is_err() {
+                    return;
+                }
             }
         }
     }
 
-    fn look(&mut self, frame: Frame) -> Option<Draft> {
+    /// What people said in the meantime about the frames before.
+    fn hear(&mut self) -> Vec<Command> {
+        let Some((desk, marks)) = &mut self.samples else {
+            return Vec::new();
+        };
+        let mut heard: Vec<Marked> = marks.try_iter().collect();
+        if let Some((reason, before)) = &mut self.button {
+            let presses = self.board.counts().presses;
+            // Pressed twice in a moment is pressed.
+            if std::mem::replace(before, presses) != presses {
+                let reason = *reason;
+                heard.push(Marked {
+                    source: None,
+                    reason,
+                });
+            }
+        }
+        let mut commands = Vec::new();
+        for marked in heard {
+            let names: Vec<Name> = self.lanes.iter().map(|lane| lane.name.clone()).collect();
+            commands.extend(desk.mark(&marked, &names, self.clock.now_ms()));
+        }
+        commands
+    }
+
+    fn look(&mut self, frame: Frame) -> Option<Command> {
         let lane = self.lanes.get_mut(frame.source)?;
         if !lane.gate.pass(frame.number, &frame.picture) {
             self.counters.frames_gated.add(1);
@@ -92,9 +194,14 @@ impl Pipeline {
         if *self.model != *engine.id() {
             self.model = engine.id().into();
         }
+        // Before anybody has looked at it.
+        let drawn = self.samples.as_ref().is_some_and(|(desk, _)| desk.draw());
         let begin = tokio::time::Instant::now();
-        let outcome = match engine.infer(&frame.picture) {
-            Ok(outcome) => outcome,
+        let looked = engine
+            .tensor(&frame.picture)
+            .and_then(|input| Ok((engine.run(&input)?, input)));
+        let (outcome, input) = match looked {
+            Ok(looked) => looked,
             Err(error) => {
                 self.counters.frames_bad.add(1);
                 tracing::warn!(source = %lane.name, frame = frame.number, %error, "frame skipped");
@@ -111,20 +218,60 @@ impl Pipeline {
         {
             self.board.reject();
         }
-        if !lane.decider.decide(&outcome.label, self.clock.now_ms()) {
-            return None;
+        let now_ms = self.clock.now_ms();
+        let finding = lane
+            .watcher
+            .as_mut()
+            .and_then(|watcher| watcher.see(&engine, &input, &outcome, now_ms));
+        // Its memory is not needed for what follows.
+        drop(input);
+        if let (Some(finding), Some((device, drifts))) = (finding, &self.drifts) {
+            let (source, model) = (lane.name.clone(), self.model.to_string());
+            if finding.changed {
+                let names = finding.names();
+                tracing::info!(%source, names, "what the source sees has changed");
+            }
+            let drift = Drift::of(device.clone(), source.clone(), frame.ts, model, &finding);
+            drifts.send_modify(|drifts| {
+                drifts.insert(source, drift);
+                let drifting = drifts.values().filter(|d| !d.names.is_empty()).count();
+                self.counters.drifting.set(drifting as u64);
+            });
         }
-        Some(Draft {
+        let published = lane.decider.decide(&outcome.label, now_ms);
+        let draft = Draft {
             source: lane.name.clone(),
             frame: frame.number,
             ts: frame.ts,
-            label: outcome.label,
+            label: outcome.label.clone(),
             score: outcome.score,
             margin: outcome.margin,
             model: self.model.clone(),
             latency_ms: latency.as_secs_f32() * 1_000.0,
             file: frame.file,
             truth: frame.truth,
-        })
+        };
+        let kept = self.samples.as_mut().and_then(|(desk, _)| {
+            let verdict = desk.judge(frame.source, drawn, &outcome, &engine, now_ms);
+            let seen = Seen {
+                draft: &draft,
+                material: match frame.original {
+                    Some(bytes) => Material::File(bytes),
+                    None => Material::Pixels(frame.picture),
+                },
+                outcome,
+                // What is kept has a reading's number, so it becomes a reading.
+                published: published || verdict.reason.is_some(),
+            };
+            desk.take(frame.source, &verdict, &engine, seen)
+        });
+        match kept {
+            Some(kept) => Some(Command::Keep {
+                draft,
+                kept,
+                again: false,
+            }),
+            None => published.then_some(Command::Append(draft)),
+        }
     }
 }

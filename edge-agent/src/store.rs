@@ -3,7 +3,11 @@
 //! Results come in, become numbered readings, are made durable as one group, and only then does anything
 //! else see them (law: durable before visible).
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use mesh_core::{EventError, Name, RangeSet, Reading, VERSION};
@@ -12,6 +16,7 @@ use tokio::sync::mpsc::{Receiver, Sender};
 use crate::{
     counters::Counters,
     outbox::{GapRecord, Outbox, OutboxError},
+    samples::{Job, Kept, Tray},
 };
 
 /// A result on its way to become a reading.
@@ -44,6 +49,15 @@ pub struct Draft {
 pub enum Command {
     /// Make this durable.
     Append(Draft),
+    /// Make this durable, and keep the frame under its number.
+    Keep {
+        /// The result.
+        draft: Draft,
+        /// What is kept.
+        kept: Box<Kept>,
+        /// It was appended a moment ago: keep the frame under the number that it has.
+        again: bool,
+    },
     /// The coordinator has these.
     Free(RangeSet),
     /// Give me these, as many as fit a batch.
@@ -94,6 +108,9 @@ pub type Cursor = BTreeMap<Name, u64>;
 const MAX_GROUP: usize = 100;
 /// Bytes of one batch for the uplink; below the largest replay message.
 const MAX_BATCH_BYTES: usize = 192 * 1024;
+/// Readings of each source whose numbers are remembered for a mark that comes after them: more than the pipeline
+/// looks back.
+const RECENT: usize = 8;
 /// How long to wait before trying a full or failing disk again.
 const AFTER_FAILURE: Duration = Duration::from_millis(500);
 
@@ -104,8 +121,15 @@ pub struct Store {
     cursor: Cursor,
     gaps_said: Vec<GapRecord>,
     to_uplink: Sender<Stored>,
+    /// Where frames that are kept go, where any are.
+    samples: Option<Tray>,
+    /// Frame and number of each source's last readings.
+    recent: BTreeMap<Name, VecDeque<(u64, u64)>>,
     counters: Counters,
 }
+
+/// A result, and what is kept of its frame.
+type Entry = (Draft, Option<Box<Kept>>);
 
 impl Store {
     /// Owns `outbox`, speaks to the uplink.
@@ -124,10 +148,18 @@ impl Store {
             cursor,
             gaps_said,
             to_uplink,
+            samples: None,
+            recent: BTreeMap::new(),
             counters,
         };
         store.count();
         store
+    }
+
+    /// With a way for frames that are kept.
+    #[must_use]
+    pub fn with_samples(self, samples: Option<Tray>) -> Self {
+        Self { samples, ..self }
     }
 
     /// Serves until every sender of commands is gone. Blocks: it has a thread of its own.
@@ -135,19 +167,24 @@ impl Store {
         let mut held = None;
         while let Some(command) = held.take().or_else(|| commands.blocking_recv()) {
             match command {
-                Command::Append(first) => {
-                    let mut group = vec![first];
+                Command::Keep {
+                    draft,
+                    kept,
+                    again: true,
+                } => self.keep_again(draft, kept),
+                Command::Append(_) | Command::Keep { .. } => {
+                    let mut group: Vec<Entry> = as_entry(command).into_iter().collect();
                     while group.len() < MAX_GROUP {
-                        match commands.try_recv() {
-                            Ok(Command::Append(next)) => group.push(next),
-                            Ok(other) => {
+                        match commands.try_recv().map(as_entry) {
+                            Ok(Ok(next)) => group.push(next),
+                            Ok(Err(other)) => {
                                 held = Some(other);
                                 break;
                             }
                             Err(_) => break,
                         }
                     }
-                    self.append(&group);
+                    self.append(group);
                 }
                 Command::Free(stored) => {
                     if let Err(error) = self.outbox.free(&stored) {
@@ -173,10 +210,12 @@ impl Store {
     }
 
     /// A disk that takes nothing holds the pipeline back; the reading waits, it is not dropped.
-    fn append(&mut self, group: &[Draft]) {
+    fn append(&mut self, group: Vec<Entry>) {
         let mut cursor = self.cursor.clone();
-        for draft in group {
-            cursor.insert(draft.source.clone(), draft.frame + 1);
+        for (draft, _) in &group {
+            // A frame that was marked becomes a reading after younger ones.
+            let next = cursor.entry(draft.source.clone()).or_default();
+            *next = (*next).max(draft.frame + 1);
         }
         let note = serde_json::to_vec(&cursor).unwrap_or_default();
         let mut complained = false;
@@ -188,7 +227,7 @@ impl Store {
                 if durable.len() == group.len() {
                     durable.clear();
                 }
-                let draft = group
+                let (draft, _) = group
                     .get(durable.len())
                     .ok_or(EventError::Value("more numbers than results"))?;
                 let bytes = reading(device, epoch, seq, draft).encode()?;
@@ -204,6 +243,7 @@ impl Store {
                     self.cursor = cursor;
                     self.counters.readings.add(group.len() as u64);
                     self.say_gaps();
+                    self.number(epoch, &durable, group);
                     self.say(Stored::Appended(durable));
                     return;
                 }
@@ -232,6 +272,45 @@ impl Store {
         }
     }
 
+    /// What was kept goes on with its number. The disk has the readings already.
+    fn number(&mut self, epoch: u64, durable: &[Durable], group: Vec<Entry>) {
+        let Some(samples) = &self.samples else {
+            return;
+        };
+        for (Durable { seq, .. }, (draft, kept)) in durable.iter().zip(group) {
+            let recent = self.recent.entry(draft.source.clone()).or_default();
+            recent.push_back((draft.frame, *seq));
+            if recent.len() > RECENT {
+                recent.pop_front();
+            }
+            if let Some(kept) = kept {
+                samples.put(Job {
+                    epoch,
+                    seq: *seq,
+                    draft,
+                    kept,
+                });
+            }
+        }
+    }
+
+    /// Somebody marked a frame whose reading is durable already.
+    fn keep_again(&self, draft: Draft, kept: Box<Kept>) {
+        let recent = self.recent.get(&draft.source);
+        let seq = recent
+            .and_then(|r| r.iter().rev().find(|(frame, _)| *frame == draft.frame))
+            .map(|(_, seq)| *seq);
+        match (seq, &self.samples) {
+            (Some(seq), Some(samples)) => samples.put(Job {
+                epoch: self.outbox.epoch(),
+                seq,
+                draft,
+                kept,
+            }),
+            _ => self.counters.samples.lost(kept.reason),
+        }
+    }
+
     fn say_gaps(&mut self) {
         if self.outbox.gaps() != self.gaps_said {
             self.gaps_said = self.outbox.gaps().to_vec();
@@ -249,6 +328,19 @@ impl Store {
         self.counters
             .gaps_pending
             .set(self.gaps_said.iter().map(|g| g.to - g.from + 1).sum());
+    }
+}
+
+/// A result to append, if it is one.
+fn as_entry(command: Command) -> Result<Entry, Command> {
+    match command {
+        Command::Append(draft) => Ok((draft, None)),
+        Command::Keep {
+            draft,
+            kept,
+            again: false,
+        } => Ok((draft, Some(kept))),
+        other => Err(other),
     }
 }
 

@@ -6,12 +6,15 @@ use std::{collections::BTreeMap, time::Duration};
 
 use bytes::Bytes;
 use mesh_core::{
-    Ack, Backoff, Gap, Info, Kind, Metrics, ModelInfo, Name, State, Status, Topic, VERSION,
+    Ack, Backoff, Gap, Info, Kind, Mark, Metrics, ModelInfo, Name, State, Status, Topic, VERSION,
     delivery::{Delivery, Pace, Send},
     replay_bytes,
 };
 use rumqttc::PublishOptions;
-use tokio::sync::mpsc::{Receiver, Sender};
+use tokio::sync::{
+    mpsc::{Receiver, Sender},
+    watch,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -19,8 +22,11 @@ use crate::{
     clock::{Monotonic, WallClock},
     config::Config,
     connection::{Connection, News},
-    counters::{Counters, resident_bytes},
+    counters::{Counter, Counters, resident_bytes},
+    dice,
     outbox::GapRecord,
+    pipeline::Drifts,
+    samples::desk::Marked,
     store::{Command, Durable, Stored},
 };
 
@@ -49,6 +55,7 @@ enum Event {
     Reconnect,
     Due,
     Report,
+    Drift,
     Stop,
 }
 
@@ -66,7 +73,13 @@ pub(crate) struct Uplink {
     batch: Batch,
     /// What the device says about itself and has not said on this connection.
     greetings: Vec<(String, Bytes, PublishOptions)>,
-    subscribed: bool,
+    /// Topics that wait to be asked for on this connection.
+    to_ask: Vec<String>,
+    /// What was found about the sources, and what of it this connection knows.
+    drifts: watch::Receiver<Drifts>,
+    drifts_said: Drifts,
+    /// Where marks go.
+    marks: std::sync::mpsc::SyncSender<Marked>,
     connection: Option<Connection>,
     up: bool,
     backoff: Backoff,
@@ -98,6 +111,10 @@ pub(crate) struct Start {
     pub(crate) gaps: Vec<GapRecord>,
     /// Commands to the store.
     pub(crate) store: Sender<Command>,
+    /// What is found about the sources.
+    pub(crate) drifts: watch::Receiver<Drifts>,
+    /// Where marks go.
+    pub(crate) marks: std::sync::mpsc::SyncSender<Marked>,
     /// The board's lights.
     pub(crate) board: BoardHandle,
     /// What is counted.
@@ -116,6 +133,8 @@ impl Uplink {
             pending,
             gaps,
             store,
+            drifts,
+            marks,
             board,
             counters,
             wall,
@@ -128,7 +147,10 @@ impl Uplink {
             gaps_said_ms: None,
             batch: Batch::None,
             greetings: Vec::new(),
-            subscribed: false,
+            to_ask: Vec::new(),
+            drifts,
+            drifts_said: Drifts::new(),
+            marks,
             connection: None,
             up: false,
             backoff: Backoff::new(BACKOFF_MS, u64::from(config.broker.max_backoff_s) * 1_000),
@@ -158,6 +180,7 @@ impl Uplink {
                     clock,
                     gaps,
                     gaps_said_ms,
+                    drifts,
                     up,
                     ..
                 } = &mut self;
@@ -183,6 +206,8 @@ impl Uplink {
                     () = at(due) => Event::Due,
                     () = at(farewell) => break,
                     _ = report.tick() => Event::Report,
+                    // Closed: the pipeline has ended, there is nothing more to find.
+                    Ok(()) = drifts.changed() => Event::Drift,
                 }
             };
             match event {
@@ -195,6 +220,8 @@ impl Uplink {
                 Event::Reconnect => reconnect = self.connect(),
                 Event::Due => self.due(),
                 Event::Report => self.report(),
+                // Said below, with everything else.
+                Event::Drift => {}
                 Event::Stop => {
                     farewell = Some(tokio::time::Instant::now() + FAREWELL);
                     reconnect = None;
@@ -224,7 +251,7 @@ impl Uplink {
     }
 
     fn next_try(&mut self) -> tokio::time::Instant {
-        let wait = self.backoff.next(random());
+        let wait = self.backoff.next(dice::throw());
         tracing::debug!(wait_ms = wait, "next try to connect");
         tokio::time::Instant::now() + Duration::from_millis(wait)
     }
@@ -249,7 +276,12 @@ impl Uplink {
             News::Up => {
                 tracing::info!(broker = %self.config.broker.url, waiting = self.delivery.waiting(), "connected");
                 self.up = true;
-                self.subscribed = false;
+                // The last is asked for first.
+                self.to_ask = vec![
+                    Topic::prefix(&self.config.site, &self.config.device) + "+/mark",
+                    self.topic(Kind::Ack),
+                ];
+                self.drifts_said.clear();
                 self.gaps_said_ms = None;
                 self.greetings = self.greet();
                 self.delivery.connected();
@@ -257,38 +289,57 @@ impl Uplink {
             }
             // Only a broker that takes messages is worth coming back to at once.
             News::Taken => self.backoff.reset(),
-            News::Message { topic, payload } => self.message(&topic, &payload),
+            News::Message {
+                topic,
+                payload,
+                retained,
+            } => self.message(&topic, &payload, retained),
             News::Progress | News::Lost(_) => {}
         }
     }
 
-    fn message(&mut self, topic: &str, payload: &[u8]) {
-        let understood = match topic.parse::<Topic>() {
-            Ok(Topic {
-                kind: Kind::Ack,
-                site,
-                device,
-                ..
-            }) if site == self.config.site && device == self.config.device => {
-                Ack::decode(payload).map_err(|error| error.to_string())
+    fn message(&mut self, topic: &str, payload: &[u8], retained: bool) {
+        let mine = match topic.parse::<Topic>() {
+            Ok(topic) if topic.site == self.config.site && topic.device == self.config.device => {
+                Ok(topic)
             }
-            Ok(_) => Err("not a topic of this device".into()),
+            Ok(_) => Err("not a topic of this device".to_owned()),
             Err(error) => Err(error.to_string()),
         };
-        match understood {
-            Ok(ack) if ack.epoch == self.epoch => {
-                self.delivery.acknowledged(&ack);
-                let stored = ack.stored();
-                self.gaps.retain(|gap| !stored.covers(gap.from, gap.to));
-                self.to_free = Some(stored);
-            }
-            // The outbox was made anew since: nothing to free.
-            Ok(_) => {}
-            Err(why) => {
-                self.counters.refused.add(1);
-                tracing::warn!(topic, "message refused: {why}");
-            }
+        let understood = mine.and_then(|topic| match topic.kind {
+            Kind::Ack => self.ack(payload),
+            // A mark is about what is seen now: one that somebody left lying about is not.
+            Kind::Mark if retained => Err("a mark must not be retained".into()),
+            Kind::Mark => self.mark(topic.source, payload),
+            _ => Err("nothing that is said to a device".into()),
+        });
+        if let Err(why) = understood {
+            self.counters.refused.add(1);
+            tracing::warn!(topic, "message refused: {why}");
         }
+    }
+
+    fn ack(&mut self, payload: &[u8]) -> Result<(), String> {
+        let ack = Ack::decode(payload).map_err(|error| error.to_string())?;
+        // Otherwise the outbox was made anew since: nothing to free.
+        if ack.epoch == self.epoch {
+            self.delivery.acknowledged(&ack);
+            let stored = ack.stored();
+            self.gaps.retain(|gap| !stored.covers(gap.from, gap.to));
+            self.to_free = Some(stored);
+        }
+        Ok(())
+    }
+
+    fn mark(&self, source: Name, payload: &[u8]) -> Result<(), String> {
+        let mark = Mark::decode(payload).map_err(|error| error.to_string())?;
+        let marked = Marked {
+            source: Some(source).filter(|source| *source != Name::itself()),
+            reason: mark.mark,
+        };
+        self.marks
+            .try_send(marked)
+            .map_err(|_| "there are too many marks, or no samples are kept".into())
     }
 
     fn store_said(&mut self, said: Stored) {
@@ -369,16 +420,32 @@ impl Uplink {
         let Some(connection) = self.connection.as_ref().filter(|_| self.up) else {
             return;
         };
-        if !self.subscribed {
-            let topic =
-                Topic::of_device(&self.config.site, &self.config.device, Kind::Ack).to_string();
-            self.subscribed = connection.subscribe(&topic);
+        while let Some(topic) = self.to_ask.last() {
+            if !connection.subscribe(topic) {
+                break;
+            }
+            self.to_ask.pop();
         }
         while let Some((topic, payload, options)) = self.greetings.last() {
             if !connection.publish(topic, payload.clone(), *options) {
                 return;
             }
             self.greetings.pop();
+        }
+        for (source, drift) in self.drifts.borrow_and_update().iter() {
+            if self.drifts_said.get(source) == Some(drift) {
+                continue;
+            }
+            let topic = Topic {
+                source: source.clone(),
+                ..self.topic_of(Kind::Drift)
+            };
+            let payload = drift.encode().unwrap_or_default();
+            let retained = PublishOptions::at_least_once().retained();
+            if !connection.publish(&topic.to_string(), payload.into(), retained) {
+                break;
+            }
+            self.drifts_said.insert(source.clone(), drift.clone());
         }
         if self.gaps_said_ms.is_none() {
             for gap in &self.gaps {
@@ -506,6 +573,9 @@ impl Uplink {
             return;
         };
         let numbers = &self.counters;
+        let samples = &numbers.samples;
+        // In the order of the reasons.
+        let kept = |at: usize| samples.kept.get(at).map_or(0, Counter::get);
         let metrics = Metrics {
             v: VERSION,
             ts: self.wall.now_ms(),
@@ -521,6 +591,16 @@ impl Uplink {
             refused: numbers.refused.get(),
             latency_ms: numbers.latency_us.get() as f32 / 1_000.0,
             rss_bytes: resident_bytes(),
+            samples_wrong: kept(0),
+            samples_missed: kept(1),
+            samples_uncertain: kept(2),
+            samples_novel: kept(3),
+            samples_random: kept(4),
+            samples_dropped: samples.dropped.get() + samples.evicted.get(),
+            samples_sent: samples.sent.get(),
+            samples_refused: samples.refused.get(),
+            samples_waiting: samples.waiting.get(),
+            drifting: numbers.drifting.get(),
         };
         let payload = metrics.encode().unwrap_or_default();
         // Lost if there is no room: the next one says the same and more.
@@ -562,10 +642,4 @@ async fn at(instant: Option<tokio::time::Instant>) {
         Some(instant) => tokio::time::sleep_until(instant).await,
         None => std::future::pending().await,
     }
-}
-
-/// Evenly drawn, different on every device and at every start; nothing secret depends on it.
-fn random() -> u64 {
-    use std::hash::{BuildHasher, Hasher, RandomState};
-    RandomState::new().build_hasher().finish()
 }

@@ -247,6 +247,36 @@ pub struct Metrics {
     pub latency_ms: f32,
     /// Resident memory of the agent in bytes; 0 where it cannot be read.
     pub rss_bytes: u64,
+    /// Frames kept because somebody said that the result was wrong, since the start.
+    #[serde(default)]
+    pub samples_wrong: u64,
+    /// Frames kept because somebody said that something was missed, since the start.
+    #[serde(default)]
+    pub samples_missed: u64,
+    /// Frames kept because the model was not sure, since the start.
+    #[serde(default)]
+    pub samples_uncertain: u64,
+    /// Frames kept because they look like nothing in training, since the start.
+    #[serde(default)]
+    pub samples_novel: u64,
+    /// Frames kept by lot, since the start.
+    #[serde(default)]
+    pub samples_random: u64,
+    /// Frames that should have been kept and were not: too fast, or no room.
+    #[serde(default)]
+    pub samples_dropped: u64,
+    /// Samples that the coordinator has taken since the start.
+    #[serde(default)]
+    pub samples_sent: u64,
+    /// Samples that the coordinator has refused for good since the start.
+    #[serde(default)]
+    pub samples_refused: u64,
+    /// Samples on the device that wait to be sent.
+    #[serde(default)]
+    pub samples_waiting: u64,
+    /// Sources that see something else than they should.
+    #[serde(default)]
+    pub drifting: u64,
 }
 
 /// Parses the flat messages, each bounded and of this version.

@@ -10,11 +10,13 @@ extern crate alloc;
 mod backoff;
 pub mod decide;
 pub mod delivery;
+pub mod drift;
 mod envelope;
 mod event;
 mod name;
 mod ranges;
 mod sample;
+pub mod sampling;
 mod topic;
 
 pub use backoff::Backoff;

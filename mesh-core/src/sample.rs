@@ -4,7 +4,10 @@ use alloc::{string::String, vec::Vec};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{EventError, Name, VERSION};
+use crate::{
+    EventError, MAX_EVENT_BYTES, Name, VERSION,
+    event::{parse, within},
+};
 
 /// The largest encoded sample in bytes, without its image: an embedding of 4,096 values and the rest.
 pub const MAX_SAMPLE_BYTES: usize = 64 * 1024;
@@ -208,6 +211,24 @@ pub struct Mark {
     pub mark: SampleReason,
 }
 
+impl Mark {
+    /// Reads and checks one.
+    ///
+    /// # Errors
+    /// If it is too large, no mark, of another version, or says what only the device can know.
+    pub fn decode(bytes: &[u8]) -> Result<Self, EventError> {
+        within(bytes.len(), MAX_EVENT_BYTES)?;
+        let mark: Self = parse(bytes)?;
+        if mark.v != VERSION {
+            return Err(EventError::Version(mark.v));
+        }
+        match mark.mark {
+            SampleReason::Wrong | SampleReason::Missed => Ok(mark),
+            _ => Err(EventError::Value("mark is wrong or missed")),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use alloc::{string::ToString, vec};
@@ -285,5 +306,19 @@ mod tests {
         assert!((entropy(&[0.25; 4]) - 1.0).abs() < 1e-6);
         assert!(entropy(&[0.9, 0.1]) < entropy(&[0.6, 0.4]));
         assert!(entropy(&[1.0]).abs() < 1e-6);
+    }
+
+    #[test]
+    fn marks_say_what_people_can_know() {
+        let mark = Mark::decode(br#"{"v":1,"mark":"wrong"}"#).unwrap();
+        assert_eq!(mark.mark, SampleReason::Wrong);
+        for bad in [
+            &br#"{"v":1,"mark":"random"}"#[..],
+            br#"{"v":2,"mark":"wrong"}"#,
+            b"wrong",
+            &[b' '; 100_000],
+        ] {
+            assert!(Mark::decode(bad).is_err());
+        }
     }
 }

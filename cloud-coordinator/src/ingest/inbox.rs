@@ -34,7 +34,7 @@ pub(crate) struct Inbox {
 }
 
 /// The kinds that ingest has a use for.
-pub(crate) const KINDS: [Kind; 8] = [
+pub(crate) const KINDS: [Kind; 9] = [
     Kind::Result,
     Kind::Replay,
     Kind::Gap,
@@ -43,6 +43,7 @@ pub(crate) const KINDS: [Kind; 8] = [
     Kind::Model,
     Kind::State,
     Kind::Metrics,
+    Kind::Drift,
 ];
 
 impl Inbox {

@@ -18,7 +18,7 @@ use std::{
 
 use mesh_core::{
     Backoff, Event, Info, Kind, Metrics as DeviceMetrics, ModelInfo, RangeSet, State as Health,
-    Status,
+    Status, Topic, drift::Drift,
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -208,9 +208,13 @@ impl Ingest {
                 }));
                 false
             }
-            Kind::Image | Kind::Desired | Kind::Reported | Kind::Ack | Kind::Mark | Kind::Drift => {
+            Kind::Drift => {
+                let Topic { device, source, .. } = &message.topic;
+                let drift = Drift::decode(payload, device, source)?;
+                self.registry.update(id, |d| d.drifted(drift));
                 false
             }
+            Kind::Image | Kind::Desired | Kind::Reported | Kind::Ack | Kind::Mark => false,
         };
         if changed {
             touched.push(id);

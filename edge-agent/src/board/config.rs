@@ -21,9 +21,11 @@ pub struct BoardConfig {
     pub trigger: Option<Line>,
     /// An output that is pulsed when a part is to be thrown out.
     pub reject: Option<Line>,
+    /// A button that somebody presses when a result was wrong or missing.
+    pub button: Option<Button>,
     /// How long the reject output is active, in milliseconds: 1 to 10,000.
     pub reject_ms: u32,
-    /// How long the trigger must hold to count, in milliseconds: 0 to 1,000.
+    /// How long the trigger and the button must hold to count, in milliseconds: 0 to 1,000.
     pub debounce_ms: u32,
 }
 
@@ -35,6 +37,7 @@ impl Default for BoardConfig {
             led: None,
             trigger: None,
             reject: None,
+            button: None,
             reject_ms: 80,
             debounce_ms: 20,
         }
@@ -55,20 +58,61 @@ pub struct Line {
     pub active_low: bool,
 }
 
+/// A line with a button, and what pressing it says about the last frame of every source.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Button {
+    /// The chip's device file.
+    #[serde(default = "first_chip")]
+    pub chip: String,
+    /// The line's number on it.
+    pub line: u32,
+    /// Active means low.
+    #[serde(default)]
+    pub active_low: bool,
+    /// `wrong` (the default) or `missed`.
+    #[serde(default)]
+    pub means: Meaning,
+}
+
+/// What a button says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Meaning {
+    /// The result was wrong.
+    #[default]
+    Wrong,
+    /// There was something to see.
+    Missed,
+}
+
+impl Button {
+    /// Its wiring.
+    #[must_use]
+    pub fn wiring(&self) -> Line {
+        Line {
+            chip: self.chip.clone(),
+            line: self.line,
+            active_low: self.active_low,
+        }
+    }
+}
+
 fn first_chip() -> String {
     "/dev/gpiochip0".into()
 }
 
 impl BoardConfig {
     /// The lines that are configured, with their names.
-    pub(super) fn lines(&self) -> impl Iterator<Item = (&'static str, &Line)> {
+    pub(super) fn lines(&self) -> impl Iterator<Item = (&'static str, Line)> {
         [
-            ("led", &self.led),
-            ("trigger", &self.trigger),
-            ("reject", &self.reject),
+            ("led", self.led.clone()),
+            ("trigger", self.trigger.clone()),
+            ("reject", self.reject.clone()),
+            ("button", self.button.as_ref().map(Button::wiring)),
         ]
         .into_iter()
-        .filter_map(|(name, line)| Some((name, line.as_ref()?)))
+        .filter_map(|(name, line)| Some((name, line?)))
     }
 
     /// Values that cannot be meant: the field, and what it must be.
@@ -129,6 +173,12 @@ mod tests {
         assert_eq!(good.led.unwrap().chip, "/dev/gpiochip0");
         assert!(toml::from_str::<BoardConfig>("lde = { line = 17 }").is_err());
         assert!(toml::from_str::<BoardConfig>("led = { line = 17, low = true }").is_err());
+        let button: BoardConfig =
+            toml::from_str("button = { line = 5, means = \"missed\" }").unwrap();
+        assert_eq!(button.button.unwrap().means, Meaning::Missed);
+        assert!(
+            toml::from_str::<BoardConfig>("button = { line = 5, means = \"random\" }").is_err()
+        );
         let bad: BoardConfig = toml::from_str(
             "name = \"\"\nreject_ms = 0\ndebounce_ms = 9999\nled = { line = 1 }\ntrigger = { chip = \"0\", line = 1 }\nreject = { line = 1 }",
         )

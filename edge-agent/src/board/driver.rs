@@ -84,6 +84,8 @@ impl<P: InputPin> Wired<P> {
 pub(super) struct Step {
     /// The trigger became active.
     pub(super) triggered: bool,
+    /// The button was pressed.
+    pub(super) pressed: bool,
     /// Rejects that came while a pulse was going on.
     pub(super) joined: u64,
     /// Pins that failed.
@@ -98,6 +100,8 @@ pub(super) struct Driver<L, T, R> {
     pulse: Pulse,
     debounce: Debounce,
     sample_ms: u64,
+    button_debounce: Debounce,
+    button_ms: u64,
 }
 
 impl<L: OutputPin, T: InputPin, R: OutputPin> Driver<L, T, R> {
@@ -107,6 +111,8 @@ impl<L: OutputPin, T: InputPin, R: OutputPin> Driver<L, T, R> {
             pulse: Pulse::new(reject_ms.into()),
             debounce: Debounce::new(debounce_ms.into()),
             sample_ms: 0,
+            button_debounce: Debounce::new(debounce_ms.into()),
+            button_ms: 0,
         }
     }
 
@@ -127,19 +133,14 @@ impl<L: OutputPin, T: InputPin, R: OutputPin> Driver<L, T, R> {
             }
         }
         if let Some(trigger) = &mut self.pins.trigger {
-            if now_ms >= self.sample_ms {
-                match trigger.is_active() {
-                    Ok(active) => {
-                        step.triggered = self.debounce.sample(active, now_ms);
-                        self.sample_ms = now_ms + TRIGGER_STEP_MS;
-                    }
-                    Err(errors) => {
-                        step.errors += errors;
-                        self.sample_ms = now_ms + RETRY_MS;
-                    }
-                }
-            }
+            let (debounce, due) = (&mut self.debounce, &mut self.sample_ms);
+            step.triggered = sample(trigger, debounce, due, now_ms, &mut step.errors);
             step.next_ms = step.next_ms.min(self.sample_ms);
+        }
+        if let Some(button) = &mut self.pins.button {
+            let (debounce, due) = (&mut self.button_debounce, &mut self.button_ms);
+            step.pressed = sample(button, debounce, due, now_ms, &mut step.errors);
+            step.next_ms = step.next_ms.min(self.button_ms);
         }
         if let Some(lamp) = &mut self.pins.led {
             step.errors += lamp.set(led(state, now_ms));
@@ -155,6 +156,30 @@ impl<L: OutputPin, T: InputPin, R: OutputPin> Driver<L, T, R> {
         }
         if let Some(lamp) = &mut self.pins.led {
             lamp.set(false);
+        }
+    }
+}
+
+/// Looks at an input if it is time to; true where it has just become active.
+fn sample<P: InputPin>(
+    pin: &mut Wired<P>,
+    debounce: &mut Debounce,
+    due_ms: &mut u64,
+    now_ms: u64,
+    errors: &mut u64,
+) -> bool {
+    if now_ms < *due_ms {
+        return false;
+    }
+    match pin.is_active() {
+        Ok(active) => {
+            *due_ms = now_ms + TRIGGER_STEP_MS;
+            debounce.sample(active, now_ms)
+        }
+        Err(failed) => {
+            *errors += failed;
+            *due_ms = now_ms + RETRY_MS;
+            false
         }
     }
 }
@@ -184,6 +209,7 @@ mod tests {
             led: None,
             trigger: None,
             reject: None,
+            button: None,
         }
     }
 
@@ -257,6 +283,34 @@ mod tests {
     }
 
     #[test]
+    fn a_button_is_heard_beside_the_trigger() {
+        let (low, high) = (get(Level::Low), get(Level::High));
+        let mut pin = Mock::new(&[low.clone(), high.clone(), high, low]);
+        let mut other = Mock::new(&vec![get(Level::Low); 4]);
+        let pins = Pins {
+            trigger: Some(Wired::new(other.clone(), "trigger", false)),
+            button: Some(Wired::new(pin.clone(), "button", false)),
+            ..pins()
+        };
+        let mut driver: Mocks = Driver::new(pins, 80, 0);
+        let seen: Vec<_> = (0..4)
+            .map(|n| driver.step(n * 5, State::Running, 0))
+            .map(|step| (step.triggered, step.pressed))
+            .collect();
+        assert_eq!(
+            seen,
+            [
+                (false, false),
+                (false, true),
+                (false, false),
+                (false, false)
+            ]
+        );
+        pin.done();
+        other.done();
+    }
+
+    #[test]
     fn a_pin_that_fails_is_counted_and_the_others_go_on() {
         let broken = || MockError::Io(ErrorKind::BrokenPipe);
         let mut led = Mock::new(&[
@@ -271,6 +325,7 @@ mod tests {
                 led: Some(Wired::new(led.clone(), "led", false)),
                 trigger: Some(Wired::new(trigger.clone(), "trigger", false)),
                 reject: Some(Wired::new(reject.clone(), "reject", false)),
+                button: None,
             },
             80,
             0,

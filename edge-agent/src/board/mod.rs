@@ -1,4 +1,4 @@
-//! The device's pins: a status LED, a trigger input and a reject output. Whatever is not configured is not
+//! The device's pins: a status LED, a trigger input, a button and a reject output. Whatever is not configured is not
 //! there, and costs nothing.
 //!
 //! One thread serves them all. What it decides is in [`signal`], pure and with the time as an argument; how
@@ -20,7 +20,7 @@ use std::{
     time::Duration,
 };
 
-pub use config::{BoardConfig, Line};
+pub use config::{BoardConfig, Button, Line, Meaning};
 use driver::{Driver, Wired};
 use embedded_hal::digital::{InputPin, OutputPin};
 pub use signal::State;
@@ -36,7 +36,7 @@ pub enum BoardError {
     /// A configured line cannot be used.
     #[error("the {what} pin, {chip} line {line}: {why}")]
     Pin {
-        /// `led`, `trigger` or `reject`.
+        /// `led`, `trigger`, `reject` or `button`.
         what: &'static str,
         /// The chip's device file.
         chip: String,
@@ -66,6 +66,8 @@ pub struct Counts {
     pub triggers: u64,
     /// Triggers that nobody took in time.
     pub triggers_dropped: u64,
+    /// Times that the button was pressed.
+    pub presses: u64,
 }
 
 #[derive(Default)]
@@ -76,6 +78,7 @@ struct Shared {
     pin_errors: AtomicU64,
     triggers: AtomicU64,
     triggers_dropped: AtomicU64,
+    presses: AtomicU64,
 }
 
 /// The pins that a board has.
@@ -86,6 +89,8 @@ pub struct Pins<L, T, R> {
     pub trigger: Option<Wired<T>>,
     /// The reject output.
     pub reject: Option<Wired<R>>,
+    /// The button.
+    pub button: Option<Wired<T>>,
 }
 
 /// Starts the board.
@@ -183,6 +188,7 @@ impl BoardHandle {
             rejects_joined: get(&self.shared.rejects_joined),
             triggers: get(&self.shared.triggers),
             triggers_dropped: get(&self.shared.triggers_dropped),
+            presses: get(&self.shared.presses),
         }
     }
 
@@ -217,6 +223,9 @@ fn run<L: OutputPin, T: InputPin, R: OutputPin>(
             if triggers.try_send(()).is_err() {
                 shared.triggers_dropped.fetch_add(1, Ordering::Relaxed);
             }
+        }
+        if step.pressed {
+            shared.presses.fetch_add(1, Ordering::Relaxed);
         }
         let wait = Duration::from_millis(step.next_ms.saturating_sub(now).max(1));
         if woken.recv_timeout(wait) == Err(RecvTimeoutError::Disconnected) {
@@ -261,6 +270,7 @@ mod tests {
             led: None,
             trigger: None,
             reject,
+            button: None,
         };
         let mut driver = Driver::new(pins, 10_000, 0);
         // The first step, so that it does not matter how soon the thread sees the reject.

@@ -17,6 +17,11 @@ pub(super) fn take(config: &BoardConfig) -> Result<Pins<CdevPin, CdevPin, CdevPi
         led: output("led", &config.led)?,
         trigger: request("trigger", config.trigger.as_ref(), LineRequestFlags::INPUT)?,
         reject: output("reject", &config.reject)?,
+        button: request(
+            "button",
+            config.button.as_ref().map(super::Button::wiring).as_ref(),
+            LineRequestFlags::INPUT,
+        )?,
     })
 }
 
@@ -24,9 +29,9 @@ pub(super) fn take(config: &BoardConfig) -> Result<Pins<CdevPin, CdevPin, CdevPi
 pub(super) fn look(config: &BoardConfig) -> Result<String, BoardError> {
     let mut said = Vec::new();
     for (name, line) in config.lines() {
-        let info = find(line)
+        let info = find(&line)
             .and_then(|found| found.info())
-            .map_err(|error| failed(name, line, error))?;
+            .map_err(|error| failed(name, &line, error))?;
         let user = info.consumer().filter(|_| info.is_used());
         said.push(match user {
             Some(user) => format!("{name}: {} line {}, in use by {user}", line.chip, line.line),

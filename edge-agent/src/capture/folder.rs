@@ -1,8 +1,12 @@
 //! A folder of images as a camera.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs::File,
+    io::Read,
+    path::{Path, PathBuf},
+};
 
-use models::Picture;
+use models::{ImageError, MAX_ENCODED_BYTES, Picture};
 
 use super::{Shot, Source, SourceConfig, SourceError};
 
@@ -10,6 +14,8 @@ use super::{Shot, Source, SourceConfig, SourceError};
 const ENDINGS: [&str; 6] = ["jpg", "jpeg", "png", "bmp", "gif", "webp"];
 /// A folder is listed once and kept in memory.
 const MAX_FILES: usize = 1_000_000;
+/// Larger files are not handed on: the few frames that wait somewhere must fit the memory.
+const MAX_ORIGINAL: usize = 8 * 1024 * 1024;
 /// Folders inside folders; deeper is a loop or a mistake.
 const MAX_DEPTH: usize = 8;
 
@@ -71,6 +77,25 @@ fn list(folder: &Path, depth: usize, files: &mut Vec<PathBuf>) -> std::io::Resul
     Ok(())
 }
 
+/// The bytes of a file, within the bound for images.
+fn read(path: &Path) -> Result<Vec<u8>, ImageError> {
+    let fail = |source| ImageError::Read {
+        path: path.to_owned(),
+        source,
+    };
+    let file = File::open(path).map_err(fail)?;
+    let length = file.metadata().map_err(fail)?.len();
+    if length > MAX_ENCODED_BYTES as u64 {
+        return Err(ImageError::TooManyBytes);
+    }
+    let mut bytes = Vec::with_capacity(usize::try_from(length).unwrap_or_default());
+    // It may grow while it is read.
+    file.take(MAX_ENCODED_BYTES as u64 + 1)
+        .read_to_end(&mut bytes)
+        .map_err(fail)?;
+    Ok(bytes)
+}
+
 fn is_image(path: &Path) -> bool {
     path.extension()
         .and_then(|e| e.to_str())
@@ -94,18 +119,22 @@ impl Source for Folder {
             .unwrap_or(path)
             .to_string_lossy()
             .into_owned();
-        let picture = match self.wanted {
-            Some((width, height)) => Picture::read_for(path, width, height),
-            None => Picture::read(path),
-        };
-        match picture {
-            Ok(picture) => {
+        let seen = read(path).and_then(|bytes| {
+            let picture = match self.wanted {
+                Some((width, height)) => Picture::decode_for(&bytes, width, height),
+                None => Picture::decode(&bytes),
+            }?;
+            Ok((picture, bytes))
+        });
+        match seen {
+            Ok((picture, bytes)) => {
                 let parent = path
                     .parent()
                     .and_then(Path::file_name)
                     .map(|n| n.to_string_lossy().into_owned());
                 Shot::Picture {
                     picture,
+                    original: (bytes.len() <= MAX_ORIGINAL).then_some(bytes),
                     file: Some(shown),
                     truth: parent.filter(|_| self.labelled),
                 }

@@ -24,6 +24,8 @@ pub struct Frame {
     pub ts: i64,
     /// The picture.
     pub picture: Picture,
+    /// The same as the camera gave it, where that is not the pixels themselves.
+    pub original: Option<Vec<u8>>,
     /// The file that it came from.
     pub file: Option<String>,
     /// What it really shows, where the source knows.
@@ -37,6 +39,8 @@ pub enum Shot {
     Picture {
         /// The pixels.
         picture: Picture,
+        /// The same as the camera gave it, where that is not the pixels themselves.
+        original: Option<Vec<u8>>,
         /// The file that it came from.
         file: Option<String>,
         /// What it really shows.

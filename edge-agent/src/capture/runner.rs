@@ -67,6 +67,7 @@ pub fn run(mut start: Start) {
         match shot {
             Shot::Picture {
                 picture,
+                original,
                 file,
                 truth,
             } => {
@@ -81,6 +82,7 @@ pub fn run(mut start: Start) {
                     number,
                     ts,
                     picture,
+                    original,
                     file,
                     truth,
                 };

@@ -27,6 +27,7 @@ impl Source for Synthetic {
         match Picture::from_rgb(image.width(), image.height(), image.into_raw()) {
             Ok(picture) => Shot::Picture {
                 picture,
+                original: None,
                 file: None,
                 truth: Some(truth.label.to_owned()),
             },
