@@ -26,6 +26,9 @@ pub struct AgentFile {
     pub outbox: OutboxPart,
     /// How often it speaks about itself.
     pub report: ReportPart,
+    /// What it keeps to learn from; its own defaults if not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub samples: Option<SamplesPart>,
 }
 
 /// `[broker]`
@@ -104,6 +107,35 @@ pub struct ReportPart {
     pub every_s: u32,
 }
 
+/// `[samples]`
+#[derive(Clone, Debug, Serialize)]
+pub struct SamplesPart {
+    /// `http://host:port`
+    pub coordinator: String,
+    /// The share of all frames that is drawn by lot.
+    pub random: f64,
+    /// Bytes a day.
+    pub day_bytes: u64,
+    /// Bytes that may wait.
+    pub max_bytes: u64,
+    /// 0 is as fast as it goes.
+    pub max_kib_per_s: u32,
+}
+
+impl SamplesPart {
+    /// Keeps every frame, as fast as it goes: who labels shall choose from all of them.
+    #[must_use]
+    pub const fn everything(coordinator: String) -> Self {
+        Self {
+            coordinator,
+            random: 1.0,
+            day_bytes: 1 << 40,
+            max_bytes: 4 << 30,
+            max_kib_per_s: 0,
+        }
+    }
+}
+
 impl AgentFile {
     /// The file's text.
     ///
@@ -148,6 +180,7 @@ mod tests {
             publish: PublishPart { when: "all" },
             outbox: OutboxPart { max_bytes: 4 << 20 },
             report: ReportPart { every_s: 2 },
+            samples: None,
         };
         let parsed: toml::Table = file.text().unwrap().parse().unwrap();
         let source = &parsed["source"][0];

@@ -10,7 +10,7 @@ use std::{
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 
-use crate::{bench, demo, process, site::Broker};
+use crate::{bench, demo, learning, process, site::Broker};
 
 /// A whole fleet on one machine.
 #[derive(Debug, Parser)]
@@ -26,8 +26,88 @@ struct Cli {
 enum Command {
     /// Shows devices at work, pulls a plug, and counts that nothing was lost (the default).
     Demo(DemoArgs),
+    /// Devices see a folder of images, the queue is labelled from the folders' names, a better model is trained
+    /// and judged.
+    Loop(LoopArgs),
     /// Measures, each time in turns with its peer.
     Bench(BenchArgs),
+}
+
+/// What the loop learns from.
+#[derive(Clone, Debug, Args)]
+pub struct LoopArgs {
+    /// A folder with a folder of images (JPEG or PNG) for each class.
+    #[arg(long, value_name = "DIR")]
+    pub images: PathBuf,
+    /// Labelled images of each class to begin with.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(2..).map(|n| n as usize))]
+    pub per_class: usize,
+    /// Labels that may be asked for after that. Default: 20 for each class.
+    #[arg(long)]
+    pub labels: Option<usize>,
+    /// How the samples to label are chosen.
+    #[arg(long, value_enum, default_value = "queue")]
+    pub strategy: StrategyArg,
+    /// How the better model is trained.
+    #[arg(long, value_enum, default_value = "head")]
+    pub trainer: TrainerArg,
+    /// `fine-tune`: passes over the data.
+    #[arg(long, default_value_t = 5)]
+    pub epochs: usize,
+    /// Train so many times on the way, to see a curve.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100).map(|n| n as usize))]
+    pub train_rounds: usize,
+    /// Use at most so many images of each class.
+    #[arg(long, default_value_t = 100_000)]
+    pub most_per_class: usize,
+    /// The model to start from. Default: the backbone that ships.
+    #[arg(long, value_name = "DIR")]
+    pub backbone: Option<PathBuf>,
+    /// How many devices.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=50))]
+    pub agents: u16,
+    /// Decides what is held out, and everything else that is random.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Write the report to this file.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+/// How samples are chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum StrategyArg {
+    /// What teaches most.
+    Queue,
+    /// By lot.
+    Random,
+}
+
+impl StrategyArg {
+    pub(crate) const fn as_str(self) -> &'static str {
+        match self {
+            Self::Queue => "queue",
+            Self::Random => "random",
+        }
+    }
+}
+
+/// How a model is trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum TrainerArg {
+    /// A new classifier on the embedding.
+    Head,
+    /// The layers below it too.
+    FineTune,
+}
+
+impl TrainerArg {
+    pub(crate) const fn as_str(self) -> &'static str {
+        match self {
+            Self::Head => "head",
+            Self::FineTune => "fine-tune",
+        }
+    }
 }
 
 /// What the demo shows.
@@ -149,6 +229,7 @@ fn fleet(cli: Cli) -> anyhow::Result<ExitCode> {
     let good = match cli.command {
         Some(Command::Demo(args)) => runtime.block_on(demo::run(&args))?,
         None => runtime.block_on(demo::run(&cli.demo))?,
+        Some(Command::Loop(args)) => runtime.block_on(learning::run(&args))?,
         Some(Command::Bench(args)) => runtime.block_on(bench::run(&args))?,
     };
     Ok(if good {

@@ -2,12 +2,14 @@
 //! cut, slowed and made to lose answers. The demo, the benchmarks and the end-to-end tests stand on it.
 
 pub mod agent_file;
+mod api;
 mod bench;
 pub mod broker;
 pub mod chaos;
 pub mod cli;
 mod demo;
 pub mod dice;
+mod learning;
 pub mod net;
 pub mod process;
 mod report;

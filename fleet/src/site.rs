@@ -121,6 +121,8 @@ pub struct Plan {
     pub agent_cpu: Option<usize>,
     /// Bound of each outbox in bytes.
     pub outbox_bytes: u64,
+    /// The coordinator's configuration file; its defaults without one.
+    pub coordinator_config: Option<PathBuf>,
     /// Where the console should be, if that port is free.
     pub http: Option<SocketAddr>,
     /// Where the broker should be, if that port is free.
@@ -148,6 +150,7 @@ impl Plan {
             agent_program: None,
             agent_cpu: None,
             outbox_bytes: 256 << 20,
+            coordinator_config: None,
             http: None,
             mqtt: None,
         }
@@ -169,7 +172,7 @@ pub struct Device {
 }
 
 impl Device {
-    fn write_config(&self) -> Result<(), SiteError> {
+    pub(crate) fn write_config(&self) -> Result<(), SiteError> {
         let text = self.file.text();
         text.and_then(|text| std::fs::write(&self.config, text))
             .map_err(io_error(format!("writing {}", self.config.display())))
@@ -214,6 +217,9 @@ impl Site {
         make_dir(&data)?;
         let mut args: Vec<std::ffi::OsString> = vec!["serve".into(), "--data".into(), data.into()];
         args.extend(["--http".into(), http.to_string().into()]);
+        if let Some(config) = &plan.coordinator_config {
+            args.extend(["--config".into(), config.into()]);
+        }
         let broker = match plan.broker {
             Broker::Embedded => {
                 args.extend(["--mqtt".into(), mqtt.to_string().into()]);
@@ -301,6 +307,7 @@ impl Site {
                 max_bytes: plan.outbox_bytes,
             },
             report: ReportPart { every_s: 2 },
+            samples: None,
         };
         let config = dir.join("agent.toml");
         let args = ["run".into(), "--config".into(), config.clone().into()];

@@ -1,0 +1,71 @@
+//! A client of the coordinator's API, as small as the fleet needs it.
+
+use std::{net::SocketAddr, time::Duration};
+
+use anyhow::Context;
+use serde_json::Value;
+
+/// A request may train nothing, but order thousands of samples on a busy machine.
+const TIMEOUT: Duration = Duration::from_secs(60);
+/// More than any answer that is asked for.
+const MAX_ANSWER: u64 = 64 << 20;
+
+/// The API of one coordinator. Blocks.
+#[derive(Clone, Debug)]
+pub(crate) struct Api {
+    agent: ureq::Agent,
+    base: String,
+}
+
+impl Api {
+    pub(crate) fn new(address: SocketAddr) -> Self {
+        let config = ureq::Agent::config_builder()
+            .timeout_global(Some(TIMEOUT))
+            .http_status_as_error(false)
+            .build();
+        Self {
+            agent: config.into(),
+            base: format!("http://{address}/api/v1"),
+        }
+    }
+
+    /// Host and port.
+    pub(crate) fn address(&self) -> &str {
+        let rest = self.base.strip_prefix("http://").unwrap_or(&self.base);
+        rest.split('/').next().unwrap_or(rest)
+    }
+
+    /// `GET`
+    pub(crate) fn get(&self, path: &str) -> anyhow::Result<Value> {
+        let url = format!("{}{path}", self.base);
+        let answer = self.agent.get(&url).call();
+        read(&url, answer)
+    }
+
+    /// `POST` of JSON.
+    pub(crate) fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
+        let url = format!("{}{path}", self.base);
+        let answer = self
+            .agent
+            .post(&url)
+            .header("content-type", "application/json")
+            .send(body.to_string());
+        read(&url, answer)
+    }
+}
+
+fn read(
+    url: &str,
+    answer: Result<ureq::http::Response<ureq::Body>, ureq::Error>,
+) -> anyhow::Result<Value> {
+    let mut answer = answer.with_context(|| format!("asking {url}"))?;
+    let status = answer.status();
+    let text = answer
+        .body_mut()
+        .with_config()
+        .limit(MAX_ANSWER)
+        .read_to_string()
+        .with_context(|| format!("reading the answer of {url}"))?;
+    anyhow::ensure!(status.is_success(), "{url} answered {status}: {text}");
+    serde_json::from_str(&text).with_context(|| format!("{url} answered no JSON"))
+}
