@@ -383,7 +383,8 @@ impl Config {
         training.take("time_limit_s", limit, whole(1, 604_800));
         training.take("external", &mut self.training.external, texts);
         training.take("policy", &mut self.training.policy, |v| {
-            v.try_into().map_err(|error: toml::de::Error| error.message().to_owned())
+            v.try_into()
+                .map_err(|error: toml::de::Error| error.message().to_owned())
         });
         training.finish();
     }

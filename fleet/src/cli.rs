@@ -40,8 +40,8 @@ pub struct LoopArgs {
     #[arg(long, value_name = "DIR")]
     pub images: PathBuf,
     /// Labelled images of each class to begin with.
-    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(2..).map(|n| n as usize))]
-    pub per_class: usize,
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(2..))]
+    pub per_class: u16,
     /// Labels that may be asked for after that. Default: 20 for each class.
     #[arg(long)]
     pub labels: Option<usize>,
@@ -55,8 +55,8 @@ pub struct LoopArgs {
     #[arg(long, default_value_t = 5)]
     pub epochs: usize,
     /// Train so many times on the way, to see a curve.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100).map(|n| n as usize))]
-    pub train_rounds: usize,
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=100))]
+    pub train_rounds: u16,
     /// Use at most so many images of each class.
     #[arg(long, default_value_t = 100_000)]
     pub most_per_class: usize,

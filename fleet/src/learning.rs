@@ -58,10 +58,12 @@ pub(crate) async fn run(args: &LoopArgs) -> anyhow::Result<bool> {
     let root = tempfile::tempdir().context("making a temporary folder")?;
     let root = root.path();
     let divided = divide(args, root)?;
+    let per_class = usize::from(args.per_class);
+    let rounds = usize::from(args.train_rounds);
     println!(
         "{} classes: {} labelled to begin with, {} to be seen by {} devices, {} held out",
         divided.classes,
-        args.per_class * divided.classes,
+        per_class * divided.classes,
         divided.stream,
         args.agents,
         divided.holdout
@@ -69,7 +71,9 @@ pub(crate) async fn run(args: &LoopArgs) -> anyhow::Result<bool> {
     let program = Program::current()?;
     let config = root.join("coordinator.toml");
     let backbone = match &args.backbone {
-        Some(dir) => dir.canonicalize().with_context(|| format!("{}", dir.display()))?,
+        Some(dir) => dir
+            .canonicalize()
+            .with_context(|| format!("{}", dir.display()))?,
         None => shipped_bundle("backbone")?,
     };
     let text = format!("[training]\nmodels = [{backbone:?}]\n");
@@ -107,26 +111,29 @@ pub(crate) async fn run(args: &LoopArgs) -> anyhow::Result<bool> {
     }
     println!("{seen} of {} frames arrived as samples", divided.stream);
 
-    let mut curve = vec![json!([args.per_class * divided.classes, before["report"]["accuracy"]])];
+    let mut curve = vec![json!([
+        per_class * divided.classes,
+        before["report"]["accuracy"]
+    ])];
     let budget = args.labels.unwrap_or(20 * divided.classes);
     let mut labelled = 0;
     let mut after = before.clone();
-    for round in 1..=args.train_rounds {
-        let until = budget * round / args.train_rounds;
-        let before = labelled;
+    for round in 1..=rounds {
+        let until = budget * round / rounds;
+        let so_far = labelled;
         labelled += label(&api, args, until - labelled).await?;
-        if labelled == before {
+        if labelled == so_far {
             break;
         }
         after = train(&api, args, args.trainer.as_str()).await?;
-        let total = args.per_class * divided.classes + labelled;
+        let total = per_class * divided.classes + labelled;
         println!("{total} labels: {}", told(&after));
         curve.push(json!([total, after["report"]["accuracy"]]));
     }
     let report = json!({
         "accuracy_before": before["report"]["accuracy"],
         "accuracy_after": after["report"]["accuracy"],
-        "labels": args.per_class * divided.classes + labelled,
+        "labels": per_class * divided.classes + labelled,
         "labels_from_queue": labelled,
         "train_s": after["train_s"],
         "classes": divided.classes,
@@ -150,18 +157,29 @@ pub(crate) async fn run(args: &LoopArgs) -> anyhow::Result<bool> {
 
 /// In a few words.
 fn told(model: &Value) -> String {
-    let share = |value: &Value| value.as_f64().map_or("?".into(), |v| format!("{:.1} %", v * 100.0));
+    let share = |value: &Value| {
+        value
+            .as_f64()
+            .map_or("?".into(), |v| format!("{:.1} %", v * 100.0))
+    };
     format!(
         "accuracy {} on the holdout, calibration error {}, gate {}",
         share(&model["report"]["accuracy"]),
         share(&model["report"]["ece"]),
-        if model["verdict"]["pass"] == json!(true) { "open" } else { "closed" },
+        if model["verdict"]["pass"] == json!(true) {
+            "open"
+        } else {
+            "closed"
+        },
     )
 }
 
 /// Is this a file that could be an image, by its name?
 fn is_image(path: &Path) -> bool {
-    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+    let extension = path
+        .extension()
+        .and_then(|e| e.to_str())
+        .unwrap_or_default();
     let known = ["jpg", "jpeg", "png"];
     known.contains(&extension.to_ascii_lowercase().as_str())
 }
@@ -174,7 +192,10 @@ fn divide(args: &LoopArgs, root: &Path) -> anyhow::Result<Division> {
         .with_context(|| format!("reading {}", args.images.display()))?;
     for entry in entries {
         let folder = entry?.path();
-        let name = folder.file_name().and_then(|name| name.to_str()).map(str::to_owned);
+        let name = folder
+            .file_name()
+            .and_then(|name| name.to_str())
+            .map(str::to_owned);
         let Some(name) = name.filter(|_| folder.is_dir()) else {
             continue;
         };
@@ -209,11 +230,12 @@ fn divide(args: &LoopArgs, root: &Path) -> anyhow::Result<Division> {
             let part = if at < held {
                 divided.holdout += 1;
                 PathBuf::from("holdout")
-            } else if at < held + args.per_class {
+            } else if at < held + usize::from(args.per_class) {
                 PathBuf::from("initial")
             } else {
                 divided.stream += 1;
-                PathBuf::from("stream").join((divided.stream % usize::from(args.agents)).to_string())
+                PathBuf::from("stream")
+                    .join((divided.stream % usize::from(args.agents)).to_string())
             };
             let folder = root.join(part).join(class);
             std::fs::create_dir_all(&folder)?;
@@ -222,7 +244,10 @@ fn divide(args: &LoopArgs, root: &Path) -> anyhow::Result<Division> {
                 .with_context(|| format!("copying {}", file.display()))?;
         }
     }
-    anyhow::ensure!(divided.stream > 0, "nothing is left for the devices to see: lower --per-class");
+    anyhow::ensure!(
+        divided.stream > 0,
+        "nothing is left for the devices to see: lower --per-class"
+    );
     Ok(divided)
 }
 
@@ -266,14 +291,20 @@ async fn train(api: &Api, args: &LoopArgs, trainer: &str) -> anyhow::Result<Valu
     } else {
         request["epochs"] = json!(args.epochs);
     }
-    let job = ask(api, move |api| api.post(&format!("/tasks/{TASK}/train"), &request)).await?;
+    let job = ask(api, move |api| {
+        api.post(&format!("/tasks/{TASK}/train"), &request)
+    })
+    .await?;
     let id = job["id"].as_i64().context("a job without a number")?;
     let patience = Instant::now() + PATIENCE;
     loop {
         let job = ask(api, move |api| api.get(&format!("/jobs/{id}"))).await?;
         match job["state"].as_str() {
             Some("done") => {
-                let model = job["model"].as_str().context("a job without a model")?.to_owned();
+                let model = job["model"]
+                    .as_str()
+                    .context("a job without a model")?
+                    .to_owned();
                 let mut model = ask(api, move |api| api.get(&format!("/catalog/{model}"))).await?;
                 let took = |key: &str| job[key].as_f64().unwrap_or_default();
                 model["train_s"] = json!((took("ended_ms") - took("started_ms")) / 1_000.0);
@@ -282,7 +313,10 @@ async fn train(api: &Api, args: &LoopArgs, trainer: &str) -> anyhow::Result<Valu
             Some("queued" | "running") => {}
             _ => anyhow::bail!("the training failed: {}", job["error"]),
         }
-        anyhow::ensure!(Instant::now() < patience, "the training does not end: {job}");
+        anyhow::ensure!(
+            Instant::now() < patience,
+            "the training does not end: {job}"
+        );
         sleep(LOOK).await;
     }
 }
@@ -337,7 +371,9 @@ async fn label(api: &Api, args: &LoopArgs, most: usize) -> anyhow::Result<usize>
                 let id = item["id"].as_i64().context("a sample without a number")?;
                 let file = item["file"].as_str().context("a sample without a file")?;
                 let class = Path::new(file).parent().and_then(Path::file_name);
-                let class = class.and_then(|name| name.to_str()).context("a file without a class")?;
+                let class = class
+                    .and_then(|name| name.to_str())
+                    .context("a file without a class")?;
                 let said = json!({"class": class, "author": AUTHOR});
                 api.post(&format!("/samples/{id}/labels"), &said)?;
             }

@@ -58,7 +58,11 @@ impl From<JobError> for Problem {
             JobError::Request(_) => Self::new(422, "Not possible", detail),
             JobError::Records(_) => {
                 tracing::warn!(%error, "the queue of trainings failed");
-                Self::new(503, "Database unavailable", "the database could not answer, try again")
+                Self::new(
+                    503,
+                    "Database unavailable",
+                    "the database could not answer, try again",
+                )
             }
         }
     }
@@ -70,7 +74,11 @@ impl From<CatalogError> for Problem {
             CatalogError::Unknown(_) => Self::not_found(error.to_string()),
             error => {
                 tracing::warn!(%error, "the catalog of models failed");
-                Self::new(503, "Model unavailable", "the model cannot be used now, see the log")
+                Self::new(
+                    503,
+                    "Model unavailable",
+                    "the model cannot be used now, see the log",
+                )
             }
         }
     }
@@ -151,7 +159,10 @@ pub(super) async fn jobs(
         (status = 404, description = "There is no such job", content_type = "application/problem+json", body = Problem),
     )
 )]
-pub(super) async fn job(Shared(state): Shared<State>, At(id): At<i64>) -> Result<Json<Job>, Problem> {
+pub(super) async fn job(
+    Shared(state): Shared<State>,
+    At(id): At<i64>,
+) -> Result<Json<Job>, Problem> {
     Ok(Json(state.learning.jobs.get(id).await?))
 }
 
@@ -166,7 +177,10 @@ pub(super) async fn job(Shared(state): Shared<State>, At(id): At<i64>) -> Result
         (status = 409, description = "It has ended already", content_type = "application/problem+json", body = Problem),
     )
 )]
-pub(super) async fn cancel(Shared(state): Shared<State>, At(id): At<i64>) -> Result<Json<Job>, Problem> {
+pub(super) async fn cancel(
+    Shared(state): Shared<State>,
+    At(id): At<i64>,
+) -> Result<Json<Job>, Problem> {
     Ok(Json(state.learning.jobs.cancel(id).await?))
 }
 
@@ -197,7 +211,9 @@ pub(super) async fn catalog(
     let limit = limit(query.limit)?;
     let skip = query.skip.unwrap_or(0).max(0);
     let catalog = &state.learning.catalog;
-    Ok(Json(catalog.list(query.name.as_deref(), limit, skip).await?))
+    Ok(Json(
+        catalog.list(query.name.as_deref(), limit, skip).await?,
+    ))
 }
 
 /// One model: `name@version`, or `name` for the newest one in use.
@@ -245,7 +261,10 @@ pub(super) async fn confusion(
     let svg = learn::evaluate::confusion_svg(&confusion, &names).ok_or_else(none)?;
     let headers = [
         (header::CONTENT_TYPE, "image/svg+xml"),
-        (header::CONTENT_SECURITY_POLICY, "default-src 'none'; style-src 'unsafe-inline'"),
+        (
+            header::CONTENT_SECURITY_POLICY,
+            "default-src 'none'; style-src 'unsafe-inline'",
+        ),
     ];
     Ok((headers, svg).into_response())
 }
@@ -297,7 +316,9 @@ impl State {
         headers: &HeaderMap,
         body: Bytes,
     ) -> Result<Vec<Outcome>, Problem> {
-        let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
+        let kind = headers
+            .get(header::CONTENT_TYPE)
+            .and_then(|kind| kind.to_str().ok());
         let tensors = kind.is_some_and(|kind| kind.starts_with("application/json"));
         let Ok(_permit) = self.learning.predictions.acquire().await else {
             return Err(Problem::new(503, "Stopping", "the coordinator stops"));
@@ -308,7 +329,9 @@ impl State {
                 let input = engine
                     .tensor_from_bytes(&body)
                     .map_err(|error| refuse(format!("the image: {error}")))?;
-                let outcome = engine.run(&input).map_err(|error| refuse(error.to_string()))?;
+                let outcome = engine
+                    .run(&input)
+                    .map_err(|error| refuse(error.to_string()))?;
                 return Ok(vec![outcome]);
             }
             let Instances { instances } = json(&body)?;
@@ -317,7 +340,9 @@ impl State {
             }
             let run = |(at, values): (usize, Vec<f32>)| {
                 let named = |error: String| refuse(format!("instances[{at}]: {error}"));
-                let input = engine.input(values).map_err(|error| named(error.to_string()))?;
+                let input = engine
+                    .input(values)
+                    .map_err(|error| named(error.to_string()))?;
                 engine.run(&input).map_err(|error| named(error.to_string()))
             };
             instances.into_iter().enumerate().map(run).collect()
@@ -398,7 +423,9 @@ pub(super) async fn features(
     headers: HeaderMap,
     body: Bytes,
 ) -> Result<Json<Embeddings>, Problem> {
-    let engine = state.engine(query.model.as_deref().unwrap_or("backbone")).await?;
+    let engine = state
+        .engine(query.model.as_deref().unwrap_or("backbone"))
+        .await?;
     if engine.manifest().output.embedding.is_none() {
         let none = format!("{} has no embedding", engine.id());
         return Err(Problem::new(422, "Not possible", none));
@@ -406,7 +433,10 @@ pub(super) async fn features(
     let outcomes = state.look(engine.clone(), &headers, body).await?;
     Ok(Json(Embeddings {
         model: engine.id().to_owned(),
-        embeddings: outcomes.into_iter().map(|outcome| outcome.embedding).collect(),
+        embeddings: outcomes
+            .into_iter()
+            .map(|outcome| outcome.embedding)
+            .collect(),
     }))
 }
 
@@ -463,12 +493,16 @@ pub(super) async fn train_raw(
         let refuse = |detail: String| Problem::new(422, "Not possible", detail);
         if table.features.len() != table.labels.len() {
             let (rows, labels) = (table.features.len(), table.labels.len());
-            return Err(refuse(format!("{rows} rows of features and {labels} labels")));
+            return Err(refuse(format!(
+                "{rows} rows of features and {labels} labels"
+            )));
         }
         let dim = table.features.first().map_or(0, Vec::len);
         if let Some(row) = table.features.iter().position(|row| row.len() != dim) {
             let found = table.features[row].len();
-            return Err(refuse(format!("features[{row}] has {found} values, features[0] has {dim}")));
+            return Err(refuse(format!(
+                "features[{row}] has {found} values, features[0] has {dim}"
+            )));
         }
         let mut labels = table.labels.clone();
         labels.sort_unstable();

@@ -17,7 +17,8 @@ use std::{sync::Arc, time::Duration};
 use axum::{
     Json, Router,
     extract::{
-        DefaultBodyLimit, FromRequest, FromRequestParts, MatchedPath, Path, Query, Request, State as Shared,
+        DefaultBodyLimit, FromRequest, FromRequestParts, MatchedPath, Path, Query, Request,
+        State as Shared,
         rejection::{JsonRejection, PathRejection, QueryRejection},
     },
     http::{HeaderName, HeaderValue, StatusCode, header, request::Parts},

@@ -307,11 +307,13 @@ impl Catalog {
 
     /// How many versions of `name` there are, refused ones included.
     pub(crate) async fn versions(&self, name: &str) -> Result<i64, CatalogError> {
-        Ok(sqlx::query_scalar("SELECT count(*) FROM models WHERE name = ?")
-            .bind(name)
-            .fetch_one(self.records.readers())
-            .await
-            .map_err(RecordError::sql("count the versions of a model"))?)
+        Ok(
+            sqlx::query_scalar("SELECT count(*) FROM models WHERE name = ?")
+                .bind(name)
+                .fetch_one(self.records.readers())
+                .await
+                .map_err(RecordError::sql("count the versions of a model"))?,
+        )
     }
 
     /// The bundle of a model.

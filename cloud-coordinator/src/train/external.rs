@@ -175,7 +175,11 @@ async fn prepare(
     reporter: &Reporter,
 ) -> Result<String, WorkError> {
     let manifest = material.engine.manifest();
-    let scores = manifest.output.scores.clone().unwrap_or_else(|| "logits".to_owned());
+    let scores = manifest
+        .output
+        .scores
+        .clone()
+        .unwrap_or_else(|| "logits".to_owned());
     let put = |name: &str, bytes: &[u8]| {
         let path = folder.join(name);
         std::fs::write(&path, bytes).map_err(file(&path))
@@ -184,17 +188,30 @@ async fn prepare(
     std::fs::create_dir(&images).map_err(file(&images))?;
     let mut table = String::from("file,class\n");
     for (at, (item, class)) in material.train.iter().enumerate() {
-        if reporter.tell("features", at, material.train.len(), None).is_break() {
+        if reporter
+            .tell("features", at, material.train.len(), None)
+            .is_break()
+        {
             return Err(WorkError::Cancelled);
         }
         let bytes = objects.read(&item.sha256).await?;
-        let extension = if bytes.starts_with(&[0xff, 0xd8]) { "jpg" } else { "png" };
+        let extension = if bytes.starts_with(&[0xff, 0xd8]) {
+            "jpg"
+        } else {
+            "png"
+        };
         let name = format!("images/{}.{extension}", item.sha256);
         put(&name, &bytes)?;
         table.push_str(&format!("{name},{class}\n"));
     }
     put("train.csv", table.as_bytes())?;
-    put("base.onnx", &material.bundle.model_bytes().map_err(super::CatalogError::from)?)?;
+    put(
+        "base.onnx",
+        &material
+            .bundle
+            .model_bytes()
+            .map_err(super::CatalogError::from)?,
+    )?;
     let told = json!({
         "task": manifest.name, "labels": material.labels, "seed": request.seed,
         "epochs": request.epochs, "rate": request.rate, "scores": scores,

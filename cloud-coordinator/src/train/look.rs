@@ -24,7 +24,10 @@ pub(super) async fn look(
     let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
     let mut outcomes = Vec::with_capacity(images.len());
     for chunk in images.chunks(CHUNK) {
-        if reporter.tell(phase, outcomes.len(), images.len(), None).is_break() {
+        if reporter
+            .tell(phase, outcomes.len(), images.len(), None)
+            .is_break()
+        {
             return Err(WorkError::Cancelled);
         }
         let mut bytes: Vec<(String, Bytes)> = Vec::with_capacity(chunk.len());

@@ -136,13 +136,23 @@ impl Work {
             Trainer::Head => self.head(&material, request, reporter).await?,
             Trainer::FineTune => self.fine_tune(&material, request, reporter).await?,
             Trainer::External => {
-                external::run(&self.settings.external, &self.objects, &material, request, reporter)
-                    .await?
+                external::run(
+                    &self.settings.external,
+                    &self.objects,
+                    &material,
+                    request,
+                    reporter,
+                )
+                .await?
             }
         };
         let _ = reporter.tell("write", 0, 1, None);
-        let (bundle, engine) = self.bundle(task, request, &dataset, &material, &made, reporter).await?;
-        let judged = self.judge(&dataset, &material, &bundle, &engine, reporter).await;
+        let (bundle, engine) = self
+            .bundle(task, request, &dataset, &material, &made, reporter)
+            .await?;
+        let judged = self
+            .judge(&dataset, &material, &bundle, &engine, reporter)
+            .await;
         let (report, verdict, holdout) = match judged {
             Ok(judged) => judged,
             Err(error) => {
@@ -175,12 +185,19 @@ impl Work {
             Some(digest) => digest.clone(),
             None => {
                 let all = 1.0;
-                self.datasets.create(task, &request.author, all).await?.1.digest
+                self.datasets
+                    .create(task, &request.author, all)
+                    .await?
+                    .1
+                    .digest
             }
         };
         let dataset = self.datasets.get(&digest).await?;
         if dataset.task != task {
-            let other = format!("dataset {digest} is of the task {}, not of {task}", dataset.task);
+            let other = format!(
+                "dataset {digest} is of the task {}, not of {task}",
+                dataset.task
+            );
             return Err(WorkError::Request(other));
         }
         Ok(dataset)
@@ -209,7 +226,12 @@ impl Work {
             return Err(WorkError::Request(none));
         }
         // Classes without a picture stay away, so that their absence costs nothing but themselves.
-        let used: HashSet<u32> = dataset.items.iter().filter(|i| !i.holdout).map(|i| i.class).collect();
+        let used: HashSet<u32> = dataset
+            .items
+            .iter()
+            .filter(|i| !i.holdout)
+            .map(|i| i.class)
+            .collect();
         let mut labels = Vec::new();
         let mut places = BTreeMap::new();
         for (class, name) in (0..).zip(&dataset.classes) {
@@ -243,17 +265,37 @@ impl Work {
         material: &Material,
         reporter: &Reporter,
     ) -> Result<Vec<Vec<f32>>, WorkError> {
-        let images: Vec<String> = material.train.iter().map(|(i, _)| i.sha256.clone()).collect();
+        let images: Vec<String> = material
+            .train
+            .iter()
+            .map(|(i, _)| i.sha256.clone())
+            .collect();
         let engine = engine_digest(material.engine.manifest());
         let mut known = self.datasets.features(&engine, &images).await?;
-        let missing: Vec<String> =
-            images.iter().filter(|sha| !known.contains_key(*sha)).cloned().collect();
-        let seen = look(&self.objects, &material.engine, &missing, reporter, "features").await?;
-        let new: Vec<(String, Vec<f32>)> =
-            missing.into_iter().zip(seen).map(|(sha, outcome)| (sha, outcome.embedding)).collect();
+        let missing: Vec<String> = images
+            .iter()
+            .filter(|sha| !known.contains_key(*sha))
+            .cloned()
+            .collect();
+        let seen = look(
+            &self.objects,
+            &material.engine,
+            &missing,
+            reporter,
+            "features",
+        )
+        .await?;
+        let new: Vec<(String, Vec<f32>)> = missing
+            .into_iter()
+            .zip(seen)
+            .map(|(sha, outcome)| (sha, outcome.embedding))
+            .collect();
         self.datasets.put_features(&engine, &new).await?;
         known.extend(new);
-        Ok(images.iter().map(|sha| known.get(sha).cloned().unwrap_or_default()).collect())
+        Ok(images
+            .iter()
+            .map(|sha| known.get(sha).cloned().unwrap_or_default())
+            .collect())
     }
 
     /// A new classifier on the base's embedding.
@@ -294,14 +336,23 @@ impl Work {
             });
             // The file must say what the head says: tried on the golden pictures of the base.
             let labels = material.labels.clone();
-            let made = Made { model, labels, scores, head: None, record };
+            let made = Made {
+                model,
+                labels,
+                scores,
+                head: None,
+                record,
+            };
             let after = Engine::new(manifest(&material, &made, "0", None), made.model.clone())?;
             let inputs = material.bundle.manifest.golden.iter().filter_map(|golden| {
                 let bytes = material.bundle.image_bytes(&golden.image).ok()?;
                 after.tensor_from_bytes(&bytes).ok()
             });
             surgery::verify(&material.engine, &after, &head, &inputs.collect::<Vec<_>>())?;
-            Ok(Made { head: Some(head), ..made })
+            Ok(Made {
+                head: Some(head),
+                ..made
+            })
         })
         .await?
     }
@@ -371,7 +422,12 @@ impl Work {
                 "seed": settings.seed, "images": batch.labels.len(),
                 "last_loss": tuned.losses.last(),
             });
-            Ok(Made { model: tuned.onnx, head: None, record, ..start })
+            Ok(Made {
+                model: tuned.onnx,
+                head: None,
+                record,
+                ..start
+            })
         })
         .await?
     }
@@ -405,25 +461,48 @@ impl Work {
         new.name = task.to_owned();
         new.thresholds.min_score = Some(request.min_score);
         let model = made.model.clone();
-        let truth: Vec<usize> = material.train.iter().map(|(_, class)| *class as usize).collect();
+        let truth: Vec<usize> = material
+            .train
+            .iter()
+            .map(|(_, class)| *class as usize)
+            .collect();
         let card = card(&new, dataset, material, made);
         let outcomes = match &made.head {
             // The embeddings are the base's, and in the cache.
             Some(head) => {
                 let embeddings = self.embeddings(material, reporter).await?;
-                embeddings.into_iter().map(|e| headed(head, &new, e)).collect()
+                embeddings
+                    .into_iter()
+                    .map(|e| headed(head, &new, e))
+                    .collect()
             }
             None => {
                 let (manifest, model) = (new.clone(), model.clone());
                 let engine = spawn_blocking(move || Engine::new(manifest, model)).await??;
-                let images: Vec<String> =
-                    material.train.iter().map(|(i, _)| i.sha256.clone()).collect();
-                look(&self.objects, &Arc::new(engine), &images, reporter, "reference").await?
+                let images: Vec<String> = material
+                    .train
+                    .iter()
+                    .map(|(i, _)| i.sha256.clone())
+                    .collect();
+                look(
+                    &self.objects,
+                    &Arc::new(engine),
+                    &images,
+                    reporter,
+                    "reference",
+                )
+                .await?
             }
         };
         spawn_blocking(move || {
             new.reference = Reference::measure(&new, &outcomes, &truth);
-            let draft = Draft { manifest: new, model, golden, card, holdout: Vec::new() };
+            let draft = Draft {
+                manifest: new,
+                model,
+                golden,
+                card,
+                holdout: Vec::new(),
+            };
             if let Some(parent) = path.parent() {
                 std::fs::create_dir_all(parent).map_err(|source| models::WriteError::Write {
                     path: parent.to_owned(),
@@ -469,7 +548,10 @@ impl Work {
                 let catalog = self.catalog.clone();
                 let current = spawn_blocking(move || catalog.engine(&model)).await??;
                 let seen = look(&self.objects, &current, &images, reporter, "holdout").await?;
-                (current.manifest().output.labels.clone(), probabilities(&seen))
+                (
+                    current.manifest().output.labels.clone(),
+                    probabilities(&seen),
+                )
             }
             Ok(_) | Err(CatalogError::Unknown(_)) => guess(dataset, material, labels),
             Err(error) => return Err(error.into()),
@@ -486,8 +568,15 @@ impl Work {
             })
             .await??
         };
-        if let Some(broken) = tested.golden.iter().find(|golden| !golden.problems.is_empty()) {
-            return Err(WorkError::Judge(format!("self-test: {}", broken.problems.join(", "))));
+        if let Some(broken) = tested
+            .golden
+            .iter()
+            .find(|golden| !golden.problems.is_empty())
+        {
+            return Err(WorkError::Judge(format!(
+                "self-test: {}",
+                broken.problems.join(", ")
+            )));
         }
         let cost = Cost {
             latency_ms: tested.latency_ms.map_or(f64::INFINITY, f64::from),
@@ -504,8 +593,14 @@ impl Work {
         };
         let verdict = gate::judge(
             &holdout_view,
-            &Answers { labels: &current_labels, probabilities: &current },
-            &Answers { labels, probabilities: &candidate },
+            &Answers {
+                labels: &current_labels,
+                probabilities: &current,
+            },
+            &Answers {
+                labels,
+                probabilities: &candidate,
+            },
             &cost,
             &self.settings.policy,
         )
@@ -522,7 +617,9 @@ impl Work {
     async fn leaked(&self, dataset: &Dataset, material: &Material) -> Result<usize, WorkError> {
         let held: HashSet<&str> = material.holdout.iter().map(|i| i.sha256.as_str()).collect();
         let trained = |items: &[Item]| -> HashSet<String> {
-            let trained = items.iter().filter(|i| !i.holdout && held.contains(i.sha256.as_str()));
+            let trained = items
+                .iter()
+                .filter(|i| !i.holdout && held.contains(i.sha256.as_str()));
             trained.map(|i| i.sha256.clone()).collect()
         };
         let mut leaked = trained(&dataset.items);
@@ -577,7 +674,8 @@ fn manifest(
     };
     if let Some((dataset, request)) = origin {
         new.description = format!("{}: {}", dataset.task, made.labels.join(", "));
-        new.description.truncate(new.description.floor_char_boundary(1_000));
+        new.description
+            .truncate(new.description.floor_char_boundary(1_000));
         new.lineage.dataset = Some(format!("labelled images of the task {}", dataset.task));
         new.lineage.dataset_sha256 = Some(dataset.digest.clone());
         new.lineage.recipe = Some(request.trainer.as_str().to_owned());
@@ -587,7 +685,10 @@ fn manifest(
 }
 
 fn probabilities(outcomes: &[Outcome]) -> Vec<f32> {
-    outcomes.iter().flat_map(|outcome| outcome.scores.iter().copied()).collect()
+    outcomes
+        .iter()
+        .flat_map(|outcome| outcome.scores.iter().copied())
+        .collect()
 }
 
 /// Where there is no model yet: the answer of one that always names the most frequent class.
@@ -598,8 +699,14 @@ fn guess(dataset: &Dataset, material: &Material, labels: &[String]) -> (Vec<Stri
             *count += 1;
         }
     }
-    let most = (0..counts.len()).max_by_key(|class| counts[*class]).unwrap_or_default();
-    let names = if labels.is_empty() { dataset.classes.clone() } else { labels.to_vec() };
+    let most = (0..counts.len())
+        .max_by_key(|class| counts[*class])
+        .unwrap_or_default();
+    let names = if labels.is_empty() {
+        dataset.classes.clone()
+    } else {
+        labels.to_vec()
+    };
     let row = (0..names.len()).map(|class| f32::from(u8::from(class == most)));
     let row: Vec<f32> = row.collect();
     (names, row.repeat(material.holdout.len()))
@@ -615,14 +722,19 @@ fn evaluation(
     let mut names = labels.to_vec();
     let mut place = Vec::new();
     for class in &dataset.classes {
-        let at = names.iter().position(|name| name == class).unwrap_or_else(|| {
-            names.push(class.clone());
-            names.len() - 1
-        });
+        let at = names
+            .iter()
+            .position(|name| name == class)
+            .unwrap_or_else(|| {
+                names.push(class.clone());
+                names.len() - 1
+            });
         place.push(at as u32);
     }
-    let truth: Vec<u32> =
-        truth.iter().filter_map(|class| place.get(*class as usize).copied()).collect();
+    let truth: Vec<u32> = truth
+        .iter()
+        .filter_map(|class| place.get(*class as usize).copied())
+        .collect();
     let mut rows = Vec::with_capacity(truth.len() * names.len());
     for row in probabilities.chunks_exact(labels.len().max(1)) {
         rows.extend_from_slice(row);
@@ -632,8 +744,10 @@ fn evaluation(
 }
 
 fn holdout_digest(items: &[Item]) -> String {
-    let mut lines: Vec<String> =
-        items.iter().map(|item| format!("{} {}\n", item.sha256, item.class)).collect();
+    let mut lines: Vec<String> = items
+        .iter()
+        .map(|item| format!("{} {}\n", item.sha256, item.class))
+        .collect();
     lines.sort_unstable();
     crate::objects::digest(lines.concat().as_bytes())
 }
