@@ -1,6 +1,8 @@
 //! Outputs and gradients of every operator against PyTorch's, and outputs against tract's on a bundle.
 //! `tests/peers/tune.py` writes the golden files.
 
+#![expect(clippy::unwrap_used, reason = "a test may fail")]
+
 use std::{collections::BTreeMap, path::Path};
 
 use learn::tune::Graph;

@@ -1,5 +1,7 @@
 //! Training as a whole, on a toy: which half of the picture is brighter, and where the edge runs.
 
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test may fail")]
+
 use std::ops::ControlFlow;
 
 use learn::tune::{

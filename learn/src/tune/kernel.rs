@@ -4,6 +4,11 @@
 //! the window lie side by side, so that "row of the matrix" is a few slices of the picture itself.
 //! The processor's vectors are chosen at run time; sums are taken in an order that depends on the shapes only.
 
+#![expect(
+    clippy::needless_range_loop,
+    reason = "loops over constants, that the compiler takes apart into registers"
+)]
+
 use pulp::{Arch, Simd, WithSimd};
 
 /// Columns of one packed panel of weights: one vector of the widest processors.

@@ -5,21 +5,26 @@
 //! pictures of a batch do not depend on each other and a batch can be split between threads.
 
 mod augment;
+mod back;
 mod file;
 mod graph;
 mod kernel;
+mod layers;
 mod nodes;
 mod ops;
 mod optimise;
 mod random;
 mod run;
+mod settings;
 mod train;
+mod whole;
 
 pub use augment::Augment;
 pub use graph::Graph;
 pub use optimise::Optimiser;
-pub use run::Gradients;
-pub use train::{Batch, Data, Progress, Settings, Train, Tuned, estimate, train};
+pub use settings::{Batch, Data, Progress, Settings, Train, Tuned};
+pub use train::{estimate, train};
+pub use whole::Gradients;
 
 /// Why a network cannot be trained.
 #[derive(Debug, thiserror::Error)]
