@@ -227,7 +227,8 @@ fn brightness(
             let parts = pixel.iter().enumerate().map(|(c, v)| v * weight(c));
             byte(sum + parts.sum::<f32>())
         })),
-        Layout::Nchw => {
+        // Planes: the only other layout that there is.
+        _ => {
             let planes: Vec<(&[f32], f32)> = values
                 .chunks_exact(pixels.max(1))
                 .enumerate()

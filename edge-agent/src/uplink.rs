@@ -432,10 +432,15 @@ impl Uplink {
             }
             self.greetings.pop();
         }
-        for (source, drift) in self.drifts.borrow_and_update().iter() {
-            if self.drifts_said.get(source) == Some(drift) {
-                continue;
-            }
+        let said = &self.drifts_said;
+        let news: Vec<_> = self
+            .drifts
+            .borrow_and_update()
+            .iter()
+            .filter(|(source, drift)| said.get(*source) != Some(*drift))
+            .map(|(source, drift)| (source.clone(), drift.clone()))
+            .collect();
+        for (source, drift) in news {
             let topic = Topic {
                 source: source.clone(),
                 ..self.topic_of(Kind::Drift)
@@ -443,9 +448,10 @@ impl Uplink {
             let payload = drift.encode().unwrap_or_default();
             let retained = PublishOptions::at_least_once().retained();
             if !connection.publish(&topic.to_string(), payload.into(), retained) {
+                // With the next sign of life from the broker.
                 break;
             }
-            self.drifts_said.insert(source.clone(), drift.clone());
+            self.drifts_said.insert(source, drift);
         }
         if self.gaps_said_ms.is_none() {
             for gap in &self.gaps {
