@@ -227,6 +227,7 @@ fn brightness(
             let parts = pixel.iter().enumerate().map(|(c, v)| v * weight(c));
             byte(sum + parts.sum::<f32>())
         })),
+        // Planes: the only other layout that there is.
         _ => {
             let planes: Vec<(&[f32], f32)> = values
                 .chunks_exact(pixels.max(1))

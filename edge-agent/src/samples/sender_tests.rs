@@ -43,7 +43,6 @@ struct Held {
 
 struct Server {
     address: SocketAddr,
-    held: Arc<Mutex<Held>>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -148,18 +147,17 @@ impl Server {
         let listener = TcpListener::bind(address).unwrap();
         let address = listener.local_addr().unwrap();
         let stop = Arc::new(AtomicBool::new(false));
-        let (theirs, stopped) = (held.clone(), stop.clone());
+        let stopped = stop.clone();
         let thread = std::thread::spawn(move || {
             for stream in listener.incoming() {
                 if stopped.load(Ordering::Relaxed) {
                     return;
                 }
-                theirs.lock().unwrap().serve(&mut stream.unwrap(), mood());
+                held.lock().unwrap().serve(&mut stream.unwrap(), mood());
             }
         });
         Self {
             address,
-            held,
             stop,
             thread: Some(thread),
         }

@@ -87,7 +87,7 @@ fn what_people_marked_goes_first_and_stays_longest() {
         [4, 9, 10, 11, 13, 14],
         "the oldest mark makes room for the newest"
     );
-    assert_eq!(shelf.evicted(), 8);
+    assert_eq!(shelf.evicted(), 7);
     assert!(matches!(
         add(&mut shelf, 15, Wrong, 100_000),
         Err(ShelfError::Full(_))
