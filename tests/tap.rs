@@ -8,7 +8,7 @@ use rumqttc::{AsyncClient, Event, MqttOptions, Packet, QoS};
 use tokio::{sync::oneshot, task::JoinHandle};
 
 /// The schema of each kind of message that is sent so far.
-const SCHEMAS: [(Kind, &str); 9] = [
+const SCHEMAS: [(Kind, &str); 11] = [
     (
         Kind::Status,
         include_str!("../mesh-core/schemas/status.json"),
@@ -30,6 +30,11 @@ const SCHEMAS: [(Kind, &str); 9] = [
         include_str!("../mesh-core/schemas/metrics.json"),
     ),
     (Kind::Ack, include_str!("../mesh-core/schemas/ack.json")),
+    (Kind::Mark, include_str!("../mesh-core/schemas/mark.json")),
+    (
+        Kind::Drift,
+        include_str!("../mesh-core/schemas/drift.json"),
+    ),
 ];
 /// The first mistakes say enough.
 const MAX_BAD: usize = 20;
