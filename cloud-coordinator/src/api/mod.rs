@@ -347,8 +347,8 @@ mod tests {
             [
                 "/api/v1/datasets/{digest}",
                 "/api/v1/devices",
-                "/api/v1/devices/{site}/{device}",
                 "/api/v1/devices/{device}/sources/{source}/mark",
+                "/api/v1/devices/{site}/{device}",
                 "/api/v1/gaps",
                 "/api/v1/live",
                 "/api/v1/models",
