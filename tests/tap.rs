@@ -31,10 +31,7 @@ const SCHEMAS: [(Kind, &str); 11] = [
     ),
     (Kind::Ack, include_str!("../mesh-core/schemas/ack.json")),
     (Kind::Mark, include_str!("../mesh-core/schemas/mark.json")),
-    (
-        Kind::Drift,
-        include_str!("../mesh-core/schemas/drift.json"),
-    ),
+    (Kind::Drift, include_str!("../mesh-core/schemas/drift.json")),
 ];
 /// The first mistakes say enough.
 const MAX_BAD: usize = 20;

@@ -33,7 +33,7 @@ const HOLDOUT: usize = 5;
 /// Samples that are labelled before the queue is asked again.
 const AT_ONCE: usize = 10;
 /// Frames per second of each device: what a small machine can look at.
-const FPS: f64 = 20.0;
+const FPS: f64 = 10.0;
 /// How long nothing may arrive before the samples are taken as complete.
 const QUIET: Duration = Duration::from_secs(15);
 /// How long the devices and a training may take.
@@ -344,15 +344,15 @@ async fn arrived(api: &Api, site: &mut Site, expected: usize) -> anyhow::Result<
 
 /// How many images of devices are stored.
 fn count(api: &Api) -> anyhow::Result<usize> {
-    let (mut after, mut stored) = (0, 0);
+    let (mut after, mut stored) = (String::new(), 0);
     loop {
-        let page = api.get(&format!("/samples?task={TASK}&limit=1000&after={after}"))?;
+        let page = api.get(&format!("/samples?task={TASK}&limit=1000{after}"))?;
         let items = page["items"].as_array().context("no samples")?;
         let whole = |item: &&Value| item["origin"] == "device" && item["image"] == "stored";
         stored += items.iter().filter(whole).count();
-        match items.last().and_then(|item| item["id"].as_i64()) {
-            Some(last) if items.len() == 1_000 => after = last,
-            _ => return Ok(stored),
+        match page["next"].as_i64() {
+            Some(next) => after = format!("&after={next}"),
+            None => return Ok(stored),
         }
     }
 }

@@ -91,6 +91,7 @@ fn tune_gradients_are_those_of_pytorch() {
 fn tune_gradients_are_those_of_small_steps() {
     const STEP: f32 = 1e-3;
     let golden = Golden::read();
+    let (mut tried, mut corners) = (0, 0);
     for (case, seed) in golden
         .cases
         .iter()
@@ -134,7 +135,9 @@ fn tune_gradients_are_those_of_small_steps() {
                 .map(|(y, w)| f64::from(*y) * f64::from(*w))
                 .sum()
         };
-        let numeric = (at(STEP) - at(-STEP)) / f64::from(2.0 * STEP);
+        tried += 1;
+        let slope = |step: f32| (at(step) - at(-step)) / f64::from(2.0 * step);
+        let numeric = slope(STEP);
         let parts = found
             .constants
             .iter()
@@ -144,11 +147,18 @@ fn tune_gradients_are_those_of_small_steps() {
             .map(|(g, a)| f64::from(g * a));
         let (sum, scale) = products.fold((0.0, 1.0), |(sum, scale), p| (sum + p, scale + p * p));
         // Against the size of the terms: their sum may cancel. Corners under the step and f32 cost a little.
+        let bound = 0.02 * scale.sqrt();
+        if (numeric - slope(STEP / 4.0)).abs() > bound / 4.0 {
+            // There is a corner within the step: the slope has no one value.
+            corners += 1;
+            continue;
+        }
         assert!(
-            (sum - numeric).abs() < 0.02 * scale.sqrt(),
+            (sum - numeric).abs() < bound,
             "{name} {seed}: {sum}, steps {numeric}"
         );
     }
+    assert!(corners * 5 < tried, "{corners} corners in {tried}");
 }
 
 #[test]
