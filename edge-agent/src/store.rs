@@ -332,6 +332,10 @@ impl Store {
 }
 
 /// A result to append, if it is one.
+#[expect(
+    clippy::result_large_err,
+    reason = "a command that is none comes back as it was"
+)]
 fn as_entry(command: Command) -> Result<Entry, Command> {
     match command {
         Command::Append(draft) => Ok((draft, None)),

@@ -16,7 +16,7 @@ use super::{
     io as failed,
     names::Entry,
     room::MAX_KEPT,
-    segment::{Contents, SLED_SEGMENT, Store, StoreError},
+    segment::{Contents, LOCK_PAUSE, LOCK_TRIES, SLED_SEGMENT, Store, StoreError},
 };
 
 /// The segments that a full outbox consists of at least: what one eviction costs is that part of it.
@@ -97,10 +97,18 @@ fn epoch(disk: &Disk, entries: &[Entry]) -> Result<(u64, File), OutboxError> {
         .truncate(false)
         .open(&path)
         .map_err(failed("make its epoch"))?;
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => return Err(OutboxError::InUse(path)),
-        Err(TryLockError::Error(error)) => return Err(failed("lock its epoch")(error)),
+    let mut tries = 0;
+    loop {
+        match file.try_lock() {
+            Ok(()) => break,
+            // A child that this process is just starting holds all open files for an instant.
+            Err(TryLockError::WouldBlock) if tries < LOCK_TRIES => {
+                tries += 1;
+                std::thread::park_timeout(LOCK_PAUSE);
+            }
+            Err(TryLockError::WouldBlock) => return Err(OutboxError::InUse(path)),
+            Err(TryLockError::Error(error)) => return Err(failed("lock its epoch")(error)),
+        }
     }
     if known.is_none() {
         disk.sync().map_err(failed("make its epoch durable"))?;

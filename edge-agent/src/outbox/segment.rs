@@ -41,8 +41,8 @@ const HEADER: Key = [0; 9];
 const VERSION: u8 = 2;
 
 /// The threads of sled let go of a closed database's lock a moment later: 100 × 20 ms is far more than that.
-const LOCK_TRIES: u32 = 100;
-const LOCK_PAUSE: Duration = Duration::from_millis(20);
+pub(super) const LOCK_TRIES: u32 = 100;
+pub(super) const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
 /// Why a segment could not be used.
 #[derive(Debug, thiserror::Error)]

@@ -194,10 +194,11 @@ impl Desk {
                 );
                 continue;
             };
-            match frame.already {
-                // A sample by lot stays one, or the lot would not be fair; it reaches people anyway.
-                Some(SampleReason::Random | SampleReason::Wrong | SampleReason::Missed) => continue,
-                _ => {}
+            // A sample by lot stays one, or the lot would not be fair; it reaches people anyway.
+            if let Some(SampleReason::Random | SampleReason::Wrong | SampleReason::Missed) =
+                frame.already
+            {
+                continue;
             }
             if !self.sampler.marked(marked.reason, &used, now_ms) {
                 self.counters.samples.dropped.add(1);
