@@ -154,6 +154,12 @@ impl Process {
                 .append(true)
                 .open(&self.log)?;
             let mut command = Command::new(&self.program.0);
+            // What is set for somebody's own agent or coordinator is not meant for the parts of a fleet.
+            for (name, _) in std::env::vars_os() {
+                if name.to_string_lossy().starts_with("LACEWING_") {
+                    command.env_remove(name);
+                }
+            }
             if let Some(cpu) = self.cpu {
                 command.env(CPU, cpu.to_string());
             }

@@ -163,7 +163,7 @@ fn a_new_head_answers_in_the_engine_as_it_did_in_training() {
 }
 
 fn data() -> PathBuf {
-    std::env::var_os("LACEWING_DATA").map_or_else(
+    std::env::var_os("LACEWING_DATASETS").map_or_else(
         || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data"),
         PathBuf::from,
     )

@@ -39,7 +39,7 @@ GOLDEN_EMBEDDING_VALUES = 16
 def arguments(description, **extra):
     """The command line that every recipe has: --data, --out, --seed and the given extra options."""
     parser = argparse.ArgumentParser(description=description)
-    default = os.environ.get("LACEWING_DATA", str(REPOSITORY.parent / "shared" / "data"))
+    default = os.environ.get("LACEWING_DATASETS", str(REPOSITORY.parent / "shared" / "data"))
     parser.add_argument("--data", type=Path, default=Path(default), help="folder of the data sets")
     parser.add_argument("--out", type=Path, default=BUNDLES, help="folder that receives the bundle")
     parser.add_argument("--seed", type=int, default=1)
@@ -251,7 +251,7 @@ def digest_of_files(root, names):
 
 
 def write_bundle(out, *, name, version, task, description, model, side, labels, dim, goldens,
-                 thresholds, budget, lineage, scores, card, holdout=None):
+                 thresholds, budget, lineage, scores, card, holdout=None, reference=None):
     """Writes models/bundles/<name>, replacing what was there.
 
     goldens: (PIL image, expected label or None); what the model answers is recorded, and a golden
@@ -294,6 +294,8 @@ def write_bundle(out, *, name, version, task, description, model, side, labels, 
     if holdout is not None:
         (folder / "holdout.txt").write_text("".join(f"{line}\n" for line in holdout))
         lineage = {**lineage, "holdout": "holdout.txt"}
+    if reference is not None:
+        sections.append(("reference", reference))
     sections += [("lineage", lineage), ("lineage.scores", scores)]
     text = []
     for section, values in sections:
@@ -303,6 +305,19 @@ def write_bundle(out, *, name, version, task, description, model, side, labels, 
     (folder / "manifest.toml").write_text("".join(text))
     (folder / "CARD.md").write_text(card.strip() + "\n")
     print(f"wrote {folder} ({len(data)} bytes)", flush=True)
+
+
+def reference_of(embeddings, probabilities, truth, min_score):
+    """The manifest's section on what training saw: embeddings [N, D], probabilities [N, C], classes [N]."""
+    mean, deviation = embeddings.mean(0), np.maximum(embeddings.std(0), 1e-3)
+    distance = np.sqrt((((embeddings - mean) / deviation) ** 2).mean(1))
+    top = probabilities.max(1)
+    count = len(top)
+    return {"samples": count, "mean": list(mean), "deviation": list(deviation),
+            "distance": list(np.quantile(distance, [0.5, 0.95, 0.99], method="inverted_cdf")),
+            "scores": list(np.bincount(np.minimum((top * 10).astype(int), 9), minlength=10) / count),
+            "labels": list(np.bincount(truth, minlength=probabilities.shape[1]) / count),
+            "unknown": float((top < min_score).mean())}
 
 
 def confusion_table(truth, predicted, labels):
