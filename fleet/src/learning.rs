@@ -22,7 +22,7 @@ use crate::{
     api::Api,
     cli::{LoopArgs, shipped_bundle},
     dice::Dice,
-    process::Program,
+    process::{self, Program},
     site::{Camera, Plan, Site},
 };
 
@@ -259,6 +259,8 @@ async fn import(program: &Program, site: &Site, dir: &Path, holdout: bool) -> an
         .arg(dir)
         .args(["--format", "folder", "--author", AUTHOR, "--http"])
         .arg(site.http().to_string())
+        // A part of a fleet ends when its input does.
+        .env_remove(process::EXIT_WITH_STDIN)
         .stdin(Stdio::null());
     if holdout {
         command.arg("--holdout");
@@ -269,6 +271,11 @@ async fn import(program: &Program, site: &Site, dir: &Path, holdout: bool) -> an
         "importing {} failed: {}",
         dir.display(),
         String::from_utf8_lossy(&done.stderr)
+    );
+    anyhow::ensure!(
+        !done.stdout.is_empty(),
+        "importing {} did nothing",
+        dir.display()
     );
     Ok(())
 }
