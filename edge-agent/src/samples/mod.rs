@@ -5,7 +5,7 @@
 //!   (desk)                  (reading)         (JPEG)
 //! ```
 //!
-//! Which frames: [`mesh_core::sampling`], asked by the pipeline at its [`desk`]. A sample has the identity of its
+//! Which frames: [`mesh_core::sampling`], asked by the pipeline at its `desk`. A sample has the identity of its
 //! frame's reading, so it is written after that is durable. Nobody waits for it: what comes too fast is dropped and
 //! counted.
 
