@@ -719,3 +719,25 @@ async fn a_folder_from_the_command_line() {
     );
     handle.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_later_mark_takes_the_place_of_a_weaker_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let handle = start(dir.path()).await;
+    let http = handle.http;
+    let image = png(16, 3);
+    let id = bring(http, 5, &image).await;
+    let reason = async || {
+        let (_, sample) = ask(http, &format!("GET /api/v1/samples/{id}")).await;
+        sample["reason"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(reason().await, "uncertain");
+    for (said, then) in [("wrong", "wrong"), ("novel", "wrong")] {
+        let mut again = sample(5, Some(&image));
+        again["reason"] = said.into();
+        let (status, offset) = say(http, "POST /api/v1/samples", again).await;
+        assert_eq!((status, &offset["offset"]), (200, &image.len().into()));
+        assert_eq!(reason().await, then);
+    }
+    handle.stop().await;
+}

@@ -16,7 +16,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use mesh_core::{Name, Sample};
+use mesh_core::{Name, Sample, SampleReason};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -154,6 +154,12 @@ impl Samples {
             sample.seq.cast_signed(),
         );
         if let Some(known) = self.records.image_of(device, epoch, seq).await? {
+            if matches!(sample.reason, SampleReason::Wrong | SampleReason::Missed) {
+                // Somebody has marked it since it was sent first.
+                self.records
+                    .mark_sample(known.id, sample.reason.as_str())
+                    .await?;
+            }
             return Ok((false, self.known(sample, known).await?));
         }
         let bytes = sample.image.as_ref().map_or(0, |i| i.bytes);

@@ -185,6 +185,21 @@ impl Records {
         .map_err(RecordError::sql("look for an image"))
     }
 
+    /// Somebody's word takes the place of what the device found by itself. A sample by lot stays one.
+    pub(crate) async fn mark_sample(&self, id: i64, reason: &str) -> Result<(), RecordError> {
+        let mut writer = self.writer().await;
+        let mut tx = writer.begin().await?;
+        sqlx::query(
+            "UPDATE samples SET reason = ? WHERE id = ? AND reason IN ('uncertain', 'novel')",
+        )
+        .bind(reason)
+        .bind(id)
+        .execute(&mut *tx)
+        .await
+        .map_err(RecordError::sql("mark a sample"))?;
+        commit(tx).await
+    }
+
     /// Writes a new sample; `None` if it was written meanwhile.
     pub(crate) async fn add_sample(
         &self,
