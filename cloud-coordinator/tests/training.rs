@@ -335,3 +335,29 @@ async fn raw_features_are_learned_from() {
     }
     handle.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_version_that_leads_out_of_its_folder_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    start_with_backbone(&data).await.stop().await;
+    let evil = dir.path().join("evil");
+    let backbone = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/bundles/backbone");
+    std::fs::create_dir_all(evil.join("golden")).unwrap();
+    for name in ["manifest.toml", "model.onnx"] {
+        std::fs::copy(backbone.join(name), evil.join(name)).unwrap();
+    }
+    for golden in std::fs::read_dir(backbone.join("golden")).unwrap() {
+        let golden = golden.unwrap();
+        std::fs::copy(golden.path(), evil.join("golden").join(golden.file_name())).unwrap();
+    }
+    let manifest = std::fs::read_to_string(evil.join("manifest.toml")).unwrap();
+    let manifest = manifest.replace("version = \"1.1.0\"", "version = \"..\"");
+    std::fs::write(evil.join("manifest.toml"), manifest).unwrap();
+    let mut config = config(&data);
+    config.training.models = vec![evil];
+    let error = Coordinator::start(config).await.unwrap_err().to_string();
+    assert!(error.contains("version"), "{error}");
+    let kept = data.join("models/backbone/1.1.0/model.onnx");
+    assert!(kept.is_file(), "the models are untouched");
+}

@@ -25,6 +25,8 @@ pub(crate) enum CatalogError {
     Unknown(String),
     #[error("the model {0} is known already, with another content")]
     Taken(String),
+    #[error("the version {0:?} cannot be the name of a folder: it begins with a letter or a digit")]
+    Version(String),
     #[error("cannot copy the bundle to {path}: {source}")]
     Copy {
         path: PathBuf,
@@ -173,6 +175,11 @@ impl Catalog {
     pub(crate) async fn give(&self, from: &Path) -> Result<String, CatalogError> {
         let bundle = Bundle::open(from)?;
         let id = bundle.id();
+        // `..` would name, and replace, the folder of all models.
+        let version = &bundle.manifest.version;
+        if !version.starts_with(|c: char| c.is_ascii_alphanumeric()) {
+            return Err(CatalogError::Version(version.clone()));
+        }
         let to = self.path(&bundle.manifest.name, &bundle.manifest.version);
         match self.find(&id).await {
             Ok(known) if known.sha256 == bundle.manifest.model.sha256 && to.is_dir() => {

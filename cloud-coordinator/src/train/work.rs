@@ -152,7 +152,12 @@ impl Work {
             .await?;
         let judged = self
             .judge(&dataset, &material, &bundle, &engine, reporter)
-            .await;
+            .await
+            // What was cancelled meanwhile, or took too long, must not come into use after all.
+            .and_then(|judged| match reporter.stop.is_cancelled() {
+                true => Err(WorkError::Cancelled),
+                false => Ok(judged),
+            });
         let (report, verdict, holdout) = match judged {
             Ok(judged) => judged,
             Err(error) => {
