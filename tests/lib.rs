@@ -1,6 +1,7 @@
 //! Shared helpers of the end-to-end tests.
 
 mod tap;
+pub mod web;
 
 use std::{
     path::{Path, PathBuf},

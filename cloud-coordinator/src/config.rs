@@ -9,6 +9,7 @@ use std::{
 use toml::{Table, Value};
 
 use crate::objects::folder_of;
+pub use crate::train::StartPolicy;
 
 /// How a coordinator runs. The default listens on loopback only and keeps its data in `./lacewing-data`.
 #[derive(Clone, Debug, PartialEq)]
@@ -95,6 +96,8 @@ pub struct TrainingConfig {
     pub external: Vec<String>,
     /// What a candidate must fulfil, see [`learn::gate`].
     pub policy: learn::gate::Policy,
+    /// What starts a training without anybody asking for it.
+    pub start: StartPolicy,
 }
 
 impl Default for Config {
@@ -128,6 +131,7 @@ impl Default for Config {
                 time_limit_s: 3_600,
                 external: Vec::new(),
                 policy: learn::gate::Policy::default(),
+                start: StartPolicy::default(),
             },
         }
     }
@@ -197,6 +201,13 @@ fn address(value: Value) -> Result<SocketAddr, String> {
     text(value)?
         .parse()
         .map_err(|_| "is an address and a port, as in \"127.0.0.1:8080\"".into())
+}
+
+/// A section whose fields serde knows.
+fn section_of<T: serde::de::DeserializeOwned>(value: Value) -> Result<T, String> {
+    value
+        .try_into()
+        .map_err(|error: toml::de::Error| error.message().to_owned())
 }
 
 fn boolean(value: Value) -> Result<bool, String> {
@@ -382,10 +393,8 @@ impl Config {
         let limit = &mut self.training.time_limit_s;
         training.take("time_limit_s", limit, whole(1, 604_800));
         training.take("external", &mut self.training.external, texts);
-        training.take("policy", &mut self.training.policy, |v| {
-            v.try_into()
-                .map_err(|error: toml::de::Error| error.message().to_owned())
-        });
+        training.take("policy", &mut self.training.policy, section_of);
+        training.take("start", &mut self.training.start, section_of);
         training.finish();
     }
 
@@ -439,9 +448,25 @@ mod tests {
             staging_bytes = 8388608
             max_samples = 3
             max_bytes = 9000000
+            [training]
+            time_limit_s = 9
+            [training.policy]
+            min_total = 50
+            [training.start]
+            labels = 200
+            drift_labels = 20
+            every_h = 24
+            trainer = "fine-tune"
             "#,
         )
         .unwrap();
+        let training = &config.training;
+        assert_eq!((training.time_limit_s, training.policy.min_total), (9, 50));
+        let start = training.start;
+        assert_eq!(
+            (start.labels, start.drift_labels, start.every_h),
+            (200, 20, 24)
+        );
         assert_eq!(
             config.samples.objects.as_deref(),
             Some("file:///srv/images")

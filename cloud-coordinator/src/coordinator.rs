@@ -29,7 +29,7 @@ use crate::{
     registry::Registry,
     samples::Samples,
     store::{self, Limits, Store},
-    train::{Catalog, Jobs, Settings, Work},
+    train::{self, Catalog, Jobs, Settings, Work},
 };
 
 /// How long parts may take to end before they are dropped: a commit on a slow disk.
@@ -149,7 +149,11 @@ impl Coordinator {
             })?;
             tracing::info!(model = id, "a model is given");
         }
-        let jobs = Arc::new(Jobs::open(records).await.map_err(|e| unlearnt(&e))?);
+        let jobs = Arc::new(
+            Jobs::open(records.clone())
+                .await
+                .map_err(|e| unlearnt(&e))?,
+        );
         let training = Work {
             catalog: catalog.clone(),
             datasets: datasets.clone(),
@@ -247,6 +251,13 @@ impl Coordinator {
             stop.clone(),
         ));
         tasks.spawn(samples.clone().keep_clean(stop.clone()));
+        tasks.spawn(train::by_itself(
+            config.training.start,
+            records,
+            registry.clone(),
+            jobs.clone(),
+            stop.clone(),
+        ));
         tasks.spawn(jobs.run(Arc::new(training), stop.clone()));
         let state = api::State {
             samples: samples.clone(),

@@ -1,7 +1,7 @@
 //! The devices as they last reported, in memory, for the page and the API.
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     sync::{Mutex, MutexGuard},
 };
 
@@ -598,6 +598,19 @@ impl Registry {
             }
         }
         counts
+    }
+
+    /// The tasks whose models see drift somewhere now.
+    pub(crate) fn drifting_tasks(&self) -> BTreeSet<String> {
+        let state = self.state();
+        let drifts = state
+            .devices
+            .values()
+            .flat_map(|device| device.drifts.values());
+        drifts
+            .filter(|drift| !drift.names.is_empty())
+            .filter_map(|drift| Some(drift.model.split_once('@')?.0.to_owned()))
+            .collect()
     }
 
     /// The models that devices have loaded, and on how many devices each.

@@ -284,7 +284,14 @@ async fn the_page_and_what_watches_over_it() {
     let html = html.as_str().unwrap();
     assert!(status == 200 && html.contains("<title>Lacewing</title>"));
     assert!(!html.contains("onclick") && !html.contains("style=") && !html.contains("https://"));
-    for file in ["/page.css", "/page.js", "/icon.svg", "/label", "/label.js"] {
+    for file in [
+        "/page.css",
+        "/page.js",
+        "/learning.js",
+        "/icon.svg",
+        "/label",
+        "/label.js",
+    ] {
         assert_eq!(get(http, file).await.0, 200, "{file}");
     }
     let (_, description) = get(http, "/api/v1/openapi.json").await;

@@ -29,6 +29,9 @@ pub struct AgentFile {
     /// What it keeps to learn from; its own defaults if not set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub samples: Option<SamplesPart>,
+    /// How it watches for drift; its own defaults if not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drift: Option<DriftPart>,
 }
 
 /// `[broker]`
@@ -77,6 +80,30 @@ pub struct ScenePart {
     pub width: u32,
     /// Pixels.
     pub height: u32,
+    /// Share of the parts that have a fault; the camera's own default if not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub defect_rate: Option<f32>,
+    /// How it departs from what it was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub drift: Option<ScenePartDrift>,
+}
+
+/// `[source.scene.drift]`
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct ScenePartDrift {
+    /// How much darker and warmer the lamp gets, 0..=1.
+    pub light: f32,
+    /// The first frame that differs.
+    pub onset: u64,
+    /// Frames until it is reached.
+    pub ramp: u64,
+}
+
+/// `[drift]`
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct DriftPart {
+    /// Frames of a window.
+    pub frames: u32,
 }
 
 /// `[model]`
@@ -174,6 +201,8 @@ mod tests {
                     seed: 7,
                     width: 64,
                     height: 64,
+                    defect_rate: None,
+                    drift: None,
                 }),
             }],
             model: None,
@@ -181,6 +210,7 @@ mod tests {
             outbox: OutboxPart { max_bytes: 4 << 20 },
             report: ReportPart { every_s: 2 },
             samples: None,
+            drift: None,
         };
         let parsed: toml::Table = file.text().unwrap().parse().unwrap();
         let source = &parsed["source"][0];

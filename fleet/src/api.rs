@@ -42,6 +42,17 @@ impl Api {
         read(&url, answer)
     }
 
+    /// `PUT` of JSON.
+    pub(crate) fn put(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
+        let url = format!("{}{path}", self.base);
+        let answer = self
+            .agent
+            .put(&url)
+            .header("content-type", "application/json")
+            .send(body.to_string());
+        read(&url, answer)
+    }
+
     /// `POST` of JSON.
     pub(crate) fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
         let url = format!("{}{path}", self.base);

@@ -141,6 +141,10 @@ pub struct DemoArgs {
     /// Leave the network alone.
     #[arg(long)]
     pub no_plug: bool,
+    /// Leave the light alone. Otherwise, where there is time (two and a half minutes) and the conveyor is looked
+    /// at, the lamps age, the devices notice, and a better model is taught.
+    #[arg(long)]
+    pub no_drift: bool,
 }
 
 /// Which broker.

@@ -9,11 +9,14 @@ use std::{
 use anyhow::Context;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
+    sync::mpsc::Receiver,
     time::{Instant, MissedTickBehavior, interval},
 };
 
 use crate::{
+    api::Api,
     cli::{DemoArgs, shipped_bundle},
+    lesson,
     process::Program,
     report::Report,
     screen::{Line, Screen},
@@ -84,14 +87,44 @@ pub(crate) async fn run(args: &DemoArgs) -> anyhow::Result<bool> {
         };
     }
 
+    let own = args.images.is_none() && args.bundle.is_none();
+    let lesson = own && !args.no_drift && args.bound.is_none_or(|bound| bound >= lesson::LEAST);
+    if let (true, Some(bundle)) = (lesson, &plan.bundle) {
+        let config = plan.root.join("coordinator.toml");
+        std::fs::write(&config, lesson::coordinator_config(bundle))
+            .with_context(|| format!("writing {}", config.display()))?;
+        plan.coordinator_config = Some(config);
+        plan.ageing = Some(lesson::ageing(plan.fps));
+    }
+
     let mut site = Site::start(&plan).await?;
     greet(&site);
+    let (say, mut said) = tokio::sync::mpsc::channel(16);
+    let telling = lesson.then(|| {
+        let api = Api::new(site.http());
+        let bundle = plan.bundle.clone().unwrap_or_default();
+        tokio::spawn(async move {
+            if let Err(error) = lesson::tell(api, &bundle, say.clone()).await {
+                let _ = say.send(format!("the lesson ends early: {error:#}")).await;
+            }
+        })
+    });
     let story = Story {
         plug: (!args.no_plug).then(|| plug_times(args.bound)),
         bound: args.bound,
         expected,
     };
-    let seconds = watch(&mut site, &story, held_out.clone(), &mut interrupts).await?;
+    let seconds = watch(
+        &mut site,
+        &story,
+        held_out.clone(),
+        &mut said,
+        &mut interrupts,
+    )
+    .await?;
+    if let Some(telling) = telling {
+        telling.abort();
+    }
 
     println!("\nThe cameras stop; what is on its way arrives …");
     let seen = tokio::select! {
@@ -132,6 +165,7 @@ async fn watch(
     site: &mut Site,
     story: &Story,
     held_out: BTreeSet<String>,
+    said: &mut Receiver<String>,
     interrupts: &mut Interrupts,
 ) -> anyhow::Result<f64> {
     let start = Instant::now();
@@ -156,6 +190,9 @@ async fn watch(
             screen.say(&format!(
                 "{name} was gone and is started again (process {pid})"
             ));
+        }
+        while let Ok(what) = said.try_recv() {
+            screen.say(&what);
         }
         let now = Instant::now();
         let seen = witness.look().await?;

@@ -10,6 +10,7 @@ pub mod cli;
 mod demo;
 pub mod dice;
 mod learning;
+mod lesson;
 pub mod net;
 pub mod process;
 mod report;

@@ -9,8 +9,8 @@ use std::{
 
 use crate::{
     agent_file::{
-        AgentFile, BrokerPart, ModelPart, OutboxPart, PublishPart, ReportPart, ScenePart,
-        SourcePart,
+        AgentFile, BrokerPart, DriftPart, ModelPart, OutboxPart, PublishPart, ReportPart,
+        SamplesPart, ScenePart, ScenePartDrift, SourcePart,
     },
     broker,
     net::Link,
@@ -71,6 +71,23 @@ pub enum Broker {
     Mosquitto,
 }
 
+/// Something to learn from: the light changes, and what is seen is kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Ageing {
+    /// How much darker and warmer the lamp gets, 0..=1.
+    pub light: f32,
+    /// The first frame that is darker.
+    pub onset: u64,
+    /// Frames until the lamp is as dark as it gets.
+    pub ramp: u64,
+    /// Share of the parts that have a fault.
+    pub defect_rate: f32,
+    /// Share of the frames that are kept to learn from.
+    pub kept: f64,
+    /// Frames of the window in which drift is looked for.
+    pub window: u32,
+}
+
 /// What each device looks at.
 #[derive(Clone, Debug)]
 pub enum Camera {
@@ -127,6 +144,8 @@ pub struct Plan {
     pub http: Option<SocketAddr>,
     /// Where the broker should be, if that port is free.
     pub mqtt: Option<SocketAddr>,
+    /// The synthetic cameras' lamps age.
+    pub ageing: Option<Ageing>,
 }
 
 impl Plan {
@@ -153,6 +172,7 @@ impl Plan {
             coordinator_config: None,
             http: None,
             mqtt: None,
+            ageing: None,
         }
     }
 }
@@ -279,6 +299,12 @@ impl Site {
                     seed: n as u64,
                     width: *width,
                     height: *height,
+                    defect_rate: plan.ageing.map(|a| a.defect_rate),
+                    drift: plan.ageing.map(|a| ScenePartDrift {
+                        light: a.light,
+                        onset: a.onset,
+                        ramp: a.ramp,
+                    }),
                 });
                 true
             }
@@ -307,7 +333,13 @@ impl Site {
                 max_bytes: plan.outbox_bytes,
             },
             report: ReportPart { every_s: 2 },
-            samples: None,
+            samples: plan.ageing.map(|ageing| SamplesPart {
+                random: ageing.kept,
+                ..SamplesPart::everything(format!("http://{}", self.http))
+            }),
+            drift: plan.ageing.map(|ageing| DriftPart {
+                frames: ageing.window,
+            }),
         };
         let config = dir.join("agent.toml");
         let args = ["run".into(), "--config".into(), config.clone().into()];

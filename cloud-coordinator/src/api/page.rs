@@ -19,6 +19,10 @@ pub(super) fn router() -> Router<State> {
         "text/javascript; charset=utf-8",
         include_str!("../page/page.js"),
     );
+    let learning = file(
+        "text/javascript; charset=utf-8",
+        include_str!("../page/learning.js"),
+    );
     let label = file(
         "text/html; charset=utf-8",
         include_str!("../page/label.html"),
@@ -35,4 +39,5 @@ pub(super) fn router() -> Router<State> {
         .route("/label.js", get(label_js))
         .route("/page.css", get(css))
         .route("/page.js", get(js))
+        .route("/learning.js", get(learning))
 }

@@ -5,6 +5,18 @@ const devices = new Map();
 const byId = (id) => document.getElementById(id);
 const number = new Intl.NumberFormat("en-GB");
 const MAX_CARDS = 200;
+// What each sign of drift means.
+const DRIFT = {
+  unknown: "often unknown",
+  scores: "less sure than in training",
+  embedding: "sees something else than training",
+  novelty: "unlike training",
+  dark: "too dark",
+  bright: "too bright",
+  blurred: "blurred",
+  blocked: "lens covered",
+  frozen: "picture frozen",
+};
 
 function rate(perSecond) {
   return perSecond >= 10 ? number.format(Math.round(perSecond)) : perSecond.toFixed(1);
@@ -87,9 +99,28 @@ function draw(entry) {
   const backlog = device.backlog;
   set(find("backlog"), backlog === undefined ? "–" : number.format(backlog), backlog > 50 ? "backlog some" : "backlog");
   set(find("missing"), number.format(device.missing), device.missing > 0 ? "missing some" : "missing");
-  set(find("accuracy"), percent(device.right, device.right + device.wrong));
+  const { right, wrong } = entry.lately;
+  set(find("accuracy"), percent(right, right + wrong), right < 0.8 * (right + wrong) ? "accuracy some" : "accuracy");
+  const drifts = (device.drift || []).filter((drift) => drift.names);
+  find("drift").hidden = drifts.length === 0;
+  set(find("drift"), drifts.map((drift) => `${drift.source}: ${drift.names.split(",").map((name) => DRIFT[name] || name).join(", ")}`).join(" · "));
   set(find("seen"), ago(device.last_seen_ms));
   card.title = [device.board, device.arch, device.agent && `agent ${device.agent}`, device.rss_bytes && bytes(device.rss_bytes)].filter(Boolean).join(" · ");
+}
+
+// How many readings of the last minute were right, where the truth is known: from two looks at the totals.
+function recent(entry) {
+  const { device, marks } = entry;
+  const now = { at: Date.now(), right: device.right, wrong: device.wrong };
+  marks.push(now);
+  while (marks.length > 1 && now.at - marks[0].at > 60000) marks.shift();
+  const first = marks[0];
+  const gone = first.right + first.wrong > now.right + now.wrong;
+  if (gone) marks.splice(0, marks.length - 1);
+  const right = now.right - marks[0].right;
+  const wrong = now.wrong - marks[0].wrong;
+  // Just opened: everything so far.
+  return right + wrong > 0 ? { right, wrong } : { right: now.right, wrong: now.wrong };
 }
 
 function totals() {
@@ -100,8 +131,10 @@ function totals() {
     stored += device.stored;
     backlog += device.backlog || 0;
     missing += device.missing;
-    right += device.right;
-    wrong += device.wrong;
+  }
+  for (const { lately } of devices.values()) {
+    right += lately.right;
+    wrong += lately.wrong;
   }
   set(byId("t-online"), `${number.format(online)} of ${number.format(devices.size)}`);
   set(byId("t-rate"), rate(perSecond));
@@ -118,10 +151,11 @@ function take(list) {
     const key = keyOf(device);
     let entry = devices.get(key);
     if (!entry) {
-      entry = { card: devices.size < MAX_CARDS ? newCard(device) : null };
+      entry = { card: devices.size < MAX_CARDS ? newCard(device) : null, marks: [] };
       devices.set(key, entry);
     }
     entry.device = device;
+    entry.lately = recent(entry);
     if (entry.card) draw(entry);
   }
   totals();

@@ -7,11 +7,16 @@
 mod catalog;
 mod external;
 mod jobs;
+mod judge;
 mod look;
 mod request;
+mod start;
+mod trainers;
 mod work;
 
 pub(crate) use catalog::{Catalog, CatalogError, Model};
 pub(crate) use jobs::{Job, JobError, Jobs};
 pub(crate) use request::Request;
+pub use start::StartPolicy;
+pub(crate) use start::by_itself;
 pub(crate) use work::{Settings, Work};

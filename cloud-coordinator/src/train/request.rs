@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 /// Which trainer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum Trainer {
+pub enum Trainer {
     /// A new classifier on the embedding: seconds.
     #[default]
     Head,
@@ -79,6 +79,22 @@ const fn min_score() -> f32 {
 }
 
 impl Request {
+    /// A training that nobody asked for, with every setting at its default. `why` stands for who asks.
+    pub(super) fn by_itself(trainer: Trainer, why: &str) -> Self {
+        Self {
+            trainer,
+            base: None,
+            dataset: None,
+            seed: one(),
+            epochs: passes(),
+            rate: rate(),
+            last_layers: None,
+            balanced: false,
+            min_score: min_score(),
+            author: format!("by itself: {why}"),
+        }
+    }
+
     /// What is out of its range, in words.
     pub(crate) fn check(&self) -> Result<(), String> {
         let wrong = |field: &str, what: &str| Err(format!("{field}: {what}"));

@@ -7,13 +7,8 @@ use std::{
 };
 
 use bytes::Bytes;
-use learn::{
-    evaluate::{self, Evaluation},
-    features::Features,
-    gate::{self, Answers, Cost, Holdout, Policy, Verdict},
-    head, surgery, tune,
-};
-use models::{Activation, Bundle, Draft, Engine, Lineage, Manifest, Outcome, Reference, Task};
+use learn::{gate::Policy, head};
+use models::{Activation, Bundle, Draft, Engine, Lineage, Manifest, Reference, Task};
 use serde_json::json;
 use tokio::task::spawn_blocking;
 
@@ -21,6 +16,7 @@ use super::{
     catalog::{Catalog, CatalogError, Model, ModelState, NewModel},
     external,
     jobs::Reporter,
+    judge::Judged,
     look::{headed, look},
     request::{Request, Trainer},
 };
@@ -33,12 +29,6 @@ use crate::{
 const GOLDEN: usize = 8;
 /// The largest golden picture: it travels to every device.
 const GOLDEN_BYTES: usize = 512 * 1024;
-/// What the prepared images of a fine-tune may take: half of a small machine.
-const MAX_PICTURES_BYTES: usize = 1 << 30;
-/// Generations that are searched for pictures of the holdout.
-const ANCESTORS: usize = 50;
-/// The graph's output with one score per class, where the base has none.
-const SCORES: &str = "logits";
 
 /// How trainings are bounded and judged.
 #[derive(Clone, Debug)]
@@ -158,7 +148,11 @@ impl Work {
                 true => Err(WorkError::Cancelled),
                 false => Ok(judged),
             });
-        let (report, verdict, holdout) = match judged {
+        let Judged {
+            report,
+            verdict,
+            holdout,
+        } = match judged {
             Ok(judged) => judged,
             Err(error) => {
                 // Without a judgement there is no model.
@@ -264,179 +258,6 @@ impl Work {
         })
     }
 
-    /// The embedding of every picture to train with, from the cache where it is there.
-    async fn embeddings(
-        &self,
-        material: &Material,
-        reporter: &Reporter,
-    ) -> Result<Vec<Vec<f32>>, WorkError> {
-        let images: Vec<String> = material
-            .train
-            .iter()
-            .map(|(i, _)| i.sha256.clone())
-            .collect();
-        let engine = engine_digest(material.engine.manifest());
-        let mut known = self.datasets.features(&engine, &images).await?;
-        let missing: Vec<String> = images
-            .iter()
-            .filter(|sha| !known.contains_key(*sha))
-            .cloned()
-            .collect();
-        let seen = look(
-            &self.objects,
-            &material.engine,
-            &missing,
-            reporter,
-            "features",
-        )
-        .await?;
-        let new: Vec<(String, Vec<f32>)> = missing
-            .into_iter()
-            .zip(seen)
-            .map(|(sha, outcome)| (sha, outcome.embedding))
-            .collect();
-        self.datasets.put_features(&engine, &new).await?;
-        known.extend(new);
-        Ok(images
-            .iter()
-            .map(|sha| known.get(sha).cloned().unwrap_or_default())
-            .collect())
-    }
-
-    /// A new classifier on the base's embedding.
-    async fn head(
-        &self,
-        material: &Arc<Material>,
-        request: &Request,
-        reporter: &Reporter,
-    ) -> Result<Made, WorkError> {
-        let embeddings = self.embeddings(material, reporter).await?;
-        let (material, reporter) = (material.clone(), reporter.clone());
-        let settings = head::Settings {
-            balanced: request.balanced,
-            seed: request.seed,
-            ..head::Settings::default()
-        };
-        spawn_blocking(move || {
-            let truth: Vec<u32> = material.train.iter().map(|(_, class)| *class).collect();
-            let dim = material.engine.manifest().output.embedding_dim;
-            let rows = embeddings.concat();
-            let features = Features::new(dim, material.labels.len(), rows, truth, None)?;
-            let head = head::train(&features, &settings, &mut |p: learn::Progress| {
-                reporter.tell("train", p.step, p.steps, Some(p.loss))
-            })
-            .map_err(|error| match error {
-                learn::Error::Cancelled => WorkError::Cancelled,
-                other => WorkError::Head(other),
-            })?;
-            let output = &material.engine.manifest().output;
-            let scores = output.scores.clone().unwrap_or_else(|| SCORES.to_owned());
-            let embedding = output.embedding.clone().unwrap_or_default();
-            let bytes = material.bundle.model_bytes().map_err(CatalogError::from)?;
-            let model = surgery::with_head(&bytes, &embedding, &scores, &head)?;
-            let record = json!({
-                "trainer": "head", "settings": settings, "strength": head.strength,
-                "temperature": head.temperature, "fold_loss": head.fold_loss,
-                "iterations": head.iterations, "images": features.len(),
-            });
-            // The file must say what the head says: tried on the golden pictures of the base.
-            let labels = material.labels.clone();
-            let made = Made {
-                model,
-                labels,
-                scores,
-                head: None,
-                record,
-            };
-            let after = Engine::new(manifest(&material, &made, "0", None), made.model.clone())?;
-            let inputs = material.bundle.manifest.golden.iter().filter_map(|golden| {
-                let bytes = material.bundle.image_bytes(&golden.image).ok()?;
-                after.tensor_from_bytes(&bytes).ok()
-            });
-            surgery::verify(&material.engine, &after, &head, &inputs.collect::<Vec<_>>())?;
-            Ok(Made {
-                head: Some(head),
-                ..made
-            })
-        })
-        .await?
-    }
-
-    /// A new classifier, and then the layers below it, by gradient descent.
-    async fn fine_tune(
-        &self,
-        material: &Arc<Material>,
-        request: &Request,
-        reporter: &Reporter,
-    ) -> Result<Made, WorkError> {
-        let start = self.head(material, request, reporter).await?;
-        let input = &material.engine.manifest().input;
-        let values: usize = input.shape.iter().product();
-        let bytes = material.train.len() * values * size_of::<f32>();
-        if bytes > MAX_PICTURES_BYTES {
-            let most = MAX_PICTURES_BYTES / (values * size_of::<f32>());
-            let found = material.train.len();
-            return Err(WorkError::Tune(format!(
-                "{found} images do not fit into the memory that it may take, {most} would"
-            )));
-        }
-        let images = self.images(&material.train).await?;
-        let (material, request) = (material.clone(), request.clone());
-        let reporter = reporter.clone();
-        spawn_blocking(move || {
-            let failed = |error: tune::TuneError| match error {
-                tune::TuneError::Stopped => WorkError::Cancelled,
-                other => WorkError::Tune(other.to_string()),
-            };
-            let mut pictures = Vec::with_capacity(images.len() * values);
-            for (at, bytes) in images.iter().enumerate() {
-                if reporter.tell("features", at, images.len(), None).is_break() {
-                    return Err(WorkError::Cancelled);
-                }
-                pictures.extend_from_slice(material.engine.tensor_from_bytes(bytes)?.values());
-            }
-            let batch = tune::Batch {
-                pictures,
-                labels: material.train.iter().map(|(_, class)| *class).collect(),
-            };
-            let name = &material.engine.manifest().input.name;
-            let graph = tune::Graph::read(&start.model, name, &start.scores).map_err(failed)?;
-            let settings = tune::Settings {
-                epochs: request.epochs,
-                batch: 32,
-                rate: request.rate,
-                seed: request.seed,
-                train: match request.last_layers {
-                    Some(layers) => tune::Train::LastBlocks(layers),
-                    None => tune::Train::All,
-                },
-                warm_up: batch.labels.len().div_ceil(32),
-                smoothing: 0.05,
-                threads: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
-                ..tune::Settings::default()
-            };
-            let tuned = tune::train(&graph, tune::Data::Memory(&batch), &settings, &mut |p| {
-                let (step, steps) = (p.epoch * p.steps + p.step, p.epochs * p.steps);
-                reporter.tell("train", step, steps, Some(f64::from(p.loss)))
-            })
-            .map_err(failed)?;
-            let record = json!({
-                "trainer": "fine-tune", "head": start.record, "epochs": settings.epochs,
-                "batch": settings.batch, "rate": settings.rate, "decay": settings.decay,
-                "smoothing": settings.smoothing, "last_layers": request.last_layers,
-                "seed": settings.seed, "images": batch.labels.len(),
-                "last_loss": tuned.losses.last(),
-            });
-            Ok(Made {
-                model: tuned.onnx,
-                head: None,
-                record,
-                ..start
-            })
-        })
-        .await?
-    }
-
     /// Writes the bundle of what was made.
     async fn bundle(
         &self,
@@ -533,115 +354,6 @@ impl Work {
         }
     }
 
-    /// Measures candidate and current model on the holdout, and asks the gate.
-    async fn judge(
-        &self,
-        dataset: &Dataset,
-        material: &Material,
-        bundle: &Bundle,
-        engine: &Arc<Engine>,
-        reporter: &Reporter,
-    ) -> Result<(Option<Evaluation>, Verdict, Option<String>), WorkError> {
-        let images: Vec<String> = material.holdout.iter().map(|i| i.sha256.clone()).collect();
-        let truth: Vec<u32> = material.holdout.iter().map(|i| i.class).collect();
-        let candidate = look(&self.objects, engine, &images, reporter, "holdout").await?;
-        let candidate = probabilities(&candidate);
-        let labels = &bundle.manifest.output.labels;
-        let task = &bundle.manifest.name;
-        let (current_labels, current) = match self.catalog.find(task).await {
-            Ok(model) if model.kind == Task::Classify.as_str() => {
-                let catalog = self.catalog.clone();
-                let current = spawn_blocking(move || catalog.engine(&model)).await??;
-                let seen = look(&self.objects, &current, &images, reporter, "holdout").await?;
-                (
-                    current.manifest().output.labels.clone(),
-                    probabilities(&seen),
-                )
-            }
-            Ok(_) | Err(CatalogError::Unknown(_)) => guess(dataset, material, labels),
-            Err(error) => return Err(error.into()),
-        };
-        let holdout = (!truth.is_empty()).then(|| holdout_digest(&material.holdout));
-        let judged = match &holdout {
-            Some(digest) => self.catalog.judged(digest).await?,
-            None => 0,
-        };
-        let tested = {
-            let (path, engine) = (bundle.dir().to_owned(), engine.clone());
-            spawn_blocking(move || {
-                Ok::<_, CatalogError>(models::self_test(&Bundle::open(&path)?, &engine))
-            })
-            .await??
-        };
-        if let Some(broken) = tested
-            .golden
-            .iter()
-            .find(|golden| !golden.problems.is_empty())
-        {
-            return Err(WorkError::Judge(format!(
-                "self-test: {}",
-                broken.problems.join(", ")
-            )));
-        }
-        let cost = Cost {
-            latency_ms: tested.latency_ms.map_or(f64::INFINITY, f64::from),
-            allowed_latency_ms: f64::from(tested.latency_budget_ms),
-            memory_mib: tested.memory_mib.map_or(0.0, f64::from),
-            #[expect(clippy::cast_precision_loss, reason = "MiB")]
-            allowed_memory_mib: tested.memory_budget_mib as f64,
-        };
-        let holdout_view = Holdout {
-            labels: &dataset.classes,
-            truth: &truth,
-            leaked: self.leaked(dataset, material).await?,
-            judged,
-        };
-        let verdict = gate::judge(
-            &holdout_view,
-            &Answers {
-                labels: &current_labels,
-                probabilities: &current,
-            },
-            &Answers {
-                labels,
-                probabilities: &candidate,
-            },
-            &cost,
-            &self.settings.policy,
-        )
-        .map_err(|error| WorkError::Judge(error.to_string()))?;
-        let report = if truth.is_empty() {
-            None
-        } else {
-            Some(evaluation(dataset, &truth, labels, &candidate)?)
-        };
-        Ok((report, verdict, holdout))
-    }
-
-    /// Pictures of the holdout that the candidate, or a model that it grew out of, was trained on.
-    async fn leaked(&self, dataset: &Dataset, material: &Material) -> Result<usize, WorkError> {
-        let held: HashSet<&str> = material.holdout.iter().map(|i| i.sha256.as_str()).collect();
-        let trained = |items: &[Item]| -> HashSet<String> {
-            let trained = items
-                .iter()
-                .filter(|i| !i.holdout && held.contains(i.sha256.as_str()));
-            trained.map(|i| i.sha256.clone()).collect()
-        };
-        let mut leaked = trained(&dataset.items);
-        let mut parent = Some(material.base.clone());
-        for _ in 0..ANCESTORS {
-            let Some(model) = parent else { break };
-            if let Some(digest) = &model.dataset {
-                leaked.extend(trained(&self.datasets.get(digest).await?.items));
-            }
-            parent = match &model.parent {
-                Some(id) => self.catalog.find(id).await.ok(),
-                None => None,
-            };
-        }
-        Ok(leaked.len())
-    }
-
     /// Reads images in their order.
     pub(super) async fn images(&self, items: &[(Item, u32)]) -> Result<Vec<Bytes>, WorkError> {
         let mut images = Vec::with_capacity(items.len());
@@ -660,7 +372,7 @@ pub(super) fn engine_digest(manifest: &Manifest) -> String {
 }
 
 /// The manifest of what was made from this material.
-fn manifest(
+pub(super) fn manifest(
     material: &Material,
     made: &Made,
     version: &str,
@@ -687,74 +399,6 @@ fn manifest(
         new.lineage.seed = Some(request.seed);
     }
     new
-}
-
-fn probabilities(outcomes: &[Outcome]) -> Vec<f32> {
-    outcomes
-        .iter()
-        .flat_map(|outcome| outcome.scores.iter().copied())
-        .collect()
-}
-
-/// Where there is no model yet: the answer of one that always names the most frequent class.
-fn guess(dataset: &Dataset, material: &Material, labels: &[String]) -> (Vec<String>, Vec<f32>) {
-    let mut counts = vec![0usize; labels.len()];
-    for (_, class) in &material.train {
-        if let Some(count) = counts.get_mut(*class as usize) {
-            *count += 1;
-        }
-    }
-    let most = (0..counts.len())
-        .max_by_key(|class| counts[*class])
-        .unwrap_or_default();
-    let names = if labels.is_empty() {
-        dataset.classes.clone()
-    } else {
-        labels.to_vec()
-    };
-    let row = (0..names.len()).map(|class| f32::from(u8::from(class == most)));
-    let row: Vec<f32> = row.collect();
-    (names, row.repeat(material.holdout.len()))
-}
-
-/// The figures of the candidate. Classes of the holdout that it does not know count as never answered.
-fn evaluation(
-    dataset: &Dataset,
-    truth: &[u32],
-    labels: &[String],
-    probabilities: &[f32],
-) -> Result<Evaluation, WorkError> {
-    let mut names = labels.to_vec();
-    let mut place = Vec::new();
-    for class in &dataset.classes {
-        let at = names
-            .iter()
-            .position(|name| name == class)
-            .unwrap_or_else(|| {
-                names.push(class.clone());
-                names.len() - 1
-            });
-        place.push(at as u32);
-    }
-    let truth: Vec<u32> = truth
-        .iter()
-        .filter_map(|class| place.get(*class as usize).copied())
-        .collect();
-    let mut rows = Vec::with_capacity(truth.len() * names.len());
-    for row in probabilities.chunks_exact(labels.len().max(1)) {
-        rows.extend_from_slice(row);
-        rows.resize(rows.len() + names.len() - labels.len(), 0.0);
-    }
-    evaluate::evaluate(&truth, &rows, &names).map_err(|error| WorkError::Judge(error.to_string()))
-}
-
-fn holdout_digest(items: &[Item]) -> String {
-    let mut lines: Vec<String> = items
-        .iter()
-        .map(|item| format!("{} {}\n", item.sha256, item.class))
-        .collect();
-    lines.sort_unstable();
-    crate::objects::digest(lines.concat().as_bytes())
 }
 
 fn card(new: &Manifest, dataset: &Dataset, material: &Material, made: &Made) -> String {

@@ -1,0 +1,83 @@
+//! A small client for JSON over HTTP.
+
+use std::time::Duration;
+
+use serde_json::Value;
+
+/// Larger answers are a fault.
+const MAX_ANSWER: u64 = 64 << 20;
+
+/// One server.
+pub struct Web {
+    agent: ureq::Agent,
+    base: String,
+}
+
+impl Web {
+    /// Asks below `base`, and gives up after `timeout`.
+    #[must_use]
+    pub fn new(base: &str, timeout: Duration) -> Self {
+        let config = ureq::Agent::config_builder()
+            .timeout_global(Some(timeout))
+            .http_status_as_error(false)
+            .build();
+        Self {
+            agent: config.into(),
+            base: base.to_owned(),
+        }
+    }
+
+    /// `GET`
+    ///
+    /// # Panics
+    /// Unless the answer is good.
+    #[must_use]
+    pub fn get(&self, path: &str) -> Value {
+        self.try_get(path).unwrap()
+    }
+
+    /// `GET`
+    ///
+    /// # Errors
+    /// In words, unless the answer is good.
+    pub fn try_get(&self, path: &str) -> Result<Value, String> {
+        read(path, self.agent.get(format!("{}{path}", self.base)).call())
+    }
+
+    /// `POST`
+    ///
+    /// # Panics
+    /// Unless the answer is good.
+    pub fn post(&self, path: &str, body: &Value) -> Value {
+        let request = self.agent.post(format!("{}{path}", self.base));
+        let request = request.header("content-type", "application/json");
+        read(path, request.send(body.to_string())).unwrap()
+    }
+
+    /// `DELETE`
+    ///
+    /// # Errors
+    /// In words, unless the answer is good.
+    pub fn try_delete(&self, path: &str) -> Result<Value, String> {
+        read(
+            path,
+            self.agent.delete(format!("{}{path}", self.base)).call(),
+        )
+    }
+}
+
+fn read(
+    path: &str,
+    answer: Result<ureq::http::Response<ureq::Body>, ureq::Error>,
+) -> Result<Value, String> {
+    let mut answer = answer.map_err(|error| format!("{path}: {error}"))?;
+    let status = answer.status();
+    let body = answer.body_mut().with_config().limit(MAX_ANSWER);
+    let text = body
+        .read_to_string()
+        .map_err(|error| format!("{path}: {error}"))?;
+    if !status.is_success() {
+        return Err(format!("{path}: {status}: {text}"));
+    }
+    serde_json::from_str(&text).map_err(|error| format!("{path}: {error}: {text}"))
+}
