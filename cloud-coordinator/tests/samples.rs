@@ -604,11 +604,25 @@ async fn what_comes_in_goes_out_the_same() {
     let (_, again) = bring_in(http, "steel", "folder", "", &tar).await;
     assert_eq!((&again["imported"], &again["kept"]), (&json!(0), &json!(3)));
 
+    // What is held out stays so.
+    let (_, page) = ask(http, "GET /api/v1/samples?task=steel").await;
+    let items = page["items"].as_array().unwrap();
+    let first = items
+        .iter()
+        .find(|s| s["sha256"] == digest(&images[0]).as_str());
+    let hold = format!("PUT /api/v1/samples/{}/holdout", first.unwrap()["id"]);
+    let (status, _) = say(http, &hold, json!({ "holdout": true, "author": "ana" })).await;
+    assert_eq!(status, 200);
+
     let folder = take_out(http, "steel", "folder").await;
     let csv = String::from_utf8(take_out(http, "steel", "csv").await).unwrap();
     let coco = take_out(http, "steel", "coco").await;
     assert!(csv.starts_with("path,class,split\n") && csv.lines().count() == 4);
     assert!(csv.contains(&format!("hole/{}.png,hole,train", digest(&images[2]))));
+    assert!(
+        csv.contains(&format!("holdout/ok/{}.png,ok,holdout", digest(&images[0]))),
+        "{csv}"
+    );
     // Folders, CSV and COCO say the same of the same images; the end of a tar is cut off to add a text.
     let with = |name: &str, text: &[u8]| {
         let mut tar = folder[..folder.len() - 1024].to_vec();

@@ -13,8 +13,8 @@
 //! Tries may depend on earlier verdicts. As long as only "refused" came back, the next try knew nothing about
 //! the holdout beyond that, so up to the first pass the sequence of tries is as good as fixed in advance and
 //! the bound holds. It does not hold for someone who picks the next candidate by the figures of the verdict:
-//! figures are for people, and whoever tunes by them needs a fresh holdout. `judged` counts on over passes and
-//! starts again only with new frames.
+//! figures are for people, and whoever tunes by them needs a fresh holdout. `judged` counts on over passes, and
+//! over every holdout that shares a frame with this one: it starts again only where all frames are new.
 //!
 //! What each way of failing runs into:
 //! - noisy, shuffled or wrong labels, early stop: a worse model; the chance that it wins the coin tosses falls
@@ -83,7 +83,7 @@ pub struct Holdout<'a> {
     pub truth: &'a [u32],
     /// Frames of the holdout (by digest) that were found in the candidate's training set.
     pub leaked: usize,
-    /// Candidates that were judged on these frames before this one, passed or not.
+    /// Candidates that were judged on any of these frames before this one, passed or not.
     pub judged: u64,
 }
 

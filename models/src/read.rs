@@ -74,8 +74,10 @@ impl Manifest {
         top.check(fine, "name", "must be 1 to 40 characters of a-z, 0-9 and -");
         let version = top.need("version", |f| f.text("version"));
         let fits = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'+' | b'-');
-        let fine = (1..=32).contains(&version.len()) && version.bytes().all(fits);
-        let problem = "must be 1 to 32 characters of letters, digits, '.', '+' and '-'";
+        let begins = version.starts_with(|c: char| c.is_ascii_alphanumeric());
+        let fine = (1..=32).contains(&version.len()) && begins && version.bytes().all(fits);
+        let problem = "must be 1 to 32 characters of letters, digits, '.', '+' and '-', the first a letter or a \
+                       digit";
         top.check(fine, "version", problem);
         let task = top.choice("task", Task::WORDS, None);
         let description = top.text("description").unwrap_or_default();

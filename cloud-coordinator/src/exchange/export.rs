@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::{
     ExchangeError, Format,
-    plan::{folders_of, quoted},
+    plan::{HOLDOUT, VAL, folders_of, quoted},
     store::ExportRow,
 };
 use crate::{
@@ -44,8 +44,8 @@ pub(crate) async fn export(
                     continue;
                 };
                 let end = end_of(objects, &row.sha256).await?;
-                let path = quoted(&format!("{folder}/{}.{end}", row.sha256));
-                let split = if row.holdout { "holdout" } else { "train" };
+                let path = quoted(&path_of(folder, row, end));
+                let split = if row.holdout { HOLDOUT } else { "train" };
                 text.push_str(&format!("{path},{},{split}\n", quoted(class)));
             }
             Ok(Exported::Text("text/csv; charset=utf-8", text))
@@ -57,8 +57,9 @@ pub(crate) async fn export(
                     continue;
                 };
                 let end = end_of(objects, &row.sha256).await?;
-                let name = format!("{folder}/{}.{end}", row.sha256);
-                images.push(json!({ "id": id, "file_name": name }));
+                let name = path_of(folder, row, end);
+                let split = if row.holdout { HOLDOUT } else { "train" };
+                images.push(json!({ "id": id, "file_name": name, "split": split }));
                 let category = row.class + 1;
                 annotations.push(json!({ "id": id, "image_id": id, "category_id": category }));
             }
@@ -71,8 +72,7 @@ pub(crate) async fn export(
             Ok(Exported::Text("application/json", format!("{all}\n")))
         }
         Format::Folder | Format::Yolo => {
-            let split = format == Format::Yolo;
-            Ok(Exported::Tar(tar(objects.clone(), rows, folders, split)))
+            Ok(Exported::Tar(tar(objects.clone(), rows, folders, format)))
         }
     }
 }
@@ -83,22 +83,29 @@ async fn end_of(objects: &Objects, sha256: &str) -> Result<&'static str, Exchang
     Ok(kind_of(&head).map_or("jpg", |(_, end)| end))
 }
 
-/// A tar of folders of classes, in folders for train and val if `split`.
+/// Where the tar of `folder` has an image.
+fn path_of(folder: &str, row: &ExportRow, end: &str) -> String {
+    let above = if row.holdout { "holdout/" } else { "" };
+    format!("{above}{folder}/{}.{end}", row.sha256)
+}
+
+/// A tar of folders of classes; what is held out lies in a folder above them.
 fn tar(
     objects: Objects,
     rows: Vec<ExportRow>,
     folders: Vec<String>,
-    split: bool,
+    format: Format,
 ) -> impl Stream<Item = Result<Bytes, ObjectError>> {
     stream::iter(rows)
         .filter_map(move |row| {
             let folder = usize::try_from(row.class)
                 .ok()
                 .and_then(|at| folders.get(at));
-            let folder = folder.map(|folder| match (split, row.holdout) {
-                (false, _) => folder.clone(),
-                (true, false) => format!("train/{folder}"),
-                (true, true) => format!("val/{folder}"),
+            let folder = folder.map(|folder| match (format, row.holdout) {
+                (Format::Yolo, false) => format!("train/{folder}"),
+                (Format::Yolo, true) => format!("{VAL}/{folder}"),
+                (_, false) => folder.clone(),
+                (_, true) => format!("{HOLDOUT}/{folder}"),
             });
             let objects = objects.clone();
             async move { Some(file(&objects, &folder?, &row.sha256).await) }

@@ -11,6 +11,11 @@ use serde::Deserialize;
 
 use super::Format;
 
+/// How images are marked that are only ever measured with: by a folder above those of the classes, in the column
+/// `split`, or in the field `split` of an image.
+pub(super) const HOLDOUT: &str = "holdout";
+/// The same in the folders of YOLO.
+pub(super) const VAL: &str = "val";
 /// The most classes that a file may name: far beyond what a task takes.
 const MAX_NAMES: usize = 10_000;
 
@@ -21,6 +26,8 @@ pub(super) struct Plan {
     pub(super) classes: Vec<String>,
     /// Path of an image → its class.
     pub(super) labels: BTreeMap<String, String>,
+    /// Paths of images that are only to be measured with.
+    pub(super) holdout: BTreeSet<String>,
     /// What cannot be used: where, and why.
     pub(super) errors: Vec<(String, String)>,
 }
@@ -102,6 +109,22 @@ pub(super) fn plan(
     texts: &BTreeMap<String, String>,
 ) -> Plan {
     let mut plan = Plan::default();
+    let above = |path: &&String, name: &str| {
+        let folders = folder(path);
+        folder(folders).split('/').any(|part| part == name)
+    };
+    match format {
+        Format::Folder | Format::Yolo => {
+            let name = if format == Format::Folder {
+                HOLDOUT
+            } else {
+                VAL
+            };
+            let held = images.iter().filter(|path| above(path, name));
+            plan.holdout = held.cloned().collect();
+        }
+        Format::Csv | Format::Coco => {}
+    }
     match format {
         Format::Folder => folders(&mut plan, images),
         Format::Csv => csv(&mut plan, images, texts),
@@ -154,10 +177,14 @@ pub(super) fn quoted(field: &str) -> String {
 fn csv(plan: &mut Plan, images: &BTreeSet<String>, texts: &BTreeMap<String, String>) {
     let mut unclear = BTreeSet::new();
     for (file, text) in texts.iter().filter(|(file, _)| file.ends_with(".csv")) {
+        let mut split = None;
         for (number, line) in text.trim_start_matches('\u{feff}').lines().enumerate() {
             let fields = fields(line);
             let (path, class) = match fields.as_slice() {
-                [path, ..] if number == 0 && path.trim() == "path" => continue,
+                [path, ..] if number == 0 && path.trim() == "path" => {
+                    split = fields.iter().position(|field| field.trim() == "split");
+                    continue;
+                }
                 [only] if only.trim().is_empty() => continue,
                 [path, class, ..] => (path.trim(), class.trim()),
                 _ => {
@@ -169,7 +196,13 @@ fn csv(plan: &mut Plan, images: &BTreeSet<String>, texts: &BTreeMap<String, Stri
                 None => plan.error(&format!("{file}:{}", number + 1), "there is no such image"),
                 // Known, but nobody said what it is.
                 Some(_) if class.is_empty() => {}
-                Some(image) => plan.label(image, class, &mut unclear),
+                Some(image) => {
+                    plan.label(image, class, &mut unclear);
+                    let split = split.and_then(|at| fields.get(at));
+                    if split.is_some_and(|split| split.trim() == HOLDOUT) {
+                        plan.holdout.insert(image.clone());
+                    }
+                }
             }
         }
     }
@@ -187,6 +220,8 @@ struct Coco {
 struct CocoImage {
     id: i64,
     file_name: String,
+    #[serde(default)]
+    split: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -222,6 +257,9 @@ fn coco(plan: &mut Plan, images: &BTreeSet<String>, texts: &BTreeMap<String, Str
         for image in &coco.images {
             match find(images, folder(file), &image.file_name) {
                 Some(path) => {
+                    if image.split.as_deref() == Some(HOLDOUT) {
+                        plan.holdout.insert(path.clone());
+                    }
                     found.insert(image.id, path);
                 }
                 None => plan.error(&image.file_name, "there is no such image"),
@@ -377,12 +415,23 @@ mod tests {
 
     #[test]
     fn golden_folder() {
-        let images = set(&["set/hole/1.png", "set/ok/1.png", "ok/2.png", "3.png"]);
+        let images = set(&[
+            "set/hole/1.png",
+            "set/ok/1.png",
+            "ok/2.png",
+            "3.png",
+            "holdout/ok/4.png",
+            "holdout/5.png",
+        ]);
         let plan = plan(Format::Folder, &images, &texts(&[]));
-        assert_eq!(plan.classes, ["hole", "ok"]);
+        assert_eq!(plan.classes, ["holdout", "hole", "ok"]);
+        // A folder above one of a class; a class may have that name too.
+        assert_eq!(plan.holdout, set(&["holdout/ok/4.png"]));
         assert_eq!(
             labels(&plan),
             [
+                ("holdout/5.png", "holdout"),
+                ("holdout/ok/4.png", "ok"),
                 ("ok/2.png", "ok"),
                 ("set/hole/1.png", "hole"),
                 ("set/ok/1.png", "ok")
@@ -395,7 +444,11 @@ mod tests {
     fn golden_csv() {
         let images = set(&["set/a.png", "set/b, c.png", "set/deep/d.png", "set/e.png"]);
         let text = "path,class,note\r\na.png,ok,x\n\"b, c.png\",\"a \"\"big\"\" hole\"\nd.png,ok\n../e.png,ok\n\ne.png,\nz\nq.png,ok\na.png,hole\n";
+        let split = "path,class,split\na.png,ok,train\nd.png,ok,holdout\n";
+        let said = plan(Format::Csv, &images, &texts(&[("set/labels.csv", split)]));
+        assert_eq!(said.holdout, set(&["set/deep/d.png"]));
         let plan = plan(Format::Csv, &images, &texts(&[("set/labels.csv", text)]));
+        assert!(plan.holdout.is_empty());
         assert_eq!(plan.classes, ["a \"big\" hole", "ok"]);
         assert_eq!(
             labels(&plan),
@@ -417,13 +470,14 @@ mod tests {
     #[test]
     fn golden_coco() {
         let images = set(&["images/1.png", "images/2.png", "images/3.png"]);
-        let text = r#"{"images":[{"id":7,"file_name":"1.png"},{"id":8,"file_name":"images/2.png"},{"id":9,"file_name":"3.png"},{"id":10,"file_name":"../4.png"}],
+        let text = r#"{"images":[{"id":7,"file_name":"1.png"},{"id":8,"file_name":"images/2.png","split":"holdout"},{"id":9,"file_name":"3.png"},{"id":10,"file_name":"../4.png"}],
             "annotations":[{"image_id":7,"category_id":2},{"image_id":7,"category_id":2},{"image_id":8,"category_id":1},{"image_id":8,"category_id":2},{"image_id":9,"category_id":5}],
             "categories":[{"id":2,"name":"hole"},{"id":1,"name":"ok"}]}"#;
         let said = texts(&[("annotations.json", text), ("other.json", "[]")]);
         let plan = plan(Format::Coco, &images, &said);
         assert_eq!(plan.classes, ["ok", "hole"]);
         assert_eq!(labels(&plan), [("images/1.png", "hole")]);
+        assert_eq!(plan.holdout, set(&["images/2.png"]));
         let at: Vec<_> = plan.errors.iter().map(|(at, _)| at.as_str()).collect();
         assert_eq!(
             at,
@@ -456,10 +510,9 @@ mod tests {
             assert_eq!(plan.errors.len(), 1);
         }
         let images = set(&["train/ok/1.jpg", "val/hole/2.jpg"]);
-        assert_eq!(
-            plan(Format::Yolo, &images, &texts(&[])).classes,
-            ["hole", "ok"]
-        );
+        let plan = plan(Format::Yolo, &images, &texts(&[]));
+        assert_eq!(plan.classes, ["hole", "ok"]);
+        assert_eq!(plan.holdout, set(&["val/hole/2.jpg"]));
     }
 
     #[test]

@@ -188,6 +188,12 @@ impl Seen {
         if !self.images.is_empty() {
             records.put_task(&wanted.task, &classes, now).await?;
         }
+        for path in &plan.holdout {
+            if let Some(id) = self.images.get(path) {
+                let held = records.set_holdout(*id, true, &wanted.author, now).await;
+                held.map_err(SampleError::from)?;
+            }
+        }
         // One image may lie in two places.
         let labels: BTreeMap<i64, i64> = plan
             .labels

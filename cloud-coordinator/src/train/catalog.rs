@@ -140,8 +140,6 @@ pub(crate) struct NewModel {
     pub(crate) trainer: Option<serde_json::Value>,
     pub(crate) report: Option<serde_json::Value>,
     pub(crate) verdict: Option<serde_json::Value>,
-    /// The holdout that it was judged on.
-    pub(crate) holdout: Option<String>,
     pub(crate) author: String,
 }
 
@@ -208,7 +206,6 @@ impl Catalog {
             trainer: None,
             report: None,
             verdict: None,
-            holdout: None,
             author: "given".to_owned(),
         };
         self.record(&bundle, model).await?;
@@ -249,25 +246,23 @@ impl Catalog {
         .execute(&mut *tx)
         .await
         .map_err(RecordError::sql(WHAT))?;
-        if let Some(holdout) = &model.holdout {
-            sqlx::query("INSERT INTO judged (holdout, model, at_ms) VALUES (?, ?, ?) ON CONFLICT DO NOTHING")
-                .bind(holdout)
-                .bind(manifest.id())
-                .bind(now)
-                .execute(&mut *tx)
-                .await
-                .map_err(RecordError::sql(WHAT))?;
-        }
         Ok(commit(tx).await?)
     }
 
-    /// How many candidates were judged on this holdout.
-    pub(crate) async fn judged(&self, holdout: &str) -> Result<u64, CatalogError> {
-        let count: i64 = sqlx::query_scalar("SELECT count(*) FROM judged WHERE holdout = ?")
-            .bind(holdout)
-            .fetch_one(self.records.readers())
-            .await
-            .map_err(RecordError::sql("count the candidates of a holdout"))?;
+    /// How many candidates of a task were judged on a holdout that shares images with that of `dataset`: looking
+    /// often at the same images makes chance look like progress.
+    pub(crate) async fn judged(&self, task: &str, dataset: &str) -> Result<u64, CatalogError> {
+        let count: i64 = sqlx::query_scalar(
+            "SELECT count(*) FROM models m WHERE m.name = ?1 AND m.verdict IS NOT NULL AND EXISTS (
+                 SELECT 1 FROM dataset_items old JOIN dataset_items new
+                     ON new.dataset = ?2 AND new.sha256 = old.sha256 AND new.holdout = 1
+                 WHERE old.dataset = m.dataset AND old.holdout = 1)",
+        )
+        .bind(task)
+        .bind(dataset)
+        .fetch_one(self.records.readers())
+        .await
+        .map_err(RecordError::sql("count the candidates of a holdout"))?;
         Ok(u64::try_from(count).unwrap_or_default())
     }
 

@@ -25,8 +25,6 @@ const ANCESTORS: usize = 50;
 pub(super) struct Judged {
     pub(super) report: Option<Report>,
     pub(super) verdict: Verdict,
-    /// Digest of the holdout.
-    pub(super) holdout: Option<String>,
 }
 
 /// The figures of a candidate, and the accuracy of the model whose place it would take.
@@ -73,11 +71,7 @@ impl Work {
             }
             Err(error) => return Err(error.into()),
         };
-        let holdout = (!truth.is_empty()).then(|| holdout_digest(&material.holdout));
-        let judged = match &holdout {
-            Some(digest) => self.catalog.judged(digest).await?,
-            None => 0,
-        };
+        let judged = self.catalog.judged(task, &dataset.digest).await?;
         let tested = {
             let (path, engine) = (bundle.dir().to_owned(), engine.clone());
             spawn_blocking(move || {
@@ -132,11 +126,7 @@ impl Work {
                 current_accuracy: before.accuracy,
             })
         };
-        Ok(Judged {
-            report,
-            verdict,
-            holdout,
-        })
+        Ok(Judged { report, verdict })
     }
 
     /// Pictures of the holdout that the candidate, or a model that it grew out of, was trained on.
@@ -221,13 +211,4 @@ fn evaluation(
         rows.resize(rows.len() + names.len() - labels.len(), 0.0);
     }
     evaluate::evaluate(&truth, &rows, &names).map_err(|error| WorkError::Judge(error.to_string()))
-}
-
-fn holdout_digest(items: &[Item]) -> String {
-    let mut lines: Vec<String> = items
-        .iter()
-        .map(|item| format!("{} {}\n", item.sha256, item.class))
-        .collect();
-    lines.sort_unstable();
-    crate::objects::digest(lines.concat().as_bytes())
 }

@@ -148,11 +148,7 @@ impl Work {
                 true => Err(WorkError::Cancelled),
                 false => Ok(judged),
             });
-        let Judged {
-            report,
-            verdict,
-            holdout,
-        } = match judged {
+        let Judged { report, verdict } = match judged {
             Ok(judged) => judged,
             Err(error) => {
                 // Without a judgement there is no model.
@@ -172,7 +168,6 @@ impl Work {
             trainer: Some(made.record),
             report: report.map(|report| json!(report)),
             verdict: Some(json!(verdict)),
-            holdout,
             author: request.author.clone(),
         };
         self.catalog.record(&bundle, model).await?;
