@@ -37,6 +37,12 @@ enum Command {
     Import(Import),
     /// Prints the description of the API as OpenAPI in JSON.
     Openapi,
+    /// Tries a model and prints what was found: how a running coordinator tries one that it does not know.
+    #[command(name = models::TRY_MODEL, hide = true)]
+    TryModel {
+        /// The bundle's folder.
+        dir: PathBuf,
+    },
 }
 
 #[derive(Subcommand)]
@@ -152,6 +158,10 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 fn run(command: Command) -> anyhow::Result<()> {
     match command {
+        Command::TryModel { dir } => {
+            models::try_here(&dir);
+            Ok(())
+        }
         Command::Openapi => {
             println!("{}", api::openapi()?);
             Ok(())

@@ -1,6 +1,7 @@
 //! The configuration: TOML, every mistake reported at once with the name of its field.
 
 use std::{
+    ffi::OsString,
     fmt,
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -98,6 +99,8 @@ pub struct TrainingConfig {
     pub policy: learn::gate::Policy,
     /// What starts a training without anybody asking for it.
     pub start: StartPolicy,
+    /// The program that tries models, with its first arguments; empty is this one. Not read from the file.
+    pub program: Vec<OsString>,
 }
 
 impl Default for Config {
@@ -132,6 +135,7 @@ impl Default for Config {
                 external: Vec::new(),
                 policy: learn::gate::Policy::default(),
                 start: StartPolicy::default(),
+                program: Vec::new(),
             },
         }
     }

@@ -154,6 +154,10 @@ impl Coordinator {
                 .await
                 .map_err(|e| unlearnt(&e))?,
         );
+        let program = match &config.training.program {
+            set if !set.is_empty() => set.clone(),
+            _ => models::this_program("cloud-coordinator").map_err(|e| unlearnt(&e))?,
+        };
         let training = Work {
             catalog: catalog.clone(),
             datasets: datasets.clone(),
@@ -162,6 +166,7 @@ impl Coordinator {
                 time_limit: Duration::from_secs(config.training.time_limit_s),
                 external: config.training.external.clone(),
                 policy: config.training.policy.clone(),
+                program,
             },
         };
         let learning = Learning::new(catalog, jobs.clone());

@@ -84,6 +84,7 @@ fn config_with(data: &Path) -> Config {
     let mut config = config(data);
     let backbone = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/bundles/backbone");
     config.training.models = vec![backbone];
+    config.training.program = vec![env!("CARGO_BIN_EXE_cloud-coordinator").into()];
     config
 }
 

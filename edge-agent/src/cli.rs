@@ -50,6 +50,12 @@ enum Command {
     Doctor(Configured),
     /// Draw pictures of the synthetic camera into a folder, one subfolder per label.
     Scene(SceneArgs),
+    /// Try a model and print what was found: how a running agent tries one that it does not know.
+    #[command(name = models::TRY_MODEL, hide = true)]
+    TryModel {
+        /// The bundle's folder.
+        dir: PathBuf,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -144,6 +150,10 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             })
         }
         Command::Scene(args) => scene(&args),
+        Command::TryModel { dir } => {
+            models::try_here(&dir);
+            Ok(ExitCode::SUCCESS)
+        }
     }
 }
 

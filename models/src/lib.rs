@@ -28,6 +28,7 @@ mod read;
 mod reference;
 mod selftest;
 mod tensor;
+mod trial;
 mod wire;
 mod write;
 
@@ -44,6 +45,7 @@ pub use outcome::{EMBEDDING, Outcome, OutcomeError, UNKNOWN};
 pub use reference::{Reference, SCORE_BINS, score_bin};
 pub use selftest::{GoldenResult, SelfTest, self_test};
 pub use tensor::Input;
+pub use trial::{Fault, TRY_MODEL, Trial, this_program, try_bundle, try_here};
 pub use write::{Draft, WriteError};
 
 /// The largest model file in bytes, 256 MiB: more than half of a small board's memory.

@@ -54,12 +54,12 @@ impl SelfTest {
             && self.in_memory()
     }
 
-    fn in_time(&self) -> bool {
+    pub(crate) fn in_time(&self) -> bool {
         self.latency_ms
             .is_some_and(|ms| ms <= self.latency_budget_ms)
     }
 
-    fn in_memory(&self) -> bool {
+    pub(crate) fn in_memory(&self) -> bool {
         #[expect(clippy::cast_precision_loss, reason = "at most 65536")]
         let budget = self.memory_budget_mib as f32;
         self.memory_mib.is_none_or(|mib| mib <= budget)

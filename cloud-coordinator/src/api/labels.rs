@@ -7,8 +7,12 @@ use serde::{Deserialize, Deserializer, Serialize};
 use super::{At, Params, Said as Body, State, problem::Problem};
 use crate::{
     clock,
-    labels::{LabelError, Said, TaskRow, at_random, check_classes, checked_author, order},
+    labels::{
+        Candidate, Known, KnownRow, LabelError, Said, TaskRow, at_random, check_classes,
+        checked_author, common, order,
+    },
     samples::SampleRow,
+    train::embeddings_by,
 };
 
 /// Samples of one answer of the queue: each costs a look at every candidate.
@@ -135,15 +139,34 @@ pub(super) async fn queue(
         Strategy::Random => at_random(records.open_ids(&name).await?, take, seed),
         Strategy::Queue => {
             let candidates = records.candidates(&name).await?;
-            let references = records.references(&name).await?;
+            let known = known(&state, &name, &candidates).await?;
             // Up to a second of work.
-            tokio::task::spawn_blocking(move || order(&candidates, &references, take, seed))
+            tokio::task::spawn_blocking(move || order(&candidates, &known, take, seed))
                 .await
                 .map_err(|_| Problem::new(500, "Internal error", "the queue cannot be ordered"))?
         }
     };
     let items = records.in_order(&ids).await?;
     Ok(Json(Queue { task, items }))
+}
+
+/// What is labelled, with embeddings that can be held against those of the candidates.
+async fn known(state: &State, task: &str, candidates: &[Candidate]) -> Result<Vec<Known>, Problem> {
+    let rows = state.samples.records.known(task).await?;
+    let Some((model, _)) = common(candidates.iter()) else {
+        return Ok(Vec::new());
+    };
+    let lacking = rows.iter().filter(|row| row.lacks(model));
+    let lacking: Vec<String> = lacking.filter_map(|row| row.sha256.clone()).collect();
+    let (catalog, objects) = (&state.learning.catalog, &state.samples.objects);
+    let computed = embeddings_by(catalog, &state.datasets, objects, model, &lacking).await;
+    let computed = computed.unwrap_or_else(|error| {
+        // The order is worse without them, and somebody waits.
+        tracing::warn!(task, model, %error, "labelled images cannot be looked at");
+        Default::default()
+    });
+    let known = |row: KnownRow| row.known(model, &computed);
+    Ok(rows.into_iter().filter_map(known).collect())
 }
 
 /// Tells `null` from nothing at all.

@@ -3,8 +3,8 @@
 mod queue;
 mod store;
 
-pub(crate) use queue::{Candidate, MAX_CANDIDATES, MAX_REFERENCES, at_random, order};
-pub(crate) use store::{Said, TaskRow};
+pub(crate) use queue::{Candidate, Known, MAX_CANDIDATES, MAX_KNOWN, at_random, common, order};
+pub(crate) use store::{KnownRow, Said, TaskRow};
 
 use crate::records::RecordError;
 

@@ -1,17 +1,41 @@
-//! What to label next: what the model is unsure of, and what is unlike everything that is chosen already.
+//! What to label next: among what the newest labels leave unclear, one of each kind.
 //!
-//! Pure: the same candidates, references and seed give the same order.
+//! A head is fitted to everything that is labelled, each time that the queue is asked: what a label has taught counts
+//! for the next one, not only after the next training. The candidates that it tells apart worst are gathered into as
+//! many clusters as are asked for (k-means on the sphere, weighted by how unclear each is), and of each cluster the
+//! one nearest to its centre is taken. While little is known almost everything is unclear, so the whole pool is
+//! covered; later only what lies between the classes. On the way in: uncertainty sampling (Lewis and Gale, 1994) and
+//! weighted clustering (Zhdanov, 2019).
+//!
+//! Pure: the same candidates, labels and seed give the same order.
 
 use std::collections::BTreeMap;
 
+use learn::{
+    features::Features,
+    head::{self, Settings, Strength},
+};
+
 /// Candidates that are looked at: with 704 values each they are 14 MB.
 pub(crate) const MAX_CANDIDATES: usize = 5_000;
-/// Labelled samples that candidates are held against.
-pub(crate) const MAX_REFERENCES: usize = 128;
-/// How much uncertainty counts; the rest is distance.
-const UNCERTAINTY: f32 = 0.5;
-/// What is not known counts as the middle.
-const UNKNOWN: f32 = 0.5;
+/// Labelled samples that the head is fitted to, the newest: half a second of fitting.
+pub(crate) const MAX_KNOWN: usize = 1_000;
+/// λ of the head. The order hardly depends on it between 0.003 and 0.3.
+const STRENGTH: f64 = 0.03;
+/// A better fit does not change what is unclear.
+const ITERATIONS: usize = 100;
+/// The pool of the unclear: at least so many times what is asked for …
+const LEAST_POOL: usize = 5;
+/// … and at most so many candidates, for the time that it takes.
+const MOST_POOL: usize = 2_000;
+/// Of what is unclear altogether this share makes the pool.
+const POOL_SHARE: f32 = 0.5;
+/// Steps of k-means; later ones move little.
+const STEPS: usize = 10;
+/// What is clear counts a little still, so that no cluster has no weight.
+const LEAST_WEIGHT: f32 = 0.001;
+/// Nothing is clear about what no model has looked at.
+const UNKNOWN: f32 = 1.0;
 
 /// A sample that could be labelled.
 #[derive(Clone, Debug, PartialEq)]
@@ -23,6 +47,14 @@ pub(crate) struct Candidate {
     pub(crate) uncertainty: Option<f32>,
     /// The model, and its embedding.
     pub(crate) embedding: Option<(String, Vec<f32>)>,
+}
+
+impl Candidate {
+    /// What the model that first saw it made of it.
+    fn unsure(&self) -> f32 {
+        let known = self.uncertainty.filter(|u| u.is_finite());
+        known.map_or(UNKNOWN, |u| u.clamp(0.0, 1.0))
+    }
 }
 
 /// Mixes a seed and a number to one that looks random (the finaliser of `SplitMix64`).
@@ -83,90 +115,203 @@ fn standardise(vectors: &mut [Vec<f32>]) {
                 0.0
             };
         }
-        let length = dot(vector, vector).sqrt();
-        if length > 1e-12 && length.is_finite() {
-            vector.iter_mut().for_each(|value| *value /= length);
-        } else {
-            vector.fill(0.0);
-        }
+        normalise(vector);
     }
 }
 
-/// How far two vectors of length 1 are from each other, 0 to 1.
-fn distance(a: &[f32], b: &[f32]) -> f32 {
-    ((1.0 - dot(a, b)) / 2.0).clamp(0.0, 1.0)
+/// Brings a vector to length 1; one without a direction stays at 0.
+fn normalise(vector: &mut [f32]) {
+    let length = dot(vector, vector).sqrt();
+    if length > 1e-12 && length.is_finite() {
+        vector.iter_mut().for_each(|value| *value /= length);
+    } else {
+        vector.fill(0.0);
+    }
 }
 
-/// The vectors that can be compared: those of the model and length that most candidates have. Says which
-/// place in the result a candidate has; the references follow after the candidates.
-fn comparable(
-    candidates: &[Candidate],
-    references: &[(String, Vec<f32>)],
-) -> (Vec<Option<usize>>, Vec<Vec<f32>>, usize) {
-    let mut kinds: BTreeMap<(&str, usize), usize> = BTreeMap::new();
-    for (model, vector) in candidates.iter().filter_map(|c| c.embedding.as_ref()) {
-        *kinds.entry((model, vector.len())).or_default() += 1;
-    }
-    let most = kinds.iter().max_by_key(|(_, count)| **count);
-    let Some((&kind, _)) = most else {
-        return (vec![None; candidates.len()], Vec::new(), 0);
+/// A sample that is labelled, not held out.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Known {
+    /// Any number for each class; what is none of the classes is one too.
+    pub(crate) class: i64,
+    /// The model, and its embedding.
+    pub(crate) embedding: (String, Vec<f32>),
+}
+
+/// How unclear each of `rows` is to a head that is fitted to what is known, 0 to 1. Nothing if there is nothing to
+/// tell apart, or a value cannot be learned from.
+fn unclear(rows: &[&[f32]], known: &[(&[f32], i64)]) -> Option<Vec<f32>> {
+    let mut classes: Vec<i64> = known.iter().map(|(_, class)| *class).collect();
+    classes.sort_unstable();
+    classes.dedup();
+    let dim = known.first()?.0.len();
+    let place = |class: &i64| classes.binary_search(class).unwrap_or_default() as u32;
+    let truth = known.iter().map(|(_, class)| place(class)).collect();
+    let values = known
+        .iter()
+        .flat_map(|(row, _)| row.iter().copied())
+        .collect();
+    let features = Features::new(dim, classes.len(), values, truth, None).ok()?;
+    let settings = Settings {
+        strength: Strength::Given(STRENGTH),
+        calibrate: false,
+        iterations: ITERATIONS,
+        ..Settings::default()
     };
-    let fits = |(model, vector): &&(String, Vec<f32>)| (model.as_str(), vector.len()) == kind;
-    let mut vectors = Vec::new();
-    let places = candidates
-        .iter()
-        .map(|candidate| {
-            let (_, vector) = candidate.embedding.as_ref().filter(fits)?;
-            vectors.push(vector.clone());
-            Some(vectors.len() - 1)
-        })
-        .collect();
-    let own = vectors.len();
-    let known = references.iter().filter(fits).take(MAX_REFERENCES);
-    vectors.extend(known.map(|(_, vector)| vector.clone()));
-    standardise(&mut vectors);
-    (places, vectors, own)
-}
-
-/// The next `take` samples to label, the best first. What people marked comes before everything else; within
-/// that, each step takes the candidate with the best mean of uncertainty and of distance to the nearest that
-/// is labelled or chosen. `seed` decides between equals.
-pub(crate) fn order(
-    candidates: &[Candidate],
-    references: &[(String, Vec<f32>)],
-    take: usize,
-    seed: u64,
-) -> Vec<i64> {
-    let candidates = &candidates[..candidates.len().min(MAX_CANDIDATES)];
-    let (places, vectors, own) = comparable(candidates, references);
-    let (own, known) = vectors.split_at(own);
-    let mut nearest: Vec<f32> = own
-        .iter()
-        .map(|v| known.iter().map(|k| distance(v, k)).fold(1.0, f32::min))
-        .collect();
-    let mut left: Vec<usize> = (0..candidates.len()).collect();
-    let mut chosen = Vec::with_capacity(take.min(left.len()));
-    while chosen.len() < take {
-        let rank = |at: usize| {
-            let candidate = &candidates[at];
-            let far = places[at].map_or(UNKNOWN, |place| nearest[place]);
-            let unsure = candidate.uncertainty.filter(|u| u.is_finite());
-            let unsure = unsure.map_or(UNKNOWN, |u| u.clamp(0.0, 1.0));
-            let score = UNCERTAINTY * unsure + (1.0 - UNCERTAINTY) * far;
-            (candidate.marked, score, mix(seed, candidate.id))
-        };
-        let better = |a: &(bool, f32, u64), b: &(bool, f32, u64)| {
-            a.0.cmp(&b.0).then(a.1.total_cmp(&b.1)).then(a.2.cmp(&b.2))
-        };
-        let best = (0..left.len()).max_by(|a, b| better(&rank(left[*a]), &rank(left[*b])));
-        let Some(best) = best else { break };
-        let at = left.swap_remove(best);
-        chosen.push(candidates[at].id);
-        if let Some(place) = places[at] {
-            for (nearest, vector) in nearest.iter_mut().zip(own) {
-                *nearest = nearest.min(distance(vector, &own[place]));
+    let mut go_on = |_: learn::Progress| std::ops::ControlFlow::Continue(());
+    let head = head::train(&features, &settings, &mut go_on).ok()?;
+    let margin = |row: &&[f32]| {
+        let mut best = [0.0_f32; 2];
+        for p in head.probabilities(row) {
+            if p > best[0] {
+                best = [p, best[0]];
+            } else if p > best[1] {
+                best[1] = p;
             }
         }
+        1.0 - (best[0] - best[1])
+    };
+    Some(rows.iter().map(margin).collect())
+}
+
+/// One of each kind: places in `vectors` (of length 1), at most `take`, by k-means with these weights above 0. The
+/// first centres are each as heavy and as far from those before as can be.
+fn one_of_each(vectors: &[&[f32]], weights: &[f32], take: usize) -> Vec<usize> {
+    let heaviest = |score: &dyn Fn(usize) -> f32| {
+        (0..vectors.len()).max_by(|a, b| score(*a).total_cmp(&score(*b)).then(b.cmp(a)))
+    };
+    let mut away = vec![f32::INFINITY; vectors.len()];
+    let mut centres: Vec<Vec<f32>> = Vec::with_capacity(take);
+    while centres.len() < take.min(vectors.len()) {
+        let next = match centres.is_empty() {
+            true => heaviest(&|at| weights[at]),
+            false => heaviest(&|at| weights[at] * away[at]),
+        };
+        let Some(next) = next else { break };
+        for (away, vector) in away.iter_mut().zip(vectors) {
+            *away = away.min((1.0 - dot(vector, vectors[next])).max(0.0));
+        }
+        // Never again, whatever else is far.
+        away[next] = -1.0;
+        centres.push(vectors[next].to_vec());
+    }
+    let nearest = |centres: &[Vec<f32>]| -> Vec<(usize, f32)> {
+        let near = |vector: &&[f32]| {
+            let along = centres.iter().map(|centre| dot(vector, centre)).enumerate();
+            along.fold((0, f32::NEG_INFINITY), |best, one| {
+                if one.1 > best.1 { one } else { best }
+            })
+        };
+        vectors.iter().map(near).collect()
+    };
+    for _ in 0..STEPS {
+        let mut moved: Vec<Vec<f32>> = centres.iter().map(|c| vec![0.0; c.len()]).collect();
+        for ((vector, weight), (at, _)) in vectors.iter().zip(weights).zip(nearest(&centres)) {
+            for (sum, value) in moved[at].iter_mut().zip(*vector) {
+                *sum += value * weight;
+            }
+        }
+        for (centre, mut moved) in centres.iter_mut().zip(moved) {
+            // A centre that nothing is nearest to stays where it is.
+            if moved.iter().any(|value| *value != 0.0) {
+                normalise(&mut moved);
+                *centre = moved;
+            }
+        }
+    }
+    let mut chosen: Vec<Option<(usize, f32)>> = vec![None; centres.len()];
+    for (place, (at, along)) in nearest(&centres).into_iter().enumerate() {
+        if chosen[at].is_none_or(|(_, best)| along > best) {
+            chosen[at] = Some((place, along));
+        }
+    }
+    chosen
+        .into_iter()
+        .flatten()
+        .map(|(place, _)| place)
+        .collect()
+}
+
+/// The next `take` of these candidates, all with comparable embeddings.
+fn choose(candidates: &[&Candidate], known: &[&Known], take: usize, seed: u64) -> Vec<i64> {
+    let raw: Vec<&[f32]> = candidates
+        .iter()
+        .filter_map(|c| Some(c.embedding.as_ref()?.1.as_slice()))
+        .collect();
+    let taught: Vec<(&[f32], i64)> = known
+        .iter()
+        .map(|k| (k.embedding.1.as_slice(), k.class))
+        .collect();
+    let unsure =
+        unclear(&raw, &taught).unwrap_or_else(|| candidates.iter().map(|c| c.unsure()).collect());
+    let mut vectors: Vec<Vec<f32>> = raw
+        .iter()
+        .chain(taught.iter().map(|(row, _)| row))
+        .map(|row| row.to_vec())
+        .collect();
+    standardise(&mut vectors);
+    let mut order: Vec<usize> = (0..candidates.len()).collect();
+    order.sort_by_key(|at| mix(seed, candidates[*at].id));
+    order.sort_by(|a, b| unsure[*b].total_cmp(&unsure[*a]));
+    let pool = (unsure.iter().sum::<f32>() * POOL_SHARE) as usize;
+    let pool = pool
+        .clamp(LEAST_POOL * take, MOST_POOL.max(LEAST_POOL * take))
+        .min(order.len());
+    let seen: Vec<&[f32]> = order[..pool]
+        .iter()
+        .map(|at| vectors[*at].as_slice())
+        .collect();
+    let weights: Vec<f32> = order[..pool]
+        .iter()
+        .map(|at| unsure[*at] + LEAST_WEIGHT)
+        .collect();
+    let mut chosen: Vec<usize> = one_of_each(&seen, &weights, take)
+        .into_iter()
+        .map(|at| order[at])
+        .collect();
+    // Fewer kinds than asked for: the rest by how unclear it is.
+    let mut taken = vec![false; candidates.len()];
+    chosen.iter().for_each(|at| taken[*at] = true);
+    let rest = order.iter().copied().filter(|at| !taken[*at]);
+    chosen.extend(rest.take(take.saturating_sub(chosen.len())));
+    chosen.iter().map(|at| candidates[*at].id).collect()
+}
+
+/// The model and length of embedding that most candidates have.
+pub(crate) fn common<'a>(
+    candidates: impl Iterator<Item = &'a Candidate>,
+) -> Option<(&'a str, usize)> {
+    let mut kinds: BTreeMap<(&str, usize), usize> = BTreeMap::new();
+    for (model, vector) in candidates.filter_map(|c| c.embedding.as_ref()) {
+        *kinds.entry((model, vector.len())).or_default() += 1;
+    }
+    let most = kinds.into_iter().max_by_key(|(_, count)| *count);
+    most.map(|(kind, _)| kind)
+}
+
+/// The next `take` samples to label, the best first. What people marked comes before everything else; embeddings are
+/// compared within one model, the one that most of them have first; what has none comes last. `seed` decides between
+/// equals.
+pub(crate) fn order(candidates: &[Candidate], known: &[Known], take: usize, seed: u64) -> Vec<i64> {
+    let candidates = &candidates[..candidates.len().min(MAX_CANDIDATES)];
+    let mut chosen = Vec::with_capacity(take.min(candidates.len()));
+    for marked in [true, false] {
+        let mut left: Vec<&Candidate> = candidates.iter().filter(|c| c.marked == marked).collect();
+        while chosen.len() < take
+            && let Some((model, length)) = common(left.iter().copied())
+        {
+            let of_kind = |(m, vector): &(String, Vec<f32>)| m == model && vector.len() == length;
+            let (kind, rest): (Vec<_>, Vec<_>) = left
+                .into_iter()
+                .partition(|c| c.embedding.as_ref().is_some_and(of_kind));
+            let known: Vec<&Known> = known.iter().filter(|k| of_kind(&k.embedding)).collect();
+            chosen.extend(choose(&kind, &known, take - chosen.len(), seed));
+            left = rest;
+        }
+        left.retain(|c| c.embedding.is_none());
+        left.sort_by_key(|c| mix(seed, c.id));
+        left.sort_by(|a, b| b.unsure().total_cmp(&a.unsure()));
+        chosen.extend(left.iter().take(take - chosen.len()).map(|c| c.id));
     }
     chosen
 }
@@ -189,19 +334,20 @@ mod tests {
     }
 
     #[test]
-    fn people_first_then_unsure_then_different() {
+    fn people_first_then_unclear_of_each_kind() {
         let mut marked = candidate(9, 0.0, &[1.0, 0.0]);
         marked.marked = true;
-        let same = [1.0, 0.0];
         let candidates = [
-            candidate(1, 0.9, &same),
-            candidate(2, 0.8, &same),
+            candidate(1, 0.9, &[1.0, 0.0]),
+            candidate(2, 0.8, &[1.0, 0.1]),
             candidate(3, 0.5, &[-1.0, 1.0]),
             marked,
         ];
-        let chosen = order(&candidates, &[], 4, 0);
-        // After 9 everything that is the same as it is known; only 3 is not.
-        assert_eq!(chosen, [9, 3, 1, 2]);
+        let chosen = order(&candidates, &[], 3, 0);
+        assert_eq!((chosen[0], chosen.len()), (9, 3));
+        // One of 1 and 2, which are the same, and the one that is not.
+        assert!(chosen.contains(&3), "{chosen:?}");
+        assert_eq!(order(&candidates, &[], 4, 0).len(), 4);
         // Without embeddings only uncertainty speaks.
         let plain = candidates.map(|c| Candidate {
             embedding: None,
@@ -211,19 +357,32 @@ mod tests {
     }
 
     #[test]
-    fn what_is_labelled_is_known() {
-        let candidates = [
-            candidate(1, 0.5, &[1.0, 0.0]),
-            candidate(2, 0.5, &[0.0, 1.0]),
+    fn what_lies_between_the_classes_is_asked_for() {
+        let known = |class, v: &[f32]| Known {
+            class,
+            embedding: ("m@1".to_owned(), v.to_vec()),
+        };
+        let taught = [
+            known(0, &[-1.0, 0.1]),
+            known(0, &[-0.9, -0.1]),
+            known(1, &[1.0, 0.1]),
+            known(1, &[0.9, -0.1]),
         ];
-        let near = |v: &[f32]| vec![("m@1".to_owned(), v.to_vec())];
-        assert_eq!(order(&candidates, &near(&[1.0, 0.1]), 1, 0), [2]);
-        assert_eq!(order(&candidates, &near(&[0.1, 1.0]), 1, 0), [1]);
+        // The model that saw them first was sure of the one that is unclear now.
+        let candidates = [
+            candidate(1, 0.9, &[-0.95, 0.0]),
+            candidate(2, 0.9, &[0.95, 0.0]),
+            candidate(3, 0.0, &[0.0, 0.0]),
+        ];
+        assert_eq!(order(&candidates, &taught, 1, 0), [3]);
         // Another model's embeddings mean nothing here.
-        let other = vec![("m@2".to_owned(), vec![1.0, 0.0])];
+        let other = taught.map(|k| Known {
+            embedding: ("m@2".into(), k.embedding.1),
+            ..k
+        });
         assert_eq!(
-            order(&candidates, &other, 2, 0),
-            order(&candidates, &[], 2, 0)
+            order(&candidates, &other, 3, 0),
+            order(&candidates, &[], 3, 0)
         );
     }
 
@@ -237,8 +396,11 @@ mod tests {
         let candidates: Vec<_> = (0..5_000)
             .map(|id| candidate(id, 0.5, &vector(id)))
             .collect();
-        let known: Vec<_> = (0..128)
-            .map(|id| ("m@1".to_owned(), vector(-1 - id)))
+        let known: Vec<_> = (0..200)
+            .map(|id| Known {
+                class: id % 6,
+                embedding: ("m@1".to_owned(), vector(-1 - id)),
+            })
             .collect();
         let chosen = order(&candidates, &known, 50, 0);
         let different: std::collections::BTreeSet<_> = chosen.iter().collect();

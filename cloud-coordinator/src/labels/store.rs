@@ -1,9 +1,11 @@
 //! The SQL of tasks and labels.
 
+use std::collections::HashMap;
+
 use serde::Serialize;
 use sqlx::SqliteConnection;
 
-use super::{Candidate, LabelError, MAX_CANDIDATES, MAX_REFERENCES, MAX_TASKS};
+use super::{Candidate, Known, LabelError, MAX_CANDIDATES, MAX_KNOWN, MAX_TASKS};
 use crate::{
     records::{RecordError, Records, commit, floats_of_bytes},
     samples::{SampleRow, WITH_LABEL, note_task},
@@ -29,6 +31,37 @@ pub(crate) struct TaskRow {
     pub(crate) open: i64,
     /// Labelled samples of the holdout.
     pub(crate) holdout: i64,
+}
+
+/// A labelled sample, as far as the queue needs it.
+#[derive(Clone, Debug, sqlx::FromRow)]
+pub(crate) struct KnownRow {
+    /// The class's position, -1 for none of them.
+    class: i64,
+    pub(crate) sha256: Option<String>,
+    model: Option<String>,
+    data: Option<Vec<u8>>,
+}
+
+impl KnownRow {
+    /// Does it need an embedding by this model?
+    pub(crate) fn lacks(&self, model: &str) -> bool {
+        self.model.as_deref() != Some(model)
+    }
+
+    /// With its own embedding, or with one of `computed`, which are `model`'s.
+    pub(crate) fn known(self, model: &str, computed: &HashMap<String, Vec<f32>>) -> Option<Known> {
+        let given = self.sha256.as_ref().and_then(|sha256| computed.get(sha256));
+        let embedding = match (given, self.model, self.data) {
+            (Some(computed), ..) => (model.to_owned(), computed.clone()),
+            (None, Some(model), Some(data)) => (model, floats_of_bytes(&data)),
+            (None, ..) => return None,
+        };
+        Some(Known {
+            class: self.class,
+            embedding,
+        })
+    }
 }
 
 /// What somebody says about a sample.
@@ -243,25 +276,19 @@ impl Records {
         Ok(candidates.collect())
     }
 
-    /// Embeddings of samples that have a label, the newest, at most [`MAX_REFERENCES`].
-    pub(crate) async fn references(
-        &self,
-        task: &str,
-    ) -> Result<Vec<(String, Vec<f32>)>, RecordError> {
+    /// Samples that have a label and are not held out, the newest, at most [`MAX_KNOWN`].
+    pub(crate) async fn known(&self, task: &str) -> Result<Vec<KnownRow>, RecordError> {
         let sql = format!(
-            "SELECT e.model, e.data {WITH_LABEL} JOIN embeddings e ON e.sample = s.id \
-             WHERE s.task = ? AND s.deleted_ms IS NULL AND l.kind IN ('class', 'none') \
-             ORDER BY l.id DESC LIMIT {MAX_REFERENCES}"
+            "SELECT coalesce(l.class, -1) AS class, s.sha256, e.model, e.data {WITH_LABEL} \
+             LEFT JOIN embeddings e ON e.sample = s.id \
+             WHERE s.task = ? AND s.deleted_ms IS NULL AND s.holdout = 0 AND l.kind IN ('class', 'none') \
+             ORDER BY l.id DESC LIMIT {MAX_KNOWN}"
         );
-        let rows: Vec<(String, Vec<u8>)> = sqlx::query_as(sqlx::AssertSqlSafe(sql))
+        sqlx::query_as(sqlx::AssertSqlSafe(sql))
             .bind(task)
             .fetch_all(self.readers())
             .await
-            .map_err(RecordError::sql("read what is labelled"))?;
-        Ok(rows
-            .into_iter()
-            .map(|(m, d)| (m, floats_of_bytes(&d)))
-            .collect())
+            .map_err(RecordError::sql("read what is labelled"))
     }
 
     /// The ids of all samples that nobody has said anything about.

@@ -65,7 +65,7 @@ pub(crate) struct Reporter {
 }
 
 impl Reporter {
-    fn new(stop: CancellationToken) -> Self {
+    pub(super) fn new(stop: CancellationToken) -> Self {
         Self {
             stop,
             state: Arc::new(Mutex::new((Progress::default(), Instant::now()))),

@@ -1,12 +1,12 @@
 //! Is a candidate better? Both are measured on the holdout by the device's own code, and the gate decides.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use learn::{
     evaluate::{self, Evaluation},
     gate::{self, Answers, Cost, Holdout, Verdict},
 };
-use models::{Bundle, Engine, Outcome, Task};
+use models::{Bundle, Engine, Fault, Outcome, Task};
 use serde::Serialize;
 use tokio::task::spawn_blocking;
 
@@ -20,6 +20,8 @@ use crate::datasets::{Dataset, Item};
 
 /// Generations that are searched for pictures of the holdout.
 const ANCESTORS: usize = 50;
+/// A model that is not tried in this time is not tried at all: some hundred times what is usual.
+const TRIAL: Duration = Duration::from_secs(120);
 
 /// What was measured, and what follows from it.
 pub(super) struct Judged {
@@ -72,29 +74,27 @@ impl Work {
             Err(error) => return Err(error.into()),
         };
         let judged = self.catalog.judged(task, &dataset.digest).await?;
-        let tested = {
-            let (path, engine) = (bundle.dir().to_owned(), engine.clone());
-            spawn_blocking(move || {
-                Ok::<_, CatalogError>(models::self_test(&Bundle::open(&path)?, &engine))
-            })
-            .await??
+        let trial = {
+            let (path, program) = (bundle.dir().to_owned(), self.settings.program.clone());
+            spawn_blocking(move || models::try_bundle(&program, &path, TRIAL)).await?
         };
-        if let Some(broken) = tested
-            .golden
-            .iter()
-            .find(|golden| !golden.problems.is_empty())
-        {
-            return Err(WorkError::Judge(format!(
-                "self-test: {}",
-                broken.problems.join(", ")
-            )));
+        let trial =
+            trial.map_err(|error| WorkError::Judge(format!("trying the model: {error}")))?;
+        // Time and memory are the gate's business.
+        let budget = bundle.manifest.budget;
+        let broken = trial
+            .fault
+            .filter(|f| !matches!(f, Fault::Latency | Fault::Memory));
+        if broken.is_some() {
+            return Err(WorkError::Judge(format!("self-test: {}", trial.detail)));
         }
+        let measured = |value: Option<f32>| value.map_or(f64::INFINITY, f64::from);
         let cost = Cost {
-            latency_ms: tested.latency_ms.map_or(f64::INFINITY, f64::from),
-            allowed_latency_ms: f64::from(tested.latency_budget_ms),
-            memory_mib: tested.memory_mib.map_or(0.0, f64::from),
+            latency_ms: measured(trial.latency_ms),
+            allowed_latency_ms: f64::from(budget.latency_ms),
+            memory_mib: measured(trial.memory_mib),
             #[expect(clippy::cast_precision_loss, reason = "MiB")]
-            allowed_memory_mib: tested.memory_budget_mib as f64,
+            allowed_memory_mib: budget.memory_mib as f64,
         };
         let holdout_view = Holdout {
             labels: &dataset.classes,

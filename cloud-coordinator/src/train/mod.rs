@@ -16,6 +16,7 @@ mod work;
 
 pub(crate) use catalog::{Catalog, CatalogError, Model};
 pub(crate) use jobs::{Job, JobError, Jobs};
+pub(crate) use look::embeddings_by;
 pub(crate) use request::Request;
 pub use start::StartPolicy;
 pub(crate) use start::by_itself;

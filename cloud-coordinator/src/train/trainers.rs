@@ -10,9 +10,9 @@ use tokio::task::spawn_blocking;
 use super::{
     catalog::CatalogError,
     jobs::Reporter,
-    look::look,
+    look,
     request::Request,
-    work::{Made, Material, Work, WorkError, engine_digest, manifest},
+    work::{Made, Material, Work, WorkError, manifest},
 };
 
 /// What the prepared images of a fine-tune may take: half of a small machine.
@@ -32,28 +32,15 @@ impl Work {
             .iter()
             .map(|(i, _)| i.sha256.clone())
             .collect();
-        let engine = engine_digest(material.engine.manifest());
-        let mut known = self.datasets.features(&engine, &images).await?;
-        let missing: Vec<String> = images
-            .iter()
-            .filter(|sha| !known.contains_key(*sha))
-            .cloned()
-            .collect();
-        let seen = look(
+        let known = look::embeddings(
+            &self.datasets,
             &self.objects,
             &material.engine,
-            &missing,
+            &images,
+            usize::MAX,
             reporter,
-            "features",
         )
         .await?;
-        let new: Vec<(String, Vec<f32>)> = missing
-            .into_iter()
-            .zip(seen)
-            .map(|(sha, outcome)| (sha, outcome.embedding))
-            .collect();
-        self.datasets.put_features(&engine, &new).await?;
-        known.extend(new);
         Ok(images
             .iter()
             .map(|sha| known.get(sha).cloned().unwrap_or_default())

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
+    ffi::OsString,
     sync::Arc,
     time::Duration,
 };
@@ -39,6 +40,8 @@ pub(crate) struct Settings {
     pub(crate) external: Vec<String>,
     /// What a candidate must fulfil.
     pub(crate) policy: Policy,
+    /// The program that tries models, with its first arguments.
+    pub(crate) program: Vec<OsString>,
 }
 
 /// Why no model came out.

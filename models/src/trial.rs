@@ -1,0 +1,207 @@
+//! A model that nobody knows yet is tried in a process of its own, with bounds on its memory and its time: whatever
+//! it does there, it does to nobody else.
+//!
+//! The program that asks starts itself again with [`TRY_MODEL`] and the bundle's folder, and that process prints
+//! what it found as one line of JSON.
+
+use std::{
+    ffi::OsString,
+    io::Read,
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::mpsc,
+    time::Duration,
+};
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use serde::{Deserialize, Serialize};
+
+use crate::{bundle::Bundle, engine::Engine, selftest::self_test};
+
+/// The first argument of a process that tries a model; the second is the bundle's folder.
+pub const TRY_MODEL: &str = "try-model";
+
+/// What a process may take beyond the budget of its model, in bytes: loading and optimising takes some copies more
+/// than running does.
+const BESIDES: u64 = 96 << 20;
+/// Loading takes so many times what running does, at most.
+const LOADING: u64 = 4;
+/// The report and the last words of a process are shorter than this.
+const MAX_OUTPUT: u64 = 64 * 1024;
+
+/// What is wrong with a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Fault {
+    /// The bundle or the graph cannot be read, or is not what the manifest says.
+    Load,
+    /// A golden picture has another answer.
+    SelfTest,
+    /// A run takes longer than the budget.
+    Latency,
+    /// It takes more memory than the budget.
+    Memory,
+    /// The process ended without a word, or had to be ended.
+    Crash,
+}
+
+/// What a trial found.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Trial {
+    /// What is wrong, if anything is.
+    pub fault: Option<Fault>,
+    /// The same for people, and what else was found.
+    pub detail: String,
+    /// Median of one run, from tensor to outcome, in milliseconds.
+    pub latency_ms: Option<f32>,
+    /// By how many MiB the process grew at most while it loaded and ran the model.
+    pub memory_mib: Option<f32>,
+}
+
+impl Trial {
+    fn failed(fault: Fault, detail: impl Into<String>) -> Self {
+        Self {
+            fault: Some(fault),
+            detail: detail.into(),
+            latency_ms: None,
+            memory_mib: None,
+        }
+    }
+}
+
+/// This program, as it can be started again: its file, and the part that it plays where one file plays several.
+///
+/// # Errors
+/// If the system does not say which file that is.
+pub fn this_program(part: &str) -> std::io::Result<Vec<OsString>> {
+    let mut program = vec![std::env::current_exe()?.into()];
+    program.extend(std::env::args_os().nth(1).filter(|first| first == part));
+    Ok(program)
+}
+
+/// Tries the bundle in `dir` in a new process, for `limit` at most. `program` is a file and its first arguments, which
+/// lead to [`try_here`] when [`TRY_MODEL`] and the folder follow.
+///
+/// # Errors
+/// If the process cannot be started. A bad model is no error.
+pub fn try_bundle(program: &[OsString], dir: &Path, limit: Duration) -> std::io::Result<Trial> {
+    let (file, first) = program
+        .split_first()
+        .ok_or_else(|| std::io::Error::other("no program tries models"))?;
+    let mut child = Command::new(file)
+        .args(first)
+        .arg(TRY_MODEL)
+        .arg(dir)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let (said, heard) = mpsc::channel();
+    let output = child.stdout.take();
+    // Ends with the process, since only that holds the other end.
+    std::thread::spawn(move || said.send(text_of(output)));
+    let (complained, complaints) = mpsc::channel();
+    let errors = child.stderr.take();
+    std::thread::spawn(move || complained.send(text_of(errors)));
+    let Ok(report) = heard.recv_timeout(limit) else {
+        end(&mut child);
+        let detail = format!("it took longer than {} s", limit.as_secs());
+        return Ok(Trial::failed(Fault::Crash, detail));
+    };
+    let status = child.wait()?;
+    if let (true, Ok(trial)) = (status.success(), serde_json::from_str(report.trim())) {
+        return Ok(trial);
+    }
+    let words = complaints.recv_timeout(limit).unwrap_or_default();
+    let last = words.lines().last().unwrap_or_default();
+    // As Rust's allocator says it before it ends the process.
+    if words.contains("memory allocation of") {
+        return Ok(Trial::failed(Fault::Memory, last));
+    }
+    Ok(Trial::failed(Fault::Crash, format!("{status}: {last}")))
+}
+
+fn text_of(pipe: Option<impl Read>) -> String {
+    let mut bytes = Vec::new();
+    if let Some(pipe) = pipe {
+        // Whoever writes more is not listened to.
+        let _ = pipe.take(MAX_OUTPUT).read_to_end(&mut bytes);
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+fn end(child: &mut Child) {
+    // It may have ended by itself in the meantime.
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+/// The other side: tries the bundle in `dir` in this process and prints what it found.
+pub fn try_here(dir: &Path) {
+    // Without a line the other side knows enough.
+    if let Ok(line) = serde_json::to_string(&look(dir)) {
+        println!("{line}");
+    }
+}
+
+fn look(dir: &Path) -> Trial {
+    let bundle = match Bundle::open(dir) {
+        Ok(bundle) => bundle,
+        Err(error) => return Trial::failed(Fault::Load, error.to_string()),
+    };
+    let budget = bundle.manifest.budget.memory_mib << 20;
+    let most = budget.saturating_mul(LOADING).saturating_add(BESIDES);
+    bound_memory(most);
+    let before = peak_mib();
+    let engine = match Engine::load(&bundle) {
+        Ok(engine) => engine,
+        Err(error) => return Trial::failed(Fault::Load, error.to_string()),
+    };
+    let test = self_test(&bundle, &engine);
+    let wrong = test.golden.iter().find(|case| !case.problems.is_empty());
+    let fault = if wrong.is_some() {
+        Some(Fault::SelfTest)
+    } else if !test.in_time() {
+        Some(Fault::Latency)
+    } else if !test.in_memory() {
+        Some(Fault::Memory)
+    } else {
+        None
+    };
+    Trial {
+        fault,
+        detail: match wrong {
+            Some(case) => format!("{}: {}", case.image, case.problems.join(", ")),
+            None => test.to_string(),
+        },
+        latency_ms: test.latency_ms,
+        memory_mib: peak_mib().zip(before).map(|(after, before)| after - before),
+    }
+}
+
+/// From here on an allocation beyond `bytes` more than now fails, and ends the process.
+fn bound_memory(bytes: u64) {
+    let used = memory_of("VmData:").unwrap_or_default();
+    let before = getrlimit(Resource::Data);
+    let bound = Rlimit {
+        current: Some(used + bytes),
+        ..before
+    };
+    // Where it cannot be set the time is bounded still.
+    let _ = setrlimit(Resource::Data, bound);
+}
+
+/// The most that this process has had in memory, in MiB.
+fn peak_mib() -> Option<f32> {
+    #[expect(clippy::cast_precision_loss, reason = "a size for people")]
+    memory_of("VmHWM:").map(|bytes| bytes as f32 / (1 << 20) as f32)
+}
+
+/// A line of proc(5), in bytes.
+fn memory_of(field: &str) -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib << 10)
+}
