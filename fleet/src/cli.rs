@@ -193,13 +193,18 @@ pub fn main() -> ExitCode {
     let mut args = std::env::args_os();
     let _fleet = args.next();
     let rest: Vec<OsString> = args.collect();
+    // A part that tries a model starts itself again, and waits for that.
+    let begin = || match rest.get(1) {
+        Some(what) if what == models::TRY_MODEL => {}
+        _ => process::begin_part(),
+    };
     match rest.first().and_then(|part| part.to_str()) {
         Some("edge-agent") => {
-            process::begin_part();
+            begin();
             edge_agent::cli::main(rest)
         }
         Some("cloud-coordinator") => {
-            process::begin_part();
+            begin();
             cloud_coordinator::cli::main(rest)
         }
         Some(bench::OUTBOX_LOAD) => bench::outbox_load(rest.into_iter().skip(1)),

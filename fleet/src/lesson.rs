@@ -22,16 +22,19 @@ const LIGHT: f32 = 0.7;
 /// A bad day: enough faults of each kind to learn from within minutes.
 const DEFECT_RATE: f32 = 0.5;
 /// Frames that are kept: more than anyone would label.
-const KEPT: f64 = 0.6;
+const KEPT: f64 = 1.0;
 /// Twenty seconds of a camera.
 const WINDOW: u32 = 100;
 /// Labels of the holdout, drawn by lot from what was seen since the light is bad …
-const HOLDOUT: usize = 170;
+const HOLDOUT: usize = 200;
 /// … and those to learn from, in the order of the queue. The training starts by itself when they are there.
-const LABELS: usize = 200;
+const LABELS: usize = 300;
+/// A class may lose so much of its recall: an old model that sees scratches everywhere in the dark finds every
+/// scratch, and no honest model does.
+const CLASS_LOSS: f64 = 0.15;
 /// Labels in a row, so that one sees them come in.
 const AT_ONCE: usize = 10;
-const BREATH: Duration = Duration::from_millis(300);
+const BREATH: Duration = Duration::from_millis(500);
 /// How long the story may take, beyond what the demo takes anyway.
 const PATIENCE: Duration = Duration::from_secs(240);
 /// Between two looks.
@@ -56,7 +59,8 @@ pub(crate) fn ageing(fps: f64) -> Ageing {
 /// The coordinator's configuration: the model in use is known to it, and enough labels start a training.
 pub(crate) fn coordinator_config(bundle: &Path) -> String {
     format!(
-        "[training]\nmodels = [{bundle:?}]\n[training.start]\nlabels = {LABELS}\n",
+        "[training]\nmodels = [{bundle:?}]\n[training.policy]\nmax_class_loss = {CLASS_LOSS}\n\
+         [training.start]\nlabels = {LABELS}\nbalanced = true\n",
         bundle = bundle.display().to_string()
     )
 }

@@ -38,7 +38,7 @@
     if (!job) return { text: "nothing is being trained", done: 0 };
     if (job.state === "queued") return { text: "a training waits", done: 0 };
     if (job.state === "failed") return { text: `the last training failed: ${job.error}`, done: 0 };
-    if (job.state !== "running") return { text: `last trained by ${job.author}`, done: 1 };
+    if (job.state !== "running") return { text: `last trained ${job.author.startsWith("by itself") ? job.author : `by ${job.author}`}`, done: 1 };
     const { phase, step, steps, eta_s: eta } = job.progress || {};
     const left = eta > 1 ? `, ${Math.ceil(eta)} s left` : "";
     return { text: `${PHASES[phase] || "beginning"}${left}`, done: steps ? step / steps : 0 };

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::StartPolicy;
+
 /// Which trainer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "kebab-case")]
@@ -80,16 +82,16 @@ const fn min_score() -> f32 {
 
 impl Request {
     /// A training that nobody asked for, with every setting at its default. `why` stands for who asks.
-    pub(super) fn by_itself(trainer: Trainer, why: &str) -> Self {
+    pub(super) fn by_itself(policy: &StartPolicy, why: &str) -> Self {
         Self {
-            trainer,
+            trainer: policy.trainer,
             base: None,
             dataset: None,
             seed: one(),
             epochs: passes(),
             rate: rate(),
             last_layers: None,
-            balanced: false,
+            balanced: policy.balanced,
             min_score: min_score(),
             author: format!("by itself: {why}"),
         }

@@ -29,6 +29,8 @@ pub struct StartPolicy {
     pub every_h: u32,
     /// How it is trained.
     pub trainer: Trainer,
+    /// Each class counts the same, however many images it has.
+    pub balanced: bool,
 }
 
 impl StartPolicy {
@@ -114,7 +116,7 @@ pub(crate) async fn by_itself(
             let Some(why) = policy.due(&standing, drifting.contains(task), clock::now_ms()) else {
                 continue;
             };
-            let request = Request::by_itself(policy.trainer, &why);
+            let request = Request::by_itself(&policy, &why);
             match jobs.submit(task, &request).await {
                 Ok(job) => tracing::info!(job = job.id, task, why, "a training starts by itself"),
                 Err(error) => tracing::warn!(task, %error, "a training that is due does not start"),
