@@ -32,7 +32,7 @@ pub struct Desired {
 }
 
 /// Where a trial stops. A share is 0..=1; a share of 1 switches its rule off.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Limits {
     /// Median of a frame's inference in milliseconds; the 95th percentile may be twice that. Where nothing is said
@@ -79,7 +79,7 @@ impl Default for Limits {
 }
 
 /// How a model is tried on live frames: first in shadow beside the old one, then active with the old one beside it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Trial {
     /// The share of frames that both models look at, 0..=1: the price of the trial.
@@ -92,7 +92,7 @@ pub struct Trial {
     pub watch_frames: u32,
     /// It is watched for at least so many seconds …
     pub watch_s_min: u32,
-    /// … and after so many it is kept if it gave any result at all, and put off if it gave none.
+    /// … and after so many it is kept if it gave any result at all, and put off if it gave none and there is another.
     pub watch_s_max: u32,
 }
 

@@ -6,6 +6,8 @@
 #![forbid(unsafe_code)]
 
 extern crate alloc;
+#[cfg(test)]
+extern crate std;
 
 mod backoff;
 pub mod decide;
@@ -18,9 +20,13 @@ mod name;
 mod ranges;
 mod release;
 mod reported;
+pub mod rollout;
 mod sample;
 pub mod sampling;
+#[cfg(test)]
+mod testing;
 mod topic;
+pub mod update;
 
 pub use backoff::Backoff;
 pub use desired::{Desired, Limits, Trial};
