@@ -155,40 +155,6 @@ impl Update {
         core::mem::take(&mut self.actions)
     }
 
-    /// What it is doing.
-    #[must_use]
-    pub const fn phase(&self) -> Phase {
-        self.phase
-    }
-
-    /// What is, or is being, saved.
-    #[must_use]
-    pub const fn saved(&self) -> &Saved {
-        &self.saved
-    }
-
-    /// When [`Input::Tick`] is due, if nothing happens before.
-    #[must_use]
-    pub fn due_ms(&self) -> Option<u64> {
-        let trial = self.trial();
-        let after = match self.phase {
-            Phase::Settled => {
-                return (self.saved.starts > 0).then(|| self.started_ms.saturating_add(HEALTHY_MS));
-            }
-            Phase::Waiting => self.wait_ms,
-            Phase::Loading | Phase::Activating => LOAD_MS,
-            Phase::Fetching => FETCH_MS,
-            Phase::Verifying => VERIFY_MS,
-            Phase::Testing => TEST_MS,
-            Phase::Shadowing => u64::from(trial.shadow_s_max) * 1_000,
-            Phase::Watching if self.judge.frames() >= trial.watch_frames => {
-                u64::from(trial.watch_s_min) * 1_000
-            }
-            Phase::Watching => u64::from(trial.watch_s_max) * 1_000,
-        };
-        Some(self.since_ms.saturating_add(after))
-    }
-
     // What can happen.
 
     fn wish(&mut self, desired: Desired) {

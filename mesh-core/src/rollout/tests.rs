@@ -4,7 +4,7 @@ use alloc::{collections::BTreeMap, format, string::String, vec, vec::Vec};
 
 use super::*;
 use crate::{
-    Bad, Digest, Evidence, Failure, VERSION,
+    Bad, Digest, Evidence, Failure, Phase, Reason, Reported, VERSION,
     testing::{Dice, histories},
 };
 
