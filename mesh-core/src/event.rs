@@ -120,7 +120,7 @@ pub enum EventError {
 }
 
 /// Numbers that JSON readers everywhere keep exactly (RFC 8259, section 6).
-const MAX_JSON_INTEGER: u64 = (1 << 53) - 1;
+pub(crate) const MAX_JSON_INTEGER: u64 = (1 << 53) - 1;
 /// A label, a model or a file name is for people to read.
 const MAX_TEXT: usize = 256;
 

@@ -6,24 +6,36 @@
 #![forbid(unsafe_code)]
 
 extern crate alloc;
+#[cfg(test)]
+extern crate std;
 
 mod backoff;
 pub mod decide;
 pub mod delivery;
+mod desired;
 pub mod drift;
 mod envelope;
 mod event;
 mod name;
 mod ranges;
+mod release;
+mod reported;
+pub mod rollout;
 mod sample;
 pub mod sampling;
+#[cfg(test)]
+mod testing;
 mod topic;
+pub mod update;
 
 pub use backoff::Backoff;
+pub use desired::{Desired, Limits, Trial};
 pub use envelope::{Ack, Info, Metrics, ModelInfo, Replay, State, Status, replay_bytes};
 pub use event::{Event, EventError, Gap, GapReason, MAX_EVENT_BYTES, Reading};
 pub use name::{Name, NameError};
 pub use ranges::RangeSet;
+pub use release::{Digest, DigestError, Release};
+pub use reported::{Bad, Evidence, Failure, MAX_BAD, MAX_DETAIL, Phase, Reason, Reported};
 pub use sample::{
     MAX_SAMPLE_BYTES, MAX_SAMPLE_EMBEDDING, MAX_SAMPLE_IMAGE_BYTES, Mark, Sample, SampleImage,
     SampleReason, entropy,
