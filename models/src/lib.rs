@@ -17,6 +17,8 @@
 
 mod analyse;
 mod bundle;
+pub mod chunks;
+pub mod delta;
 mod engine;
 mod fields;
 mod image;
@@ -26,6 +28,7 @@ mod onnx;
 mod outcome;
 mod read;
 mod reference;
+mod release;
 mod selftest;
 mod tensor;
 mod trial;
@@ -40,9 +43,11 @@ pub use manifest::{
     Activation, Budget, Color, Filter, GOLDEN_EMBEDDING_VALUES, Golden, InputSpec, Layout, Lineage,
     Manifest, ManifestErrors, ModelFile, OutputSpec, Resize, SCHEMA, Task, Thresholds,
 };
+pub use mesh_core::Digest;
 pub use onnx::OnnxError;
 pub use outcome::{EMBEDDING, Outcome, OutcomeError, UNKNOWN};
 pub use reference::{Reference, SCORE_BINS, score_bin};
+pub use release::{MAX_RELEASE_BYTES, Parent, ReleaseDocument, ReleaseError, ReleaseFile};
 pub use selftest::{GoldenResult, SelfTest, self_test};
 pub use tensor::Input;
 pub use trial::{Fault, TRY_MODEL, Trial, this_program, try_bundle, try_here};
@@ -50,3 +55,10 @@ pub use write::{Draft, WriteError};
 
 /// The largest model file in bytes, 256 MiB: more than half of a small board's memory.
 pub const MAX_MODEL_BYTES: u64 = 256 << 20;
+
+/// The SHA-256 of some bytes.
+#[must_use]
+pub fn digest_of(bytes: &[u8]) -> Digest {
+    use sha2::Digest as _;
+    Digest(sha2::Sha256::digest(bytes).into())
+}

@@ -52,7 +52,7 @@ struct Count {
     varint_bytes: usize,
 }
 
-fn varint(bytes: &mut &[u8]) -> Option<u64> {
+pub(crate) fn varint(bytes: &mut &[u8]) -> Option<u64> {
     let mut value = 0u64;
     for shift in (0..64).step_by(7) {
         let (&byte, rest) = bytes.split_first()?;
@@ -65,7 +65,7 @@ fn varint(bytes: &mut &[u8]) -> Option<u64> {
     None
 }
 
-fn skip<'a>(bytes: &mut &'a [u8], length: u64) -> Option<&'a [u8]> {
+pub(crate) fn skip<'a>(bytes: &mut &'a [u8], length: u64) -> Option<&'a [u8]> {
     let (head, rest) = bytes.split_at_checked(usize::try_from(length).ok()?)?;
     *bytes = rest;
     Some(head)
