@@ -1,13 +1,7 @@
 //! The command line: arguments → configuration → start → signal → stop.
 
-use std::{
-    ffi::OsString,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    process::ExitCode,
-};
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf, process::ExitCode};
 
-use anyhow::Context;
 use clap::{Parser, Subcommand};
 use mesh_core::Name;
 use tokio::signal::unix::{SignalKind, signal};
@@ -16,6 +10,8 @@ use crate::{
     Config, Coordinator, api, config,
     config::ConfigErrors,
     exchange::{Format, in_query, send},
+    keys::{self, KeysCommand},
+    operate::{self, DeviceCommand, ModelCommand, RolloutCommand, Where, address},
 };
 
 /// Takes in what devices report, keeps it, and shows it.
@@ -35,6 +31,41 @@ enum Command {
     Config(ConfigCommand),
     /// Brings a folder of labelled images to a running coordinator.
     Import(Import),
+    /// Models: list them, bring one, publish one.
+    Model {
+        #[command(flatten)]
+        place: Where,
+        #[command(subcommand)]
+        command: ModelCommand,
+    },
+    /// Brings models to the devices in stages, and back.
+    Rollout {
+        #[command(flatten)]
+        place: Where,
+        #[command(subcommand)]
+        command: RolloutCommand,
+    },
+    /// Devices: what they run, and what one of them is to run.
+    Device {
+        #[command(flatten)]
+        place: Where,
+        #[command(subcommand)]
+        command: DeviceCommand,
+    },
+    /// Who may sign models.
+    Keys {
+        /// The coordinator's data folder.
+        #[arg(
+            long,
+            value_name = "DIR",
+            env = "LACEWING_COORDINATOR_DATA",
+            default_value = "lacewing-data",
+            global = true
+        )]
+        data: PathBuf,
+        #[command(subcommand)]
+        command: KeysCommand,
+    },
     /// Prints the description of the API as OpenAPI in JSON.
     Openapi,
     /// Tries a model and prints what was found: how a running coordinator tries one that it does not know.
@@ -171,10 +202,11 @@ fn run(command: Command) -> anyhow::Result<()> {
             println!("the configuration can be used");
             Ok(())
         }
-        Command::Import(import) => tokio::runtime::Builder::new_multi_thread()
-            .enable_all()
-            .build()?
-            .block_on(bring(&import)),
+        Command::Import(import) => waiting(bring(&import)),
+        Command::Model { place, command } => waiting(operate::model(&place, command)),
+        Command::Rollout { place, command } => waiting(operate::rollout(&place, command)),
+        Command::Device { place, command } => waiting(operate::device(&place, command)),
+        Command::Keys { data, command } => waiting(keys::run(&data, command)),
         Command::Serve(settings) => {
             let config = settings.read()?;
             log();
@@ -186,6 +218,13 @@ fn run(command: Command) -> anyhow::Result<()> {
     }
 }
 
+fn waiting(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?
+        .block_on(work)
+}
+
 fn log() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("LACEWING_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
@@ -194,20 +233,6 @@ fn log() {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .try_init();
-}
-
-/// Where the coordinator on a data folder says that it serves its API.
-fn address(data: &Path) -> anyhow::Result<SocketAddr> {
-    let path = data.join("addresses.json");
-    let text = std::fs::read_to_string(&path).with_context(|| {
-        format!(
-            "cannot read {}: name the coordinator with --http or --data",
-            path.display()
-        )
-    })?;
-    let said: serde_json::Value = serde_json::from_str(&text)?;
-    let http = said["http"].as_str().and_then(|text| text.parse().ok());
-    http.with_context(|| format!("{} names no address", path.display()))
 }
 
 async fn bring(import: &Import) -> anyhow::Result<()> {

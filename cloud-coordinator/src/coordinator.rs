@@ -21,6 +21,7 @@ use crate::{
     clock,
     config::{Config, ConfigErrors},
     datasets::Datasets,
+    delivery::{Releases, Rollouts},
     ingest::{self, Acks, External, Inbox, Ingest, Link},
     metrics::Metrics,
     notice::Notices,
@@ -140,24 +141,27 @@ impl Coordinator {
             .await
             .map_err(|e| unlearnt(&e))?;
         let datasets = Datasets::new(records.clone());
-        let catalog = Arc::new(Catalog::new(data.join("models"), records.clone()));
+        let program = match &config.training.program {
+            set if !set.is_empty() => set.clone(),
+            _ => models::this_program("cloud-coordinator").map_err(|e| unlearnt(&e))?,
+        };
+        let catalog = Catalog::new(data.join("models"), records.clone(), program);
+        let catalog = Arc::new(catalog);
+        let mut given = Vec::new();
         for bundle in &config.training.models {
-            let given = catalog.give(bundle).await;
-            let id = given.map_err(|error| StartError::Model {
+            let taken = catalog.give(bundle).await;
+            let id = taken.map_err(|error| StartError::Model {
                 path: bundle.clone(),
                 error: error.to_string(),
             })?;
             tracing::info!(model = id, "a model is given");
+            given.push(id);
         }
         let jobs = Arc::new(
             Jobs::open(records.clone())
                 .await
                 .map_err(|e| unlearnt(&e))?,
         );
-        let program = match &config.training.program {
-            set if !set.is_empty() => set.clone(),
-            _ => models::this_program("cloud-coordinator").map_err(|e| unlearnt(&e))?,
-        };
         let training = Work {
             catalog: catalog.clone(),
             datasets: datasets.clone(),
@@ -166,10 +170,17 @@ impl Coordinator {
                 time_limit: Duration::from_secs(config.training.time_limit_s),
                 external: config.training.external.clone(),
                 policy: config.training.policy.clone(),
-                program,
             },
         };
-        let learning = Learning::new(catalog, jobs.clone());
+        let learning = Learning::new(catalog.clone(), jobs.clone());
+        let releases = Releases::open(data, catalog, records.clone()).await;
+        let releases = Arc::new(releases.map_err(|e| unlearnt(&e))?);
+        for model in given {
+            // What devices come with is what they may have to go back to.
+            if let Err(error) = releases.publish(&model, "given").await {
+                tracing::warn!(model, %error, "a given model is not published");
+            }
+        }
         let devices = store.devices().await.map_err(broken)?;
         let next_id = store.last_reading().await.map_err(broken)? + 1;
         let registry = Arc::new(Registry::new(devices, config.ingest.max_devices));
@@ -256,6 +267,14 @@ impl Coordinator {
             stop.clone(),
         ));
         tasks.spawn(samples.clone().keep_clean(stop.clone()));
+        let rollouts = Rollouts::open(
+            releases.clone(),
+            records.clone(),
+            registry.clone(),
+            link.clone(),
+        );
+        let rollouts = Arc::new(rollouts.await.map_err(|e| unlearnt(&e))?);
+        tasks.spawn(rollouts.clone().run(stop.clone()));
         tasks.spawn(train::by_itself(
             config.training.start,
             records,
@@ -268,6 +287,8 @@ impl Coordinator {
             samples: samples.clone(),
             datasets: datasets.clone(),
             learning,
+            releases,
+            rollouts,
             importing: Arc::new(tokio::sync::Semaphore::new(1)),
             store: store.clone(),
             registry,

@@ -5,7 +5,7 @@
 //!     ▲                                            │
 //!     └───────────── acknowledgement <── after the commit
 //!
-//!  devices, people ──> samples (images in objects) ──> labels ──> datasets ──> training
+//!  devices, people ──> samples (images in objects) ──> labels ──> datasets ──> training ──> delivery ──> devices
 //! ```
 //!
 //! [`coordinator::Coordinator::start`] wires these together and returns a handle; the program and the
@@ -19,12 +19,15 @@ mod clock;
 pub mod config;
 pub mod coordinator;
 pub mod datasets;
+pub mod delivery;
 mod exchange;
 mod ingest;
+mod keys;
 mod labels;
 mod metrics;
 mod notice;
 pub mod objects;
+mod operate;
 pub mod records;
 mod registry;
 mod samples;

@@ -2,11 +2,11 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
-    sync::{Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard},
 };
 
 use mesh_core::{
-    Info, Metrics, ModelInfo, Name, Reading, State as Health, Status,
+    Info, Metrics, ModelInfo, Name, Reading, Reported, State as Health, Status,
     drift::{Drift, Sign},
 };
 use serde::Serialize;
@@ -37,6 +37,10 @@ pub(crate) struct Device {
     pub(crate) metrics: Option<Metrics>,
     /// What each source's frames have come to. Retained on the broker, so not kept in the database either.
     drifts: BTreeMap<Name, Drift>,
+    /// What it says it is, in answer to what it should be; retained on the broker, too.
+    reported: Option<Arc<Reported>>,
+    /// It has said that since somebody last looked.
+    fresh: bool,
     pub(crate) stored: u64,
     pub(crate) missing: u64,
     pub(crate) right: u64,
@@ -174,6 +178,10 @@ pub(crate) struct View {
     /// What each source's frames have come to, as far as the device said.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     drift: Vec<DriftView>,
+    /// What it says about the model that it should run: how far it is, what failed and why, what the trial showed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    update: Option<Reported>,
     /// Readings ever stored.
     stored: u64,
     /// Readings ever reported as dropped.
@@ -308,6 +316,8 @@ impl Device {
             health: None,
             metrics: None,
             drifts: BTreeMap::new(),
+            reported: None,
+            fresh: false,
             stored: 0,
             missing: 0,
             right: 0,
@@ -370,6 +380,25 @@ impl Device {
         fits
     }
 
+    /// Takes in how far it is with what it should be.
+    pub(crate) fn told(&mut self, reported: Reported) {
+        self.reported = Some(Arc::new(reported));
+        self.fresh = true;
+        self.changed = true;
+    }
+
+    fn standing(&self) -> Standing {
+        Standing {
+            id: self.id,
+            site: self.site.clone(),
+            online: self.status == Some(Status::Online),
+            board: self.info.as_ref().map(|info| info.board.clone()),
+            model: self.model.as_ref().map(|model| model.name.clone()),
+            reported: self.reported.clone(),
+            fresh: self.fresh,
+        }
+    }
+
     fn view(&mut self, second: u64) -> View {
         self.rate.advance(second);
         View {
@@ -396,12 +425,27 @@ impl Device {
             backlog: self.metrics.as_ref().map(|m| m.backlog),
             rss_bytes: self.metrics.as_ref().map(|m| m.rss_bytes),
             drift: self.drifts.values().map(DriftView::from).collect(),
+            update: self.reported.as_deref().cloned(),
             stored: self.stored,
             missing: self.missing,
             right: self.right,
             wrong: self.wrong,
         }
     }
+}
+
+/// What rollouts need to know about a device.
+#[derive(Clone, Debug)]
+pub(crate) struct Standing {
+    pub(crate) id: i64,
+    pub(crate) site: Name,
+    pub(crate) online: bool,
+    pub(crate) board: Option<String>,
+    /// The name of the model that it runs.
+    pub(crate) model: Option<String>,
+    pub(crate) reported: Option<Arc<Reported>>,
+    /// It has reported since the last look at all devices.
+    pub(crate) fresh: bool,
 }
 
 #[derive(Debug, Default)]
@@ -611,6 +655,31 @@ impl Registry {
             .filter(|drift| !drift.names.is_empty())
             .filter_map(|drift| Some(drift.model.split_once('@')?.0.to_owned()))
             .collect()
+    }
+
+    /// Every device as rollouts need it; what was reported is not fresh any more then.
+    pub(crate) fn standings(&self) -> Vec<Standing> {
+        let look = |device: &mut Device| {
+            let standing = device.standing();
+            device.fresh = false;
+            standing
+        };
+        self.state().devices.values_mut().map(look).collect()
+    }
+
+    /// The same of one device, which stays fresh.
+    pub(crate) fn standing(&self, site: &Name, device: &Name) -> Option<Standing> {
+        let state = self.state();
+        let key = (site.clone(), device.clone());
+        state.devices.get(&key).map(Device::standing)
+    }
+
+    /// A device's name for people.
+    pub(crate) fn called(&self, id: i64) -> String {
+        match self.names(id) {
+            Some((site, device)) => format!("{site}/{device}"),
+            None => format!("device {id}"),
+        }
     }
 
     /// The models that devices have loaded, and on how many devices each.

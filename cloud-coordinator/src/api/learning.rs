@@ -72,6 +72,10 @@ impl From<CatalogError> for Problem {
     fn from(error: CatalogError) -> Self {
         match error {
             CatalogError::Unknown(_) => Self::not_found(error.to_string()),
+            CatalogError::Taken(_) => Self::new(409, "Taken", error.to_string()),
+            CatalogError::Unusable(_) | CatalogError::Bundle(_) | CatalogError::Version(_) => {
+                Self::new(422, "Not usable", error.to_string())
+            }
             error => {
                 tracing::warn!(%error, "the catalog of models failed");
                 Self::new(

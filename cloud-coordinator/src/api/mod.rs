@@ -1,6 +1,7 @@
 //! The API, the page, and what watches over the coordinator.
 
 mod datasets;
+mod delivery;
 mod exchange;
 mod labels;
 pub(crate) mod learning;
@@ -38,8 +39,14 @@ pub(crate) use serve::serve;
 
 use self::{live::Live, problem::Problem};
 use crate::{
-    datasets::Datasets, exchange::MAX_IMPORT_BYTES, ingest::Link, metrics::Metrics,
-    registry::Registry, samples::Samples, store::Store,
+    datasets::Datasets,
+    delivery::{Releases, Rollouts},
+    exchange::MAX_IMPORT_BYTES,
+    ingest::Link,
+    metrics::Metrics,
+    registry::Registry,
+    samples::Samples,
+    store::Store,
 };
 
 /// Most of what is here takes no body; a few bytes are tolerated.
@@ -48,6 +55,8 @@ const MAX_BODY: usize = 16 * 1024;
 const MAX_SAID: usize = 64 * 1024;
 /// A piece of an image: some seconds of a slow uplink.
 const MAX_PIECE: usize = 256 * 1024;
+/// A bundle: the largest model and its pictures.
+const MAX_BUNDLE: usize = 320 << 20;
 /// A request that is not answered by then is given up.
 const REQUEST: Duration = Duration::from_secs(20);
 /// An import is as long as what it brings; it is given up after this.
@@ -63,6 +72,8 @@ pub(crate) struct State {
     pub(crate) samples: Samples,
     pub(crate) datasets: Datasets,
     pub(crate) learning: learning::Learning,
+    pub(crate) releases: Arc<Releases>,
+    pub(crate) rollouts: Arc<Rollouts>,
     /// Imports are read one after the other.
     pub(crate) importing: Arc<Semaphore>,
     pub(crate) store: Arc<Store>,
@@ -156,6 +167,13 @@ fn reading() -> OpenApiRouter<State> {
         .routes(routes!(learning::model))
         .routes(routes!(learning::confusion))
         .routes(routes!(exchange::export))
+        .routes(routes!(delivery::rollouts))
+        .routes(routes!(delivery::rollout))
+        .routes(routes!(delivery::releases))
+        .routes(routes!(delivery::chunk))
+        .routes(routes!(delivery::delta))
+        .routes(routes!(delivery::metadata))
+        .routes(routes!(delivery::target))
 }
 
 fn saying() -> OpenApiRouter<State> {
@@ -167,6 +185,10 @@ fn saying() -> OpenApiRouter<State> {
         .routes(routes!(mark::mark))
         .routes(routes!(datasets::datasets, datasets::snapshot))
         .routes(routes!(learning::train))
+        .routes(routes!(delivery::publish))
+        .routes(routes!(delivery::start))
+        .routes(routes!(delivery::command))
+        .routes(routes!(delivery::pin))
         .layer(RequestBodyLimitLayer::new(MAX_SAID))
 }
 
@@ -191,9 +213,14 @@ fn computing() -> OpenApiRouter<State> {
 
 fn bringing() -> OpenApiRouter<State> {
     let most = usize::try_from(MAX_IMPORT_BYTES).unwrap_or(usize::MAX);
+    let bundles = OpenApiRouter::new()
+        .routes(routes!(delivery::bring))
+        .layer(RequestBodyLimitLayer::new(MAX_BUNDLE));
     OpenApiRouter::new()
         .routes(routes!(exchange::import))
         .layer(RequestBodyLimitLayer::new(most))
+        .merge(bundles)
+        .layer(DefaultBodyLimit::disable())
 }
 
 /// Everything that takes a body.

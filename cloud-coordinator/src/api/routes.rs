@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::{Params, State, problem::Problem};
 use crate::{
     registry::{ModelView, View},
+    samples::SampleRow,
     store::{GapFilter, GapRow, Order, ReadingFilter, ReadingRow},
 };
 
@@ -18,22 +19,36 @@ const PAGE: i64 = 100;
 /// The most rows of a page: some hundred kilobytes.
 const MAX_PAGE: i64 = 1_000;
 
-/// A page, and where the next one begins.
-#[derive(Debug, Serialize, utoipa::ToSchema)]
-pub(super) struct Page<T, C> {
-    /// The rows.
-    items: Vec<T>,
-    /// Give this as `after` to get the next page; null after the last one.
-    next: Option<C>,
-}
+/// A page, and where the next one begins. (Not one generic type: a crate below `tough` has an implementation that makes
+/// what `utoipa` writes for those ambiguous.)
+macro_rules! page {
+    ($name:ident, $row:ty, $cursor:ty) => {
+        /// A page, and where the next one begins.
+        #[derive(Debug, Serialize, utoipa::ToSchema)]
+        pub(super) struct $name {
+            /// The rows.
+            items: Vec<$row>,
+            /// Give this as `after` to get the next page; null after the last one.
+            next: Option<$cursor>,
+        }
 
-impl<T, C> Page<T, C> {
-    pub(super) fn new(items: Vec<T>, limit: i64, cursor: impl FnOnce(&T) -> C) -> Self {
-        let full = i64::try_from(items.len()).is_ok_and(|n| n >= limit);
-        let next = items.last().filter(|_| full).map(cursor);
-        Self { items, next }
-    }
+        impl $name {
+            pub(super) fn new(
+                items: Vec<$row>,
+                limit: i64,
+                cursor: impl FnOnce(&$row) -> $cursor,
+            ) -> Self {
+                let full = i64::try_from(items.len()).is_ok_and(|n| n >= limit);
+                let next = items.last().filter(|_| full).map(cursor);
+                Self { items, next }
+            }
+        }
+    };
 }
+page!(DevicePage, View, String);
+page!(ReadingPage, ReadingRow, i64);
+page!(GapPage, GapRow, i64);
+page!(SamplePage, SampleRow, i64);
 
 pub(super) fn limit(asked: Option<i64>) -> Result<i64, Problem> {
     let limit = asked.unwrap_or(PAGE);
@@ -63,14 +78,14 @@ pub(super) struct DevicesQuery {
     path = "/api/v1/devices",
     params(DevicesQuery),
     responses(
-        (status = 200, description = "A page of devices", body = Page<View, String>),
+        (status = 200, description = "A page of devices", body = DevicePage),
         (status = 400, description = "A parameter is wrong", content_type = "application/problem+json", body = Problem),
     )
 )]
 pub(super) async fn devices(
     Shared(state): Shared<State>,
     Params(query): Params<DevicesQuery>,
-) -> Result<Json<Page<View, String>>, Problem> {
+) -> Result<Json<DevicePage>, Problem> {
     let limit = limit(query.limit)?;
     let after = match &query.after {
         None => None,
@@ -87,7 +102,7 @@ pub(super) async fn devices(
         state.second(),
         |d| query.site.as_ref().is_none_or(|s| s == d.site.as_str()),
     );
-    Ok(Json(Page::new(items, limit, View::cursor)))
+    Ok(Json(DevicePage::new(items, limit, View::cursor)))
 }
 
 /// One device as it last reported.
@@ -145,7 +160,7 @@ pub(super) struct ReadingsQuery {
     path = "/api/v1/readings",
     params(ReadingsQuery),
     responses(
-        (status = 200, description = "A page of readings", body = Page<ReadingRow, i64>),
+        (status = 200, description = "A page of readings", body = ReadingPage),
         (status = 400, description = "A parameter is wrong", content_type = "application/problem+json", body = Problem),
         (status = 503, description = "The database cannot answer", content_type = "application/problem+json", body = Problem),
     )
@@ -153,7 +168,7 @@ pub(super) struct ReadingsQuery {
 pub(super) async fn readings(
     Shared(state): Shared<State>,
     Params(query): Params<ReadingsQuery>,
-) -> Result<Json<Page<ReadingRow, i64>>, Problem> {
+) -> Result<Json<ReadingPage>, Problem> {
     let limit = limit(query.limit)?;
     let filter = ReadingFilter {
         site: query.site,
@@ -167,7 +182,7 @@ pub(super) async fn readings(
         limit,
     };
     let items = state.store.readings(filter).await?;
-    Ok(Json(Page::new(items, limit, |row| row.id)))
+    Ok(Json(ReadingPage::new(items, limit, |row| row.id)))
 }
 
 /// Which gaps.
@@ -191,7 +206,7 @@ pub(super) struct GapsQuery {
     path = "/api/v1/gaps",
     params(GapsQuery),
     responses(
-        (status = 200, description = "A page of gaps", body = Page<GapRow, i64>),
+        (status = 200, description = "A page of gaps", body = GapPage),
         (status = 400, description = "A parameter is wrong", content_type = "application/problem+json", body = Problem),
         (status = 503, description = "The database cannot answer", content_type = "application/problem+json", body = Problem),
     )
@@ -199,7 +214,7 @@ pub(super) struct GapsQuery {
 pub(super) async fn gaps(
     Shared(state): Shared<State>,
     Params(query): Params<GapsQuery>,
-) -> Result<Json<Page<GapRow, i64>>, Problem> {
+) -> Result<Json<GapPage>, Problem> {
     let limit = limit(query.limit)?;
     let filter = GapFilter {
         site: query.site,
@@ -208,7 +223,7 @@ pub(super) async fn gaps(
         limit,
     };
     let items = state.store.gaps(filter).await?;
-    Ok(Json(Page::new(items, limit, |row| row.id)))
+    Ok(Json(GapPage::new(items, limit, |row| row.id)))
 }
 
 /// A model, and where it runs.

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     At, Params, Said, State,
     problem::Problem,
-    routes::{Page, limit},
+    routes::{SamplePage, limit},
 };
 use crate::{
     clock,
@@ -127,14 +127,14 @@ pub(super) struct SamplesQuery {
     path = "/api/v1/samples",
     params(SamplesQuery),
     responses(
-        (status = 200, description = "A page of samples", body = Page<SampleRow, i64>),
+        (status = 200, description = "A page of samples", body = SamplePage),
         (status = 400, description = "A parameter is wrong", content_type = "application/problem+json", body = Problem),
     )
 )]
 pub(super) async fn samples(
     Shared(state): Shared<State>,
     Params(query): Params<SamplesQuery>,
-) -> Result<Json<Page<SampleRow, i64>>, Problem> {
+) -> Result<Json<SamplePage>, Problem> {
     let limit = limit(query.limit)?;
     let filter = SampleFilter {
         task: query.task,
@@ -145,7 +145,7 @@ pub(super) async fn samples(
         limit,
     };
     let items = state.samples.records.samples(filter).await?;
-    Ok(Json(Page::new(items, limit, |row| row.id)))
+    Ok(Json(SamplePage::new(items, limit, |row| row.id)))
 }
 
 /// One sample.

@@ -62,6 +62,22 @@ impl Link {
     }
 }
 
+impl Link {
+    /// Publishes a message that stays on its topic until the next; false if the broker is not there.
+    pub(crate) async fn retain(&self, topic: &Topic, bytes: Vec<u8>) -> bool {
+        match self {
+            Self::Embedded(broker) => {
+                broker.publish(topic, &bytes);
+                true
+            }
+            Self::External(client) => {
+                let client = client.borrow().clone();
+                send(client, topic, bytes).await
+            }
+        }
+    }
+}
+
 /// Publishes acknowledgements until `stop`. What cannot be sent is dropped: the device asks again.
 pub(crate) async fn publish_acks(
     acks: Arc<Acks>,

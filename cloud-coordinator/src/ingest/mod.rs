@@ -17,8 +17,8 @@ use std::{
 };
 
 use mesh_core::{
-    Backoff, Event, Info, Kind, Metrics as DeviceMetrics, ModelInfo, RangeSet, State as Health,
-    Status, Topic, drift::Drift,
+    Backoff, Event, Info, Kind, Metrics as DeviceMetrics, ModelInfo, RangeSet, Reported,
+    State as Health, Status, Topic, drift::Drift,
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -214,7 +214,14 @@ impl Ingest {
                 self.registry.update(id, |d| d.drifted(drift));
                 false
             }
-            Kind::Image | Kind::Desired | Kind::Reported | Kind::Ack | Kind::Mark => false,
+            Kind::Reported => {
+                let reported = Reported::decode(payload)?;
+                self.registry.update(id, |d| {
+                    d.told(reported);
+                    false
+                })
+            }
+            Kind::Image | Kind::Desired | Kind::Ack | Kind::Mark => false,
         };
         if changed {
             touched.push(id);

@@ -1,9 +1,11 @@
 //! The models that this coordinator knows: a folder of bundles, and a row about each.
 
 use std::{
+    ffi::OsString,
     fs,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use models::{Bundle, Engine};
@@ -17,6 +19,8 @@ use crate::{
 
 /// Engines that stay loaded: the current model of a few tasks. Each takes some tens of MiB.
 const LOADED: usize = 4;
+/// A model that is not tried in this time is not tried at all: some hundred times what is usual.
+pub(super) const TRIAL: Duration = Duration::from_secs(120);
 
 /// Why a model cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +36,8 @@ pub(crate) enum CatalogError {
         path: PathBuf,
         source: std::io::Error,
     },
+    #[error("the bundle cannot be used: {0}")]
+    Unusable(String),
     #[error(transparent)]
     Bundle(#[from] models::BundleError),
     #[error(transparent)]
@@ -145,8 +151,10 @@ pub(crate) struct NewModel {
 
 /// See the module.
 pub(crate) struct Catalog {
-    dir: PathBuf,
+    pub(super) dir: PathBuf,
     records: Arc<Records>,
+    /// The program that tries models, with its first arguments.
+    pub(super) program: Vec<OsString>,
     /// The last used one last.
     loaded: Mutex<Vec<(String, Arc<Engine>)>>,
 }
@@ -155,11 +163,12 @@ const COLUMNS: &str = "name, version, sha256, kind, state, parent, dataset, job,
                        verdict, author, created_ms";
 
 impl Catalog {
-    /// The catalog in `dir`.
-    pub(crate) fn new(dir: PathBuf, records: Arc<Records>) -> Self {
+    /// The catalog in `dir`; `program` tries models that nobody knows yet.
+    pub(crate) fn new(dir: PathBuf, records: Arc<Records>, program: Vec<OsString>) -> Self {
         Self {
             dir,
             records,
+            program,
             loaded: Mutex::new(Vec::new()),
         }
     }

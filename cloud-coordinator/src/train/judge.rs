@@ -1,6 +1,6 @@
 //! Is a candidate better? Both are measured on the holdout by the device's own code, and the gate decides.
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc};
 
 use learn::{
     evaluate::{self, Evaluation},
@@ -11,7 +11,7 @@ use serde::Serialize;
 use tokio::task::spawn_blocking;
 
 use super::{
-    catalog::CatalogError,
+    catalog::{CatalogError, TRIAL},
     jobs::Reporter,
     look::look,
     work::{Material, Work, WorkError},
@@ -20,8 +20,6 @@ use crate::datasets::{Dataset, Item};
 
 /// Generations that are searched for pictures of the holdout.
 const ANCESTORS: usize = 50;
-/// A model that is not tried in this time is not tried at all: some hundred times what is usual.
-const TRIAL: Duration = Duration::from_secs(120);
 
 /// What was measured, and what follows from it.
 pub(super) struct Judged {
@@ -75,7 +73,7 @@ impl Work {
         };
         let judged = self.catalog.judged(task, &dataset.digest).await?;
         let trial = {
-            let (path, program) = (bundle.dir().to_owned(), self.settings.program.clone());
+            let (path, program) = (bundle.dir().to_owned(), self.catalog.program.clone());
             spawn_blocking(move || models::try_bundle(&program, &path, TRIAL)).await?
         };
         let trial =

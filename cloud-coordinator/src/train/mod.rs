@@ -4,6 +4,7 @@
 //! request ─> jobs (queue, one worker) ─> work: features ─> trainer ─> bundle ─> holdout ─> gate ─> catalog
 //! ```
 
+mod bring;
 mod catalog;
 mod external;
 mod jobs;
@@ -14,7 +15,7 @@ mod start;
 mod trainers;
 mod work;
 
-pub(crate) use catalog::{Catalog, CatalogError, Model};
+pub(crate) use catalog::{Catalog, CatalogError, Model, ModelState};
 pub(crate) use jobs::{Job, JobError, Jobs};
 pub(crate) use look::embeddings_by;
 pub(crate) use request::Request;

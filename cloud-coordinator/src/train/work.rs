@@ -2,7 +2,6 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    ffi::OsString,
     sync::Arc,
     time::Duration,
 };
@@ -40,8 +39,6 @@ pub(crate) struct Settings {
     pub(crate) external: Vec<String>,
     /// What a candidate must fulfil.
     pub(crate) policy: Policy,
-    /// The program that tries models, with its first arguments.
-    pub(crate) program: Vec<OsString>,
 }
 
 /// Why no model came out.

@@ -1,0 +1,16 @@
+//! The way of a model to the devices.
+//!
+//! ```text
+//! catalog ─> releases (document, chunks, deltas, signature) ─> rollouts (who, when) ─> desired ══> devices
+//!                                                                  ▲                                 │
+//!                                                                  └──────────── reported <══════════┘
+//! ```
+
+mod releases;
+mod rollouts;
+pub mod signing;
+mod store;
+mod wishes;
+
+pub(crate) use releases::{ReleaseError, ReleaseRow, Releases};
+pub(crate) use rollouts::{Group, RolloutError, RolloutView, Rollouts, Settings};

@@ -1,0 +1,175 @@
+//! The SQL of releases, rollouts and wishes.
+
+use super::ReleaseRow;
+use crate::{
+    clock,
+    records::{RecordError, Records, commit},
+};
+
+/// A rollout as it is kept.
+#[derive(Clone, Debug, sqlx::FromRow)]
+pub(super) struct RolloutRow {
+    pub(super) id: i64,
+    pub(super) settings: String,
+    pub(super) state: String,
+    pub(super) ended: bool,
+    pub(super) created_ms: i64,
+}
+
+/// What a device was last told.
+#[derive(Clone, Debug, sqlx::FromRow)]
+pub(super) struct WishRow {
+    pub(super) device: i64,
+    pub(super) message: String,
+    pub(super) pinned: bool,
+}
+
+/// What one step changes, written together.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Changes {
+    pub(super) rollouts: Vec<RolloutRow>,
+    pub(super) wishes: Vec<WishRow>,
+    /// Rollout, and what happened to it.
+    pub(super) events: Vec<(i64, String)>,
+}
+
+impl Records {
+    pub(super) async fn add_release(
+        &self,
+        row: &ReleaseRow,
+        document: &[u8],
+    ) -> Result<(), RecordError> {
+        let mut writer = self.writer().await;
+        let mut tx = writer.begin().await?;
+        sqlx::query(
+            "INSERT INTO releases (name, version, digest, document, author, created_ms)
+             VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (name, version) DO NOTHING",
+        )
+        .bind(&row.name)
+        .bind(&row.version)
+        .bind(&row.digest)
+        .bind(String::from_utf8_lossy(document).into_owned())
+        .bind(&row.author)
+        .bind(row.created_ms)
+        .execute(&mut *tx)
+        .await
+        .map_err(RecordError::sql("record a release"))?;
+        commit(tx).await
+    }
+
+    pub(super) async fn release(
+        &self,
+        name: &str,
+        version: &str,
+    ) -> Result<Option<ReleaseRow>, RecordError> {
+        sqlx::query_as(
+            "SELECT name, version, digest, author, created_ms FROM releases
+             WHERE name = ? AND version = ?",
+        )
+        .bind(name)
+        .bind(version)
+        .fetch_optional(self.readers())
+        .await
+        .map_err(RecordError::sql("read a release"))
+    }
+
+    /// The published models, newest first.
+    pub(crate) async fn releases(
+        &self,
+        limit: i64,
+        skip: i64,
+    ) -> Result<Vec<ReleaseRow>, RecordError> {
+        sqlx::query_as(
+            "SELECT name, version, digest, author, created_ms FROM releases
+             ORDER BY created_ms DESC, name, version LIMIT ? OFFSET ?",
+        )
+        .bind(limit)
+        .bind(skip)
+        .fetch_all(self.readers())
+        .await
+        .map_err(RecordError::sql("list the releases"))
+    }
+
+    /// `name@version` of a published model whose file has this digest.
+    pub(super) async fn published_file(&self, sha256: &str) -> Result<Option<String>, RecordError> {
+        sqlx::query_scalar(
+            "SELECT m.name || '@' || m.version FROM models m
+             JOIN releases r ON r.name = m.name AND r.version = m.version WHERE m.sha256 = ? LIMIT 1",
+        )
+        .bind(sha256)
+        .fetch_optional(self.readers())
+        .await
+        .map_err(RecordError::sql("find a published file"))
+    }
+
+    pub(super) async fn rollout_rows(&self) -> Result<Vec<RolloutRow>, RecordError> {
+        sqlx::query_as("SELECT id, settings, state, ended, created_ms FROM rollouts ORDER BY id")
+            .fetch_all(self.readers())
+            .await
+            .map_err(RecordError::sql("read the rollouts"))
+    }
+
+    pub(super) async fn wish_rows(&self) -> Result<Vec<WishRow>, RecordError> {
+        sqlx::query_as("SELECT device, message, pinned FROM wishes")
+            .fetch_all(self.readers())
+            .await
+            .map_err(RecordError::sql("read what devices are to be"))
+    }
+
+    /// What happened to a rollout: when, and what.
+    pub(super) async fn rollout_events(&self, id: i64) -> Result<Vec<(i64, String)>, RecordError> {
+        /// The last ones; a rollout has some ten.
+        const MOST: i64 = 500;
+        sqlx::query_as(
+            "SELECT at_ms, what FROM (SELECT id, at_ms, what FROM rollout_events
+             WHERE rollout = ? ORDER BY id DESC LIMIT ?) ORDER BY id",
+        )
+        .bind(id)
+        .bind(MOST)
+        .fetch_all(self.readers())
+        .await
+        .map_err(RecordError::sql("read what happened to a rollout"))
+    }
+
+    pub(super) async fn save_delivery(&self, changes: &Changes) -> Result<(), RecordError> {
+        const WHAT: &str = "record a step of the rollouts";
+        let mut writer = self.writer().await;
+        let mut tx = writer.begin().await?;
+        for row in &changes.rollouts {
+            sqlx::query(
+                "INSERT INTO rollouts (id, settings, state, ended, created_ms) VALUES (?, ?, ?, ?, ?)
+                 ON CONFLICT (id) DO UPDATE SET state = excluded.state, ended = excluded.ended",
+            )
+            .bind(row.id)
+            .bind(&row.settings)
+            .bind(&row.state)
+            .bind(row.ended)
+            .bind(row.created_ms)
+            .execute(&mut *tx)
+            .await
+            .map_err(RecordError::sql(WHAT))?;
+        }
+        for row in &changes.wishes {
+            sqlx::query(
+                "INSERT INTO wishes (device, message, pinned) VALUES (?, ?, ?)
+                 ON CONFLICT (device) DO UPDATE SET message = excluded.message, pinned = excluded.pinned",
+            )
+            .bind(row.device)
+            .bind(&row.message)
+            .bind(row.pinned)
+            .execute(&mut *tx)
+            .await
+            .map_err(RecordError::sql(WHAT))?;
+        }
+        for (rollout, what) in &changes.events {
+            sqlx::query("INSERT INTO rollout_events (rollout, at_ms, what) VALUES (?, ?, ?)")
+                .bind(rollout)
+                .bind(clock::now_ms())
+                .bind(what)
+                .execute(&mut *tx)
+                .await
+                .map_err(RecordError::sql(WHAT))?;
+        }
+        commit(tx).await
+    }
+}

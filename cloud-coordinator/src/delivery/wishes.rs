@@ -1,0 +1,128 @@
+//! What each device was last told to be. The newest wish wins, so each has a larger revision than the one before.
+
+use std::collections::HashMap;
+
+use mesh_core::{Desired, Limits, Release, Trial, VERSION};
+
+use super::store::WishRow;
+use crate::clock;
+
+/// A device's wish.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Wish {
+    pub(super) desired: Desired,
+    /// A person chose it for this device; rollouts pass by.
+    pub(super) pinned: bool,
+}
+
+/// All wishes, by the device's number in the database of readings.
+#[derive(Debug, Default)]
+pub(super) struct Wishes {
+    all: HashMap<i64, Wish>,
+}
+
+impl Wishes {
+    /// Those that were kept; one that cannot be read any more is as good as none.
+    pub(super) fn of_rows(rows: Vec<WishRow>) -> Self {
+        let read = |row: WishRow| {
+            let desired = Desired::decode(row.message.as_bytes()).ok()?;
+            let pinned = row.pinned;
+            Some((row.device, Wish { desired, pinned }))
+        };
+        Self {
+            all: rows.into_iter().filter_map(read).collect(),
+        }
+    }
+
+    pub(super) fn get(&self, device: i64) -> Option<&Wish> {
+        self.all.get(&device)
+    }
+
+    pub(super) fn is_pinned(&self, device: i64) -> bool {
+        self.get(device).is_some_and(|wish| wish.pinned)
+    }
+
+    /// The model that the device was last told to run.
+    pub(super) fn release(&self, device: i64) -> Option<&Release> {
+        self.get(device)?.desired.release.as_ref()
+    }
+
+    pub(super) fn revision(&self, device: i64) -> u64 {
+        self.get(device).map_or(0, |wish| wish.desired.revision)
+    }
+
+    /// Wishes something else; what is to be kept and sent, if it is new.
+    pub(super) fn wish(
+        &mut self,
+        device: i64,
+        release: Option<Release>,
+        (limits, trial): (Limits, Trial),
+        force: bool,
+        pinned: bool,
+    ) -> Option<WishRow> {
+        let before = self.get(device);
+        if before.is_some_and(|w| w.desired.release == release && w.pinned == pinned && !force) {
+            return None;
+        }
+        if before.is_none() && release.is_none() {
+            return None;
+        }
+        // A coordinator that was restored from a backup must not repeat a revision: the clock has gone on.
+        let now = clock::now_ms().max(0).cast_unsigned();
+        let desired = Desired {
+            v: VERSION,
+            revision: now.max(self.revision(device) + 1),
+            release,
+            limits,
+            trial,
+            force,
+        };
+        let message = serde_json::to_string(&desired).ok()?;
+        self.all.insert(device, Wish { desired, pinned });
+        Some(WishRow {
+            device,
+            message,
+            pinned,
+        })
+    }
+
+    /// Every wish, to be said again.
+    pub(super) fn all(&self) -> impl Iterator<Item = (i64, &Desired)> {
+        self.all
+            .iter()
+            .map(|(device, wish)| (*device, &wish.desired))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mesh_core::Digest;
+
+    use super::*;
+
+    #[test]
+    fn a_wish_is_new_or_nothing_and_outlives_a_restart() {
+        let release = |n: u8| {
+            Some(Release {
+                name: "steel".into(),
+                version: format!("1.{n}.0"),
+                digest: Digest([n; 32]),
+            })
+        };
+        let terms = (Limits::default(), Trial::default());
+        let mut wishes = Wishes::default();
+        assert!(wishes.wish(7, None, terms, false, false).is_none());
+        let first = wishes.wish(7, release(1), terms, false, false).unwrap();
+        assert!(wishes.wish(7, release(1), terms, false, false).is_none());
+        let second = wishes.wish(7, release(2), terms, false, true).unwrap();
+        assert!(wishes.is_pinned(7) && !wishes.is_pinned(8));
+        let again = Wishes::of_rows(vec![first, second]);
+        assert_eq!(
+            (again.get(7), again.release(7)),
+            (wishes.get(7), release(2).as_ref())
+        );
+        let revision = wishes.revision(7);
+        wishes.wish(7, release(1), terms, true, false).unwrap();
+        assert!(wishes.revision(7) > revision);
+    }
+}

@@ -1,0 +1,396 @@
+//! What an operator says on the command line to a coordinator that runs.
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, bail};
+use axum::{
+    body::Body,
+    http::{Method, Request, header},
+};
+use clap::{Args, Subcommand};
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+
+/// The largest answer: a list of a thousand rows.
+const ANSWER: usize = 16 << 20;
+
+/// Which coordinator.
+#[derive(Args)]
+pub(crate) struct Where {
+    /// Where the coordinator serves its API; without it the data folder says so.
+    #[arg(
+        long,
+        value_name = "ADDR",
+        env = "LACEWING_COORDINATOR_HTTP",
+        global = true
+    )]
+    http: Option<SocketAddr>,
+    /// The coordinator's data folder.
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "LACEWING_COORDINATOR_DATA",
+        default_value = "lacewing-data",
+        global = true
+    )]
+    data: PathBuf,
+}
+
+/// Who says it.
+#[derive(Args)]
+pub(crate) struct Who {
+    /// Who says it; it is recorded.
+    #[arg(long, env = "USER")]
+    author: String,
+}
+
+/// Models.
+#[derive(Subcommand)]
+pub(crate) enum ModelCommand {
+    /// Lists the models and what became of them.
+    List,
+    /// Takes in a bundle from a folder, after it was tried, and publishes it.
+    ///
+    /// Example: cloud-coordinator model push models/bundles/steel
+    Push {
+        /// The folder, with manifest.toml, the model and its golden pictures.
+        dir: PathBuf,
+        #[command(flatten)]
+        who: Who,
+    },
+    /// Signs a model of the catalog and lays it ready for the devices.
+    Publish {
+        /// `name@version`, or `name` for the newest one in use.
+        model: String,
+        #[command(flatten)]
+        who: Who,
+    },
+}
+
+/// Rollouts.
+#[derive(Subcommand)]
+pub(crate) enum RolloutCommand {
+    /// Brings a model to the devices, a few first, more when those have kept it.
+    ///
+    /// Example: cloud-coordinator rollout start steel@1.2.0 --site plant-3 --stages 1,10,50,100 --soak 300
+    Start {
+        /// `name@version`, or `name` for the newest one in use.
+        model: String,
+        /// Only to devices of this site.
+        #[arg(long)]
+        site: Option<String>,
+        /// Only to devices on this board.
+        #[arg(long)]
+        board: Option<String>,
+        /// Percent of the devices in each stage.
+        #[arg(long, value_delimiter = ',', default_value = "1,10,50,100")]
+        stages: Vec<f32>,
+        /// Seconds for which the devices of a stage must have kept it before the next begins.
+        #[arg(long, default_value_t = 300)]
+        soak: u32,
+        /// Seconds after which a stage that is not enough is paused.
+        #[arg(long, default_value_t = 3_600)]
+        timeout: u32,
+        /// Also where it is marked as bad, or older than what runs.
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        who: Who,
+    },
+    /// Shows the rollouts, or one of them with its history.
+    Status {
+        /// Its number.
+        id: Option<u64>,
+    },
+    /// Exposes nobody else for now.
+    Pause(One),
+    /// Goes on after a pause.
+    Resume(One),
+    /// Sets everybody back to what they had before, also when it was done.
+    Abort(One),
+    /// Goes to the next stage without waiting for evidence.
+    Next(One),
+    /// Goes to the last stage without waiting for evidence.
+    Force(One),
+}
+
+/// One rollout.
+#[derive(Args)]
+pub(crate) struct One {
+    /// Its number.
+    id: u64,
+    #[command(flatten)]
+    who: Who,
+}
+
+/// Devices.
+#[derive(Subcommand)]
+pub(crate) enum DeviceCommand {
+    /// Lists the devices, what they run and how far they are with what they should run.
+    List,
+    /// Makes one device run a model, whatever rollouts say.
+    Pin {
+        /// `SITE/DEVICE`
+        device: String,
+        /// `name@version`
+        model: String,
+        #[command(flatten)]
+        who: Who,
+    },
+    /// Gives a device back to the rollouts.
+    Unpin {
+        /// `SITE/DEVICE`
+        device: String,
+        #[command(flatten)]
+        who: Who,
+    },
+}
+
+/// Where the coordinator on a data folder says that it serves its API.
+pub(crate) fn address(data: &Path) -> anyhow::Result<SocketAddr> {
+    let path = data.join("addresses.json");
+    let text = std::fs::read_to_string(&path).with_context(|| {
+        format!(
+            "cannot read {}: name the coordinator with --http or --data",
+            path.display()
+        )
+    })?;
+    let said: Value = serde_json::from_str(&text)?;
+    let http = said["http"].as_str().and_then(|text| text.parse().ok());
+    http.with_context(|| format!("{} names no address", path.display()))
+}
+
+impl Where {
+    fn address(&self) -> anyhow::Result<SocketAddr> {
+        self.http.map_or_else(|| address(&self.data), Ok)
+    }
+
+    async fn ask(&self, method: Method, path: &str, body: Option<Value>) -> anyhow::Result<Value> {
+        let body = body.map_or_else(String::new, |body| body.to_string());
+        self.send(method, path, "application/json", Body::from(body))
+            .await
+    }
+
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        kind: &str,
+        body: Body,
+    ) -> anyhow::Result<Value> {
+        let address = self.address()?;
+        let stream = tokio::net::TcpStream::connect(address)
+            .await
+            .with_context(|| format!("no coordinator answers at {address}"))?;
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+        let connection = tokio::spawn(connection);
+        let request = Request::builder()
+            .method(method)
+            .uri(format!("/api/v1{path}"))
+            .header(header::HOST, address.to_string())
+            .header(header::CONTENT_TYPE, kind)
+            .body(body)?;
+        let answer = sender.send_request(request).await?;
+        let status = answer.status();
+        let body = axum::body::to_bytes(Body::new(answer.into_body()), ANSWER).await?;
+        drop(sender);
+        connection.abort();
+        let said: Value = if body.is_empty() {
+            Value::Null
+        } else {
+            serde_json::from_slice(&body)?
+        };
+        if !status.is_success() {
+            let why = said["detail"].as_str().or(said["title"].as_str());
+            bail!("the coordinator answers {status}: {}", why.unwrap_or("?"));
+        }
+        Ok(said)
+    }
+}
+
+fn text<'a>(value: &'a Value, key: &str) -> &'a str {
+    value[key].as_str().unwrap_or("-")
+}
+
+fn each(value: &Value) -> impl Iterator<Item = &Value> {
+    value.as_array().into_iter().flatten()
+}
+
+/// Does what `model …` asks for.
+pub(crate) async fn model(place: &Where, command: ModelCommand) -> anyhow::Result<()> {
+    match command {
+        ModelCommand::List => {
+            let models = place.ask(Method::GET, "/catalog?limit=1000", None).await?;
+            let releases = place.ask(Method::GET, "/releases?limit=1000", None).await?;
+            println!(
+                "{:<32} {:<9} {:<10} accuracy",
+                "model", "state", "published"
+            );
+            for model in each(&models) {
+                let is =
+                    |r: &&Value| r["name"] == model["name"] && r["version"] == model["version"];
+                let published = each(&releases).find(is).map_or("-", |_| "yes");
+                let id = format!("{}@{}", text(model, "name"), text(model, "version"));
+                let accuracy = model["report"]["accuracy"].as_f64();
+                let accuracy = accuracy.map_or("-".into(), |a| format!("{:.1} %", a * 100.0));
+                println!(
+                    "{id:<32} {:<9} {published:<10} {accuracy}",
+                    text(model, "state")
+                );
+            }
+        }
+        ModelCommand::Push { dir, who } => {
+            // Whoever made it should learn here what is wrong with it, not from the answer.
+            let bundle = models::Bundle::open(&dir)?;
+            let document = models::ReleaseDocument::of(
+                &dir,
+                &bundle.manifest.name,
+                &bundle.manifest.version,
+                None,
+            )?;
+            let mut tar = tar::Builder::new(Vec::new());
+            for file in &document.files {
+                tar.append_path_with_name(dir.join(&file.path), &file.path)?;
+            }
+            let body = Body::from(tar.into_inner()?);
+            let path = "/catalog";
+            let said = place
+                .send(Method::POST, path, "application/x-tar", body)
+                .await?;
+            let model = text(&said, "model").to_owned();
+            let publication = json!({"model": model, "author": who.author});
+            let said = place
+                .ask(Method::POST, "/releases", Some(publication))
+                .await?;
+            println!("{model} is published as {}", text(&said, "digest"));
+        }
+        ModelCommand::Publish { model, who } => {
+            let publication = json!({"model": model, "author": who.author});
+            let said = place
+                .ask(Method::POST, "/releases", Some(publication))
+                .await?;
+            println!(
+                "{} is published as {}",
+                text(&said, "model"),
+                text(&said, "digest")
+            );
+        }
+    }
+    Ok(())
+}
+
+fn show(rollout: &Value) {
+    let number = |key: &str| rollout[key].as_u64().unwrap_or_default();
+    println!(
+        "{:>4}  {:<28} {:<8} stage {} of {}  exposed {} of {}, kept {}, failed {}{}",
+        number("id"),
+        text(rollout, "model"),
+        text(rollout, "status"),
+        number("stage"),
+        each(&rollout["stages"]).count(),
+        number("exposed"),
+        number("devices"),
+        number("kept"),
+        number("failed"),
+        rollout["why"]
+            .as_str()
+            .map_or(String::new(), |why| format!("  ({why})")),
+    );
+}
+
+/// Does what `rollout …` asks for.
+pub(crate) async fn rollout(place: &Where, command: RolloutCommand) -> anyhow::Result<()> {
+    let (one, order) = match command {
+        RolloutCommand::Start {
+            model,
+            site,
+            board,
+            stages,
+            soak,
+            timeout,
+            force,
+            who,
+        } => {
+            let stage =
+                |percent: &f32| json!({"percent": percent, "soak_s": soak, "timeout_s": timeout});
+            let stages: Vec<Value> = stages.iter().map(stage).collect();
+            let start = json!({
+                "model": model, "group": {"site": site, "board": board}, "plan": {"stages": stages},
+                "force": force, "author": who.author,
+            });
+            show(&place.ask(Method::POST, "/rollouts", Some(start)).await?);
+            return Ok(());
+        }
+        RolloutCommand::Status { id: None } => {
+            let rollouts = place.ask(Method::GET, "/rollouts", None).await?;
+            if each(&rollouts).count() == 0 {
+                println!(
+                    "there is no rollout; begin one with: cloud-coordinator rollout start MODEL"
+                );
+            }
+            each(&rollouts).for_each(show);
+            return Ok(());
+        }
+        RolloutCommand::Status { id: Some(id) } => {
+            let rollout = place
+                .ask(Method::GET, &format!("/rollouts/{id}"), None)
+                .await?;
+            show(&rollout);
+            for event in each(&rollout["events"]) {
+                println!("      {}  {}", event["at_ms"], text(event, "what"));
+            }
+            return Ok(());
+        }
+        RolloutCommand::Pause(one) => (one, "pause"),
+        RolloutCommand::Resume(one) => (one, "resume"),
+        RolloutCommand::Abort(one) => (one, "abort"),
+        RolloutCommand::Next(one) => (one, "next_stage"),
+        RolloutCommand::Force(one) => (one, "last_stage"),
+    };
+    let said = json!({"command": order, "author": one.who.author});
+    show(
+        &place
+            .ask(Method::POST, &format!("/rollouts/{}", one.id), Some(said))
+            .await?,
+    );
+    Ok(())
+}
+
+/// Does what `device …` asks for.
+pub(crate) async fn device(place: &Where, command: DeviceCommand) -> anyhow::Result<()> {
+    let (device, model, author) = match command {
+        DeviceCommand::List => {
+            let devices = place.ask(Method::GET, "/devices?limit=1000", None).await?;
+            println!(
+                "{:<28} {:<8} {:<28} {:<11} failure",
+                "device", "status", "model", "update"
+            );
+            for device in each(&devices["items"]) {
+                let (model, update) = (&device["model"], &device["update"]);
+                println!(
+                    "{:<28} {:<8} {:<28} {:<11} {}",
+                    format!("{}/{}", text(device, "site"), text(device, "device")),
+                    text(device, "status"),
+                    format!("{}@{}", text(model, "name"), text(model, "version")),
+                    text(update, "phase"),
+                    text(&update["failure"], "reason"),
+                );
+            }
+            return Ok(());
+        }
+        DeviceCommand::Pin { device, model, who } => (device, json!(model), who.author),
+        DeviceCommand::Unpin { device, who } => (device, Value::Null, who.author),
+    };
+    if device.split('/').count() != 2 {
+        bail!("{device:?} is not SITE/DEVICE");
+    }
+    let said = json!({"model": model, "author": author});
+    let path = format!("/devices/{device}/pin");
+    place.ask(Method::PUT, &path, Some(said)).await?;
+    println!("{device} is told");
+    Ok(())
+}
