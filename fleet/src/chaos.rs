@@ -1,6 +1,13 @@
 //! Kills parts of a site at random and starts them again, under load.
 
-use std::{ops::Range, time::Duration};
+use std::{
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use crate::{
     dice::Dice,
@@ -23,16 +30,19 @@ pub struct Chaos {
     pub seed: u64,
     /// Milliseconds between a kill and the restart, and again between the restart and the next kill.
     pub pause_ms: Range<u64>,
+    /// Set when it is to end early; what happened until then is counted all the same.
+    pub stop: Arc<AtomicBool>,
 }
 
 impl Chaos {
     /// Pauses from nothing (a part dies while it starts) to some commits and batches.
     #[must_use]
-    pub const fn new(kills: u64, seed: u64) -> Self {
+    pub fn new(kills: u64, seed: u64) -> Self {
         Self {
             kills,
             seed,
             pause_ms: 0..500,
+            stop: Arc::default(),
         }
     }
 }
@@ -65,6 +75,10 @@ pub async fn run(
     let mut dice = Dice::new(chaos.seed);
     let (mut agents, mut coordinators, mut brokers, mut lost_answers) = (0, 0, 0, 0);
     for kill in 1..=chaos.kills {
+        if chaos.stop.load(Ordering::Relaxed) {
+            tell(format!("ended after {} kills", kill - 1));
+            break;
+        }
         site.check()?;
         // Kept apart from the choice of the victim: while it is dead, others may lose their answers.
         let upset = dice.below(site.devices.len());

@@ -180,6 +180,9 @@ pub struct BenchArgs {
     /// `kill`: how many kills.
     #[arg(long, default_value_t = 200)]
     pub kills: u64,
+    /// `kill`: with this broker only. Default: half with each.
+    #[arg(long, value_enum)]
+    pub broker: Option<BrokerArg>,
     /// `kill`: repeat the run with this seed. Default: a new one, printed.
     #[arg(long)]
     pub seed: Option<u64>,

@@ -11,13 +11,13 @@ use std::{
 };
 
 use rustix::{
-    process::{Pid, Signal, kill_process_group},
+    process::{Pid, Signal, kill_process_group, test_kill_process_group},
     thread::{CpuSet, sched_setaffinity},
 };
 use tokio::{
     process::{Child, ChildStdin, Command},
     signal::unix::{SignalKind, signal},
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 /// When it is set, a process of the fleet ends as soon as its standard input does. The fleet holds the
@@ -29,6 +29,8 @@ const CPU: &str = "LACEWING_CPU";
 pub const GUARD: &str = "guard";
 /// A killed process is gone when the kernel has torn it down: far below this on any machine.
 const BURIAL: Duration = Duration::from_secs(30);
+/// Between two looks whether it is.
+const LINGER: Duration = Duration::from_millis(5);
 
 /// What went wrong with a child process.
 #[derive(Debug, thiserror::Error)]
@@ -218,8 +220,17 @@ impl Process {
             return Ok(());
         };
         // The id is known as long as the child has not been waited for, so it cannot be another's.
+        let group = child.id().and_then(|id| Pid::from_raw(id.cast_signed()));
         let sent = signal_group(&child, Signal::KILL);
-        let ended = timeout(BURIAL, child.wait()).await;
+        let ended = timeout(BURIAL, async {
+            let status = child.wait().await?;
+            // What a guard ran may be a moment longer in dying, and hold its port until then.
+            while group.is_some_and(|group| test_kill_process_group(group).is_ok()) {
+                sleep(LINGER).await;
+            }
+            Ok(status)
+        })
+        .await;
         sent.and(
             ended
                 .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))

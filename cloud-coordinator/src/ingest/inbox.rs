@@ -34,7 +34,7 @@ pub(crate) struct Inbox {
 }
 
 /// The kinds that ingest has a use for.
-pub(crate) const KINDS: [Kind; 9] = [
+pub(crate) const KINDS: [Kind; 10] = [
     Kind::Result,
     Kind::Replay,
     Kind::Gap,
@@ -44,6 +44,7 @@ pub(crate) const KINDS: [Kind; 9] = [
     Kind::State,
     Kind::Metrics,
     Kind::Drift,
+    Kind::Reported,
 ];
 
 impl Inbox {

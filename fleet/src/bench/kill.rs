@@ -1,5 +1,10 @@
 //! `kill`: the parts die at random, again and again, and nothing may be lost.
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
 use anyhow::Context;
 
 use super::figures::{Goal, Results};
@@ -18,13 +23,25 @@ const FPS: f64 = 30.0;
 pub(crate) async fn run(args: &BenchArgs, results: &mut Results) -> anyhow::Result<()> {
     let seed = args.seed.unwrap_or_else(Dice::seed);
     println!("seed {seed} (repeat with --seed {seed})");
-    let brokers: &[Broker] = match crate::broker::mosquitto() {
-        Some(_) => &[Broker::Embedded, Broker::Mosquitto],
-        None => {
+    let asked = args.broker.map(|broker| [Broker::from(broker)]);
+    let brokers: &[Broker] = match (&asked, crate::broker::mosquitto()) {
+        (Some(asked), _) => asked,
+        (None, Some(_)) => &[Broker::Embedded, Broker::Mosquitto],
+        (None, None) => {
             println!("mosquitto is not installed: the embedded broker only");
             &[Broker::Embedded]
         }
     };
+    let stop = Arc::new(AtomicBool::new(false));
+    let interrupt = tokio::spawn({
+        let stop = stop.clone();
+        async move {
+            if tokio::signal::ctrl_c().await.is_ok() {
+                println!("no more kills; what is on its way arrives and is counted …");
+                stop.store(true, Ordering::Relaxed);
+            }
+        }
+    });
     let share = args.kills.div_ceil(brokers.len() as u64);
     for broker in brokers {
         let name = match broker {
@@ -43,7 +60,11 @@ pub(crate) async fn run(args: &BenchArgs, results: &mut Results) -> anyhow::Resu
             width: 64,
             height: 64,
         };
-        let outcome = chaos::run(&plan, &Chaos::new(share, seed), |line| {
+        let chaos = Chaos {
+            stop: stop.clone(),
+            ..Chaos::new(share, seed)
+        };
+        let outcome = chaos::run(&plan, &chaos, |line| {
             println!("{name}: {line}");
         })
         .await;
@@ -55,6 +76,7 @@ pub(crate) async fn run(args: &BenchArgs, results: &mut Results) -> anyhow::Resu
             }
         };
         let total = outcome.seen.total();
+        println!("{name}: {total:?}");
         if !total.is_whole() {
             println!("{name}: all is kept in {}", dir.keep().display());
         }
@@ -77,6 +99,10 @@ pub(crate) async fn run(args: &BenchArgs, results: &mut Results) -> anyhow::Resu
         ] {
             results.add(&format!("{name}: {what}"), count as f64, "", None, goal);
         }
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
     }
+    interrupt.abort();
     Ok(())
 }

@@ -1,0 +1,376 @@
+//! Models on their way to devices: published, signed, rolled out, taken back. The devices are played over real MQTT.
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::panic,
+    unreachable_pub,
+    missing_docs,
+    reason = "a test fails by panicking, and not every test file uses all that they share"
+)]
+
+mod common;
+
+use std::{net::SocketAddr, path::Path, time::Duration};
+
+use cloud_coordinator::{Config, Coordinator};
+use common::*;
+use mesh_core::{Bad, Desired, Failure, Phase, Reason, Release, Reported, VERSION};
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::{sleep, timeout},
+};
+
+const PATIENCE: Duration = Duration::from_secs(120);
+
+async fn send(http: SocketAddr, line: &str, kind: &str, body: &[u8]) -> (u16, Vec<u8>) {
+    let mut stream = TcpStream::connect(http).await.unwrap();
+    let head = format!(
+        "{line} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\ncontent-type: {kind}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let _ = stream.write_all(body).await;
+    let mut answer = Vec::new();
+    let _ = timeout(PATIENCE, stream.read_to_end(&mut answer))
+        .await
+        .unwrap();
+    let end = answer.windows(4).position(|w| w == b"\r\n\r\n").unwrap();
+    let status = String::from_utf8_lossy(&answer[9..12]).parse().unwrap();
+    (status, answer.split_off(end + 4))
+}
+
+async fn say(http: SocketAddr, line: &str, body: Value) -> (u16, Value) {
+    let (status, said) = send(http, line, "application/json", body.to_string().as_bytes()).await;
+    (status, serde_json::from_slice(&said).unwrap_or(Value::Null))
+}
+
+async fn ask(http: SocketAddr, path: &str) -> (u16, Value) {
+    let (status, said) = send(http, &format!("GET {path}"), "text/plain", b"").await;
+    (status, serde_json::from_slice(&said).unwrap_or(Value::Null))
+}
+
+fn bundle() -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/bundles/conveyor")
+}
+
+fn config_with(data: &Path) -> Config {
+    let mut config = config(data);
+    config.training.models = vec![bundle()];
+    config.training.program = vec![env!("CARGO_BIN_EXE_cloud-coordinator").into()];
+    config
+}
+
+/// The conveyor's bundle as a tar, with its manifest changed.
+fn tar(change: impl Fn(String) -> String) -> Vec<u8> {
+    let mut tar = tar::Builder::new(Vec::new());
+    let manifest = std::fs::read_to_string(bundle().join("manifest.toml")).unwrap();
+    let mut add = |path: &str, bytes: &[u8]| {
+        let mut header = tar::Header::new_ustar();
+        header.set_size(bytes.len() as u64);
+        header.set_mode(0o644);
+        tar.append_data(&mut header, path, bytes).unwrap();
+    };
+    add("manifest.toml", change(manifest).as_bytes());
+    add(
+        "model.onnx",
+        &std::fs::read(bundle().join("model.onnx")).unwrap(),
+    );
+    for n in 1..=6 {
+        let path = format!("golden/{n}.png");
+        add(&path, &std::fs::read(bundle().join(&path)).unwrap());
+    }
+    tar.into_inner().unwrap()
+}
+
+fn version(text: &'static str) -> impl Fn(String) -> String {
+    move |manifest| manifest.replacen("version = \"1.1.0\"", &format!("version = \"{text}\""), 1)
+}
+
+/// A device that says what it is told to say.
+struct Played {
+    client: Client,
+    name: String,
+    wish: Option<Desired>,
+    loaded: Release,
+}
+
+impl Played {
+    async fn start(broker: SocketAddr, name: &str, loaded: &Release) -> Self {
+        let mut client = Client::connect(broker, &format!("demo/{name}")).await;
+        assert!(
+            client
+                .subscribe(&format!("lacewing/v1/demo/{name}/_/desired"))
+                .await
+        );
+        client
+            .publish_as(&topic(name, "_", "status"), "online", true)
+            .await;
+        let model = json!({
+            "v": 1, "name": loaded.name, "version": loaded.version, "sha256": "0".repeat(64),
+            "task": "classify", "labels": "ok",
+        });
+        client
+            .publish_as(&topic(name, "_", "model"), model.to_string(), true)
+            .await;
+        let name = name.to_owned();
+        let mut played = Self {
+            client,
+            name,
+            wish: None,
+            loaded: loaded.clone(),
+        };
+        played.report(loaded, None).await;
+        played
+    }
+
+    /// Waits for the next wish.
+    async fn wished(&mut self) -> Release {
+        let (_, message) = self.client.next().await;
+        let desired = Desired::decode(&message).unwrap();
+        if let Some(before) = &self.wish {
+            assert!(desired.revision > before.revision, "{before:?} {desired:?}");
+        }
+        let release = desired.release.clone().unwrap();
+        self.wish = Some(desired);
+        release
+    }
+
+    async fn report(&mut self, loaded: &Release, bad: Option<&Release>) {
+        self.loaded = loaded.clone();
+        let failure = || Failure::new(Reason::Disagreement, "contradicts");
+        let reported = Reported {
+            v: VERSION,
+            ts: 1,
+            revision: self.wish.as_ref().map_or(0, |wish| wish.revision),
+            phase: Phase::Settled,
+            target: self.wish.as_ref().and_then(|wish| wish.release.clone()),
+            loaded: Some(loaded.clone()),
+            last_good: None,
+            failure: bad.map(|_| failure()),
+            bad: bad
+                .map(|bad| Bad {
+                    digest: bad.digest,
+                    failure: failure(),
+                })
+                .into_iter()
+                .collect(),
+            progress: 0.0,
+            evidence: Default::default(),
+        };
+        let message = reported.encode().unwrap();
+        self.client
+            .publish_as(&topic(&self.name, "_", "reported"), message, true)
+            .await;
+    }
+}
+
+async fn until(http: SocketAddr, id: &Value, what: impl Fn(&Value) -> bool) -> Value {
+    let end = tokio::time::Instant::now() + PATIENCE;
+    loop {
+        let (_, rollout) = ask(http, &format!("/api/v1/rollouts/{id}")).await;
+        if what(&rollout) {
+            return rollout;
+        }
+        assert!(tokio::time::Instant::now() < end, "{rollout}");
+        sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_comes_to_the_devices_and_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let handle = Coordinator::start(config_with(dir.path())).await.unwrap();
+    let (http, broker) = (handle.http, handle.mqtt.unwrap());
+
+    // What was given is published, and what was signed is served.
+    let (_, releases) = ask(http, "/api/v1/releases").await;
+    let row = &releases[0];
+    assert_eq!(
+        (&row["name"], &row["version"]),
+        (&json!("conveyor"), &json!("1.1.0")),
+        "{releases}"
+    );
+    let factory = Release {
+        name: "conveyor".into(),
+        version: "1.1.0".into(),
+        digest: row["digest"].as_str().unwrap().parse().unwrap(),
+    };
+    let (status, root) = send(
+        http,
+        "GET /api/v1/tuf/metadata/1.root.json",
+        "text/plain",
+        b"",
+    )
+    .await;
+    assert_eq!(
+        (status, root),
+        (200, std::fs::read(dir.path().join("root.json")).unwrap())
+    );
+    let target = format!(
+        "/api/v1/tuf/targets/{}.models/conveyor/1.1.0.json",
+        factory.digest
+    );
+    let (status, document) = send(http, &format!("GET {target}"), "text/plain", b"").await;
+    assert_eq!(
+        (status, models::digest_of(&document)),
+        (200, factory.digest)
+    );
+    let document = models::ReleaseDocument::parse(&document).unwrap();
+    let piece = document
+        .files
+        .iter()
+        .find(|f| f.path == "model.onnx")
+        .unwrap()
+        .chunks[0];
+    let (status, bytes) = send(
+        http,
+        &format!("GET /api/v1/chunks/{piece}"),
+        "text/plain",
+        b"",
+    )
+    .await;
+    assert_eq!((status, models::digest_of(&bytes)), (200, piece));
+    for nothing in [
+        "/api/v1/chunks/xyz",
+        &format!("/api/v1/chunks/{}", "0".repeat(64)),
+        "/api/v1/tuf/metadata/..%2f..%2fkeys",
+        "/api/v1/tuf/metadata/nothing.json",
+    ] {
+        assert!(matches!(ask(http, nothing).await.0, 400 | 404), "{nothing}");
+    }
+
+    // A bundle that is brought is tried first.
+    let brought = |change: Vec<u8>| async move {
+        let (status, said) = send(http, "POST /api/v1/catalog", "application/x-tar", &change).await;
+        (status, String::from_utf8_lossy(&said).into_owned())
+    };
+    let wrong = tar(|m| version("1.2.0")(m).replacen("label = \"ok\"", "label = \"hole\"", 1));
+    let (status, said) = brought(wrong).await;
+    assert!(
+        status == 422 && said.contains("golden/1.png"),
+        "{status} {said}"
+    );
+    assert_eq!(brought(b"no tar".to_vec()).await.0, 422);
+    assert_eq!(brought(tar(version("1.2.0"))).await.0, 200);
+    assert_eq!(brought(tar(version("1.3.0"))).await.0, 200);
+
+    // In stages: first one of three, the others when that has kept it.
+    let mut devices = Vec::new();
+    for name in ["d1", "d2", "d3"] {
+        devices.push(Played::start(broker, name, &factory).await);
+    }
+    let known = tokio::time::Instant::now() + PATIENCE;
+    while ask(http, "/api/v1/devices").await.1["items"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|d| !d["update"].is_null())
+        .count()
+        < 3
+    {
+        assert!(tokio::time::Instant::now() < known);
+        sleep(Duration::from_millis(50)).await;
+    }
+    let stage = |percent: u32| json!({"percent": percent, "soak_s": 0});
+    let plan = json!({"stages": [stage(34), stage(100)]});
+    let start = |model: &str| json!({"model": model, "plan": plan, "author": "ada"});
+    let (status, begun) = say(http, "POST /api/v1/rollouts", start("conveyor@1.2.0")).await;
+    assert_eq!(status, 201, "{begun}");
+    let id = begun["id"].clone();
+    let first = until(http, &id, |r| r["exposed"] == 1).await;
+    assert_eq!(
+        (&first["devices"], &first["status"]),
+        (&json!(3), &json!("running"))
+    );
+    let mut told = 0;
+    for device in &mut devices {
+        // Only one hears of it; the others' time is short.
+        if let Ok(release) = timeout(Duration::from_secs(2), device.wished()).await {
+            assert_eq!(release.version, "1.2.0");
+            device.report(&release, None).await;
+            told += 1;
+        }
+    }
+    for device in devices.iter_mut().filter(|device| device.wish.is_none()) {
+        let release = device.wished().await;
+        device.report(&release, None).await;
+        told += 1;
+    }
+    assert_eq!(told, 3);
+    let done = until(http, &id, |r| r["status"] == "done").await;
+    assert_eq!(
+        (&done["kept"], &done["failed"]),
+        (&json!(3), &json!(0)),
+        "{done}"
+    );
+
+    // The next one fails on the first device: everybody else never hears of it, and that one is set back.
+    let (_, begun) = say(http, "POST /api/v1/rollouts", start("conveyor@1.3.0")).await;
+    let id = begun["id"].clone();
+    until(http, &id, |r| r["exposed"] == 1).await;
+    let mut unlucky = None;
+    for (at, device) in devices.iter_mut().enumerate() {
+        if let Ok(release) = timeout(Duration::from_secs(2), device.wished()).await {
+            assert_eq!(release.version, "1.3.0");
+            let before = device.loaded.clone();
+            device.report(&before, Some(&release)).await;
+            unlucky = Some(at);
+        }
+    }
+    let failed = until(http, &id, |r| r["status"] == "aborted").await;
+    assert_eq!(
+        (&failed["exposed"], &failed["failed"]),
+        (&json!(1), &json!(1)),
+        "{failed}"
+    );
+    let story = failed["events"].to_string();
+    let name = &devices[unlucky.unwrap()].name;
+    assert!(
+        story.contains(&format!("it failed on demo/{name}: disagreement")),
+        "{story}"
+    );
+    assert_eq!(devices[unlucky.unwrap()].wished().await.version, "1.2.0");
+
+    // One device by hand; a rollout that was superseded cannot be commanded.
+    let pin = json!({"model": "conveyor@1.1.0", "author": "ada"});
+    let (status, _) = say(http, "PUT /api/v1/devices/demo/d2/pin", pin).await;
+    assert_eq!(status, 204);
+    assert_eq!(devices[1].wished().await, factory);
+    let order = json!({"command": "pause", "author": "ada"});
+    let (status, _) = say(
+        http,
+        &format!("POST /api/v1/rollouts/{}", done["id"]),
+        order,
+    )
+    .await;
+    assert_eq!(status, 409);
+    let nobody = json!({"model": "conveyor@1.3.0", "plan": plan, "author": ""});
+    assert_eq!(say(http, "POST /api/v1/rollouts", nobody).await.0, 422);
+    let none = json!({"model": "conveyor@1.3.0", "plan": {"stages": []}, "author": "ada"});
+    assert_eq!(say(http, "POST /api/v1/rollouts", none).await.0, 422);
+
+    // The coordinator ends and comes back: it has changed its mind about nothing.
+    let before = ask(http, "/api/v1/rollouts").await.1;
+    let wishes: Vec<_> = devices.iter().map(|d| d.wish.clone()).collect();
+    handle.stop().await;
+    drop(devices);
+    let handle = Coordinator::start(config_with(dir.path())).await.unwrap();
+    let (http, broker) = (handle.http, handle.mqtt.unwrap());
+    let after = ask(http, "/api/v1/rollouts").await.1;
+    for field in ["id", "model", "status", "exposed", "failed"] {
+        assert_eq!(before[0][field], after[0][field], "{before} {after}");
+    }
+    for (name, wish) in ["d1", "d2", "d3"].iter().zip(wishes) {
+        let mut client = Client::connect(broker, "somebody").await;
+        assert!(
+            client
+                .subscribe(&format!("lacewing/v1/demo/{name}/_/desired"))
+                .await
+        );
+        let (_, message) = client.next().await;
+        assert_eq!(Desired::decode(&message).ok(), wish, "{name}");
+    }
+    handle.stop().await;
+}
