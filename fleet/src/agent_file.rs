@@ -32,6 +32,18 @@ pub struct AgentFile {
     /// How it watches for drift; its own defaults if not set.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub drift: Option<DriftPart>,
+    /// Where its models come from; without it, it keeps the one that it came with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub update: Option<UpdatePart>,
+}
+
+/// `[update]`
+#[derive(Clone, Debug, Serialize)]
+pub struct UpdatePart {
+    /// `http://host:port`
+    pub coordinator: String,
+    /// The root that all trust begins with.
+    pub root: PathBuf,
 }
 
 /// `[broker]`
@@ -211,6 +223,7 @@ mod tests {
             report: ReportPart { every_s: 2 },
             samples: None,
             drift: None,
+            update: None,
         };
         let parsed: toml::Table = file.text().unwrap().parse().unwrap();
         let source = &parsed["source"][0];

@@ -10,7 +10,7 @@ use std::{
 use crate::{
     agent_file::{
         AgentFile, BrokerPart, DriftPart, ModelPart, OutboxPart, PublishPart, ReportPart,
-        SamplesPart, ScenePart, ScenePartDrift, SourcePart,
+        SamplesPart, ScenePart, ScenePartDrift, SourcePart, UpdatePart,
     },
     broker,
     net::Link,
@@ -146,6 +146,8 @@ pub struct Plan {
     pub mqtt: Option<SocketAddr>,
     /// The synthetic cameras' lamps age.
     pub ageing: Option<Ageing>,
+    /// The devices take models from the coordinator.
+    pub updates: bool,
 }
 
 impl Plan {
@@ -173,6 +175,7 @@ impl Plan {
             http: None,
             mqtt: None,
             ageing: None,
+            updates: false,
         }
     }
 }
@@ -269,6 +272,13 @@ impl Site {
             let device = site.device(plan, n, &logs).await?;
             site.devices.push(device);
         }
+        if plan.updates {
+            // It has to be there first: from its folder the devices get the root of their trust.
+            for process in site.broker.iter_mut().chain([&mut site.coordinator]) {
+                process.start()?;
+            }
+            site.ready().await?;
+        }
         site.start_all()?;
         site.ready().await?;
         Ok(site)
@@ -339,6 +349,10 @@ impl Site {
             }),
             drift: plan.ageing.map(|ageing| DriftPart {
                 frames: ageing.window,
+            }),
+            update: plan.updates.then(|| UpdatePart {
+                coordinator: format!("http://{}", self.http),
+                root: plan.root.join("coordinator/root.json"),
             }),
         };
         let config = dir.join("agent.toml");

@@ -1,0 +1,124 @@
+//! A better model reaches every device, and a worse one none for long: real agents, a real coordinator.
+
+use std::{path::Path, process::Stdio, time::Duration};
+
+use fleet::{process::EXIT_WITH_STDIN, site::Site};
+use serde_json::{Value, json};
+use tests::{bundle, exactly_once, plan, until, web::Web};
+
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A copy of the conveyor's bundle with its manifest changed.
+fn changed(to: &Path, change: impl Fn(String) -> String) {
+    std::fs::create_dir_all(to.join("golden")).unwrap();
+    for n in 1..=6 {
+        let golden = format!("golden/{n}.png");
+        std::fs::copy(bundle("conveyor").join(&golden), to.join(&golden)).unwrap();
+    }
+    std::fs::copy(bundle("conveyor").join("model.onnx"), to.join("model.onnx")).unwrap();
+    let manifest = std::fs::read_to_string(bundle("conveyor").join("manifest.toml")).unwrap();
+    std::fs::write(to.join("manifest.toml"), change(manifest)).unwrap();
+}
+
+fn version(manifest: &str, version: &str) -> String {
+    manifest.replacen("version = \"1.1.0\"", &format!("version = \"{version}\""), 1)
+}
+
+/// As an operator would: on the command line.
+async fn push(node: &str, http: &str, dir: &Path) {
+    let pushed = tokio::process::Command::new(node)
+        .args(["cloud-coordinator", "model", "--http", http, "push", "--author", "ada"])
+        .arg(dir)
+        .env_remove(EXIT_WITH_STDIN)
+        .stdin(Stdio::null())
+        .output()
+        .await
+        .unwrap();
+    assert!(pushed.status.success(), "{}", String::from_utf8_lossy(&pushed.stderr));
+}
+
+fn devices(api: &Web) -> Vec<Value> {
+    api.get("/devices")["items"].as_array().unwrap().clone()
+}
+
+/// All devices have this version in memory and are at rest.
+fn all_on(api: &Web, version: &str) -> bool {
+    let devices = devices(api);
+    devices.len() == 3
+        && devices.iter().all(|device| {
+            device["model"]["version"] == version && device["update"]["phase"] == "settled"
+        })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_good_model_reaches_everybody_and_a_bad_one_goes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = env!("CARGO_BIN_EXE_node");
+    let mut plan = plan(node, &dir.path().join("site"));
+    plan.updates = true;
+    let config = dir.path().join("coordinator.toml");
+    let models = format!("[training]\nmodels = [{:?}]\n", bundle("conveyor"));
+    std::fs::write(&config, models).unwrap();
+    plan.coordinator_config = Some(config);
+    let mut site = Site::start(&plan).await.unwrap();
+    let http = site.http().to_string();
+    let api = Web::new(&format!("http://{http}/api/v1"), TIMEOUT);
+    until("three devices run what they came with", async || all_on(&api, "1.1.0"))
+        .await
+        .unwrap();
+
+    let stage = |percent: u32| json!({"percent": percent, "soak_s": 0});
+    let trial = json!({"share": 1.0, "shadow_frames": 40, "watch_frames": 20, "watch_s_min": 0});
+    let start = |model: &str| {
+        json!({
+            "model": model, "plan": {"stages": [stage(34), stage(100)]}, "trial": trial, "author": "ada",
+            // The machine is busy, and both models are the same.
+            "limits": {"latency_times": 100.0},
+        })
+    };
+    let better = dir.path().join("better");
+    changed(&better, |manifest| version(&manifest, "1.2.0"));
+    push(node, &http, &better).await;
+    let begun = api.post("/rollouts", &start("conveyor@1.2.0"));
+    let path = format!("/rollouts/{}", begun["id"]);
+    until("the rollout is done", async || {
+        let rollout = api.get(&path);
+        assert_ne!(rollout["status"], "aborted", "{rollout} {:?}", devices(&api));
+        rollout["status"] == "done"
+    })
+    .await
+    .unwrap();
+    assert!(all_on(&api, "1.2.0"), "{:?}", devices(&api));
+
+    // It passes its own golden pictures, and calls what is sound scratched and what is scratched sound.
+    let worse = dir.path().join("worse");
+    changed(&worse, |manifest| {
+        version(&manifest, "1.3.0")
+            .replace("[\"ok\", \"scratch\",", "[\"scratch\", \"ok\",")
+            .replacen("label = \"ok\"", "label = \"?\"", 1)
+            .replacen("label = \"scratch\"", "label = \"ok\"", 1)
+            .replacen("label = \"?\"", "label = \"scratch\"", 1)
+    });
+    push(node, &http, &worse).await;
+    let begun = api.post("/rollouts", &start("conveyor@1.3.0"));
+    let path = format!("/rollouts/{}", begun["id"]);
+    until("the rollout is aborted", async || {
+        let rollout = api.get(&path);
+        assert_ne!(rollout["status"], "done", "{rollout} {:?}", devices(&api));
+        rollout["status"] == "aborted"
+    })
+    .await
+    .unwrap();
+    let rollout = api.get(&path);
+    assert_eq!((&rollout["exposed"], &rollout["failed"]), (&json!(1), &json!(1)), "{rollout}");
+    let story = rollout["events"].to_string();
+    assert!(story.contains("disagreement") || story.contains("balance"), "{story}");
+    until("everybody is on the last good model", async || all_on(&api, "1.2.0"))
+        .await
+        .unwrap();
+
+    // All of it cost nobody a reading.
+    let seen = site.finish(Default::default(), Duration::from_secs(120)).await.unwrap();
+    exactly_once(&seen.total()).unwrap();
+    site.stop().await.unwrap();
+}
