@@ -18,6 +18,7 @@ pub mod outbox;
 mod pipeline;
 pub mod samples;
 pub mod store;
+pub mod update;
 mod uplink;
 
 pub use agent::{Agent, AgentError, AgentHandle};
