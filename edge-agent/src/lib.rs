@@ -4,6 +4,7 @@
 
 mod agent;
 pub mod board;
+mod cameras;
 pub mod capture;
 pub mod cli;
 pub mod clock;
@@ -14,6 +15,7 @@ mod dice;
 mod doctor;
 pub mod drift;
 pub mod gate;
+mod identity;
 pub mod outbox;
 mod pipeline;
 pub mod samples;
