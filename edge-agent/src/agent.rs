@@ -7,30 +7,28 @@
 //!                                  board
 //! ```
 //!
-//! Frames that are kept to learn from leave at the store, for threads of their own: see [`crate::samples`].
+//! Frames that are kept to learn from leave at the store, for threads of their own: see [`crate::samples`]. Which model
+//! looks at them is the matter of [`crate::update`].
 
-use std::{
-    sync::{Arc, mpsc},
-    thread::JoinHandle,
-    time::Duration,
-};
+use std::{ffi::OsString, sync::mpsc, thread::JoinHandle, time::Duration};
 
-use mesh_core::{Info, ModelInfo, SampleReason, State, VERSION};
-use models::{Bundle, Engine, self_test};
+use mesh_core::{Info, SampleReason, VERSION};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     board::{Board, BoardHandle, Meaning, State as BoardState},
-    capture,
+    cameras::{self, Cameras},
     clock::WallClock,
     config::Config,
     counters::Counters,
     outbox::{Opened, Options, Outbox, OutboxError},
-    pipeline::{Drifts, Loaded, Pipeline},
+    identity::Identity,
+    pipeline::{Drifts, Pipeline},
     samples::{Samples, desk::Desk},
     store::{Cursor, Store},
-    uplink::{Identity, Start, Uplink},
+    update::{StartError, Updates},
+    uplink::{Start, Uplink},
 };
 
 /// Frames between the cameras and the pipeline: enough to keep it busy, few enough to be fresh.
@@ -60,6 +58,9 @@ pub enum AgentError {
     /// The outbox.
     #[error(transparent)]
     Outbox(#[from] OutboxError),
+    /// The folder of models, or what takes care of them.
+    #[error(transparent)]
+    Update(#[from] StartError),
     /// A thread.
     #[error("thread {0}: {1}")]
     Thread(String, std::io::Error),
@@ -69,12 +70,11 @@ pub enum AgentError {
 pub struct AgentHandle {
     /// What it counts.
     pub counters: Counters,
-    /// The model in use; a swap is one `send`.
-    pub engine: watch::Sender<Loaded>,
     stop: CancellationToken,
-    captures: Vec<mpsc::Sender<()>>,
-    /// Capture and pipeline: they end with the cameras. The store ends with the uplink.
-    threads: Vec<JoinHandle<()>>,
+    cameras: Cameras,
+    /// It ends with the cameras. The store ends with the uplink.
+    pipeline: JoinHandle<()>,
+    updates: Updates,
     store: JoinHandle<()>,
     /// They end with the store: first what writes samples, then what sends them.
     sample_writer: Option<JoinHandle<()>>,
@@ -91,6 +91,21 @@ impl Agent {
     /// # Errors
     /// If readings could not be kept: see [`AgentError`].
     pub async fn start(config: Config, clock: WallClock) -> Result<AgentHandle, AgentError> {
+        let program = models::this_program("edge-agent")
+            .map_err(|error| StartError::Thread("the self-test of new models", error))?;
+        Self::start_with(config, clock, program).await
+    }
+
+    /// The same where this program is another one than the agent's: `program` is a file and its first arguments that lead
+    /// to [`models::try_here`].
+    ///
+    /// # Errors
+    /// As [`Agent::start`].
+    pub async fn start_with(
+        config: Config,
+        clock: WallClock,
+        program: Vec<OsString>,
+    ) -> Result<AgentHandle, AgentError> {
         let counters = Counters::default();
         std::fs::create_dir_all(&config.data).map_err(|error| AgentError::Data {
             path: config.data.clone(),
@@ -114,57 +129,25 @@ impl Agent {
         let cursor: Cursor = cursor
             .and_then(|note| serde_json::from_slice(&note).ok())
             .unwrap_or_default();
-        let loaded = load(&config);
-        let (engine, why) = match loaded {
-            Ok(engine) => (engine, None),
-            Err(why) => {
-                tracing::error!("{why}");
-                (None, Some(why))
-            }
-        };
+        let (updates, ends) =
+            Updates::start(&config, clock.clone(), counters.clone(), program).await?;
         let (to_store, commands) = tokio::sync::mpsc::channel(COMMANDS);
         let (to_uplink, stored) = tokio::sync::mpsc::channel(STORED);
         let (to_pipeline, frames) = mpsc::sync_channel(FRAMES);
-        let (swap, engine_watch) = watch::channel(engine.clone());
-
-        let mut threads = Vec::new();
-        let mut captures = Vec::new();
-        let mut blind = Vec::new();
-        let wanted = engine.as_deref().map(wanted_size);
-        for (index, source_config) in config
-            .source
-            .iter()
-            .enumerate()
-            .filter(|_| engine.is_some())
-        {
-            match capture::open(source_config, wanted) {
-                Ok(source) => {
-                    let (stop, stopped) = mpsc::channel();
-                    captures.push(stop);
-                    // A source goes on after its last frame whose reading is durable.
-                    let first = cursor.get(&source_config.name).copied().unwrap_or(0);
-                    let start = capture::Start {
-                        index,
-                        config: source_config.clone(),
-                        source,
-                        first,
-                        trigger: source_config.trigger.then(|| triggers.take()).flatten(),
-                        frames: to_pipeline.clone(),
-                        stop: stopped,
-                        clock: clock.clone(),
-                        counters: counters.clone(),
-                    };
-                    threads.push(thread(&format!("cap-{}", source_config.name), move || {
-                        capture::run(start)
-                    })?);
-                }
-                Err(error) => {
-                    tracing::error!("{error}");
-                    blind.push(error.to_string());
-                }
-            }
-        }
-        drop(to_pipeline);
+        let (see, blind) = watch::channel(Vec::new());
+        let cameras = Cameras::start(
+            cameras::Start {
+                sources: config.source.clone(),
+                cursor: cursor.clone(),
+                trigger: triggers.take(),
+                wanted: ends.wanted,
+                frames: to_pipeline,
+                blind: see,
+                clock: clock.clone(),
+                counters: counters.clone(),
+            },
+            ends.engines.clone(),
+        )?;
 
         let identity = Identity {
             info: Info {
@@ -180,8 +163,10 @@ impl Agent {
                     .join(","),
                 epoch: outbox.epoch(),
             },
-            model: engine.as_deref().map(model_info),
-            state: state(clock.now_ms(), engine.is_some(), why, &blind, &broken),
+            engines: ends.engines.clone(),
+            blind,
+            broken,
+            wall: clock.clone(),
         };
         let lanes = config
             .source
@@ -202,7 +187,7 @@ impl Agent {
             lanes,
             config.publish,
             config.reject.clone(),
-            engine_watch,
+            ends.engines,
             board.clone(),
             to_store.clone(),
             counters.clone(),
@@ -218,8 +203,9 @@ impl Agent {
                     Meaning::Missed => SampleReason::Missed,
                 }),
         )
+        .with_trial(ends.trial, ends.disagreed)
         .with_drift(&config.drift, config.device.clone(), found);
-        threads.push(thread("pipeline", move || pipeline.run(&frames))?);
+        let pipeline = thread("pipeline", move || pipeline.run(&frames))?;
         let store = Store::new(
             config.device.clone(),
             outbox,
@@ -237,6 +223,8 @@ impl Agent {
             gaps,
             store: to_store,
             drifts,
+            desired: ends.desired,
+            reported: ends.reported,
             marks: mark,
             board,
             counters: counters.clone(),
@@ -245,10 +233,10 @@ impl Agent {
         let uplink = tokio::spawn(uplink.run(stored, stop.clone()));
         Ok(AgentHandle {
             counters,
-            engine: swap,
             stop,
-            captures,
-            threads,
+            cameras,
+            pipeline,
+            updates,
             store: store_thread,
             sample_writer,
             sample_sender,
@@ -260,8 +248,10 @@ impl Agent {
 impl AgentHandle {
     /// Stops the cameras, makes what they gave durable, sends what can be sent in a moment, and ends.
     pub async fn stop(self) {
-        drop(self.captures);
-        join(self.threads).await;
+        let mut threads = self.cameras.stop().await;
+        threads.push(self.pipeline);
+        join(threads).await;
+        self.updates.stop().await;
         self.stop.cancel();
         let _ = self.uplink.await;
         join(
@@ -324,59 +314,8 @@ fn open_outbox(config: &Config) -> Result<Opened, AgentError> {
     Ok(opened)
 }
 
-/// A model runs only if its golden images give the golden answers on this device.
-fn load(config: &Config) -> Result<Loaded, String> {
-    let Some(path) = &config.model.bundle else {
-        tracing::warn!("no model is configured (model.bundle): the device looks at nothing");
-        return Ok(None);
-    };
-    let bundle = Bundle::open(path).map_err(|error| format!("model not loaded: {error}"))?;
-    let engine = Engine::load(&bundle).map_err(|error| format!("model not loaded: {error}"))?;
-    let test = self_test(&bundle, &engine);
-    if !test.passed() {
-        return Err(format!("model not used, its self-test failed:\n{test}"));
-    }
-    tracing::info!(model = engine.id(), "model loaded, self-test passed");
-    Ok(Some(Arc::new(engine)))
-}
-
-fn model_info(engine: &Engine) -> ModelInfo {
-    let manifest = engine.manifest();
-    ModelInfo {
-        v: VERSION,
-        name: manifest.name.clone(),
-        version: manifest.version.clone(),
-        sha256: manifest.model.sha256.clone(),
-        task: manifest.task.as_str().into(),
-        labels: manifest.output.labels.join(","),
-    }
-}
-
-/// Width and height of the model's input in pixels.
-fn wanted_size(engine: &Engine) -> (u32, u32) {
-    let (_, height, width) = engine.manifest().input.channels_height_width();
-    let pixels = |side: usize| u32::try_from(side).unwrap_or(u32::MAX);
-    (pixels(width), pixels(height))
-}
-
-fn state(ts: i64, model: bool, why: Option<String>, blind: &[String], broken: &[String]) -> State {
-    let (health, detail) = match (model, why, blind) {
-        (false, why, _) => (
-            "no_model",
-            why.unwrap_or_else(|| "no model is configured".into()),
-        ),
-        (true, _, []) => ("ok", broken.join("; ")),
-        (true, _, blind) => ("no_source", blind.join("; ")),
-    };
-    State {
-        v: VERSION,
-        ts,
-        health: health.into(),
-        detail,
-    }
-}
-
-fn thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, AgentError> {
+/// A thread with a name.
+pub(crate) fn thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, AgentError> {
     // The system shows 15 characters.
     let short: String = name.chars().take(15).collect();
     std::thread::Builder::new()

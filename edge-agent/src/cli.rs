@@ -12,7 +12,7 @@ use crate::{
     capture::scene::{Drift, SceneConfig, draw},
     clock::WallClock,
     config::Config,
-    doctor,
+    doctor, update,
 };
 
 /// Looks at images on a small device, and never loses a reading.
@@ -48,6 +48,9 @@ enum Command {
     Config(ConfigCommand),
     /// Try everything that the configuration names and say in plain words what works and what does not.
     Doctor(Configured),
+    /// Work with the device's models.
+    #[command(subcommand)]
+    Model(ModelCommand),
     /// Draw pictures of the synthetic camera into a folder, one subfolder per label.
     Scene(SceneArgs),
     /// Try a model and print what was found: how a running agent tries one that it does not know.
@@ -64,11 +67,18 @@ enum ConfigCommand {
     Check(Configured),
 }
 
+#[derive(Debug, Subcommand)]
+enum ModelCommand {
+    /// Say which model runs, which one the device would go back to, and which ones are bad and why. Can be asked at any
+    /// time: it only looks at what the agent has written down.
+    Status(Configured),
+}
+
 #[derive(Debug, Args)]
 struct Configured {
     /// Configuration file (TOML). Several are layered, a later one over an earlier one; LACEWING_SITE,
-    /// LACEWING_DEVICE, LACEWING_DATA, LACEWING_BROKER_URL, LACEWING_MODEL_BUNDLE and LACEWING_SAMPLES_COORDINATOR override
-    /// them.
+    /// LACEWING_DEVICE, LACEWING_DATA, LACEWING_BROKER_URL, LACEWING_MODEL_BUNDLE, LACEWING_SAMPLES_COORDINATOR,
+    /// LACEWING_UPDATE_COORDINATOR and LACEWING_UPDATE_ROOT override them.
     #[arg(long = "config", value_name = "FILE", required = true)]
     files: Vec<PathBuf>,
 }
@@ -148,6 +158,10 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             } else {
                 ExitCode::FAILURE
             })
+        }
+        Command::Model(ModelCommand::Status(configured)) => {
+            print!("{}", update::status(&configured.load()?));
+            Ok(ExitCode::SUCCESS)
         }
         Command::Scene(args) => scene(&args),
         Command::TryModel { dir } => {

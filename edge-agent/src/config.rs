@@ -13,6 +13,7 @@ use serde::Deserialize;
 
 use crate::{
     board::BoardConfig, capture::SourceConfig, drift::DriftConfig, samples::SamplesConfig,
+    update::UpdateConfig,
 };
 
 /// A configuration file is written by people; larger is not one.
@@ -52,6 +53,8 @@ pub struct Config {
     pub samples: SamplesConfig,
     /// Has what a source sees moved away from what training saw?
     pub drift: DriftConfig,
+    /// Models that come from the coordinator.
+    pub update: UpdateConfig,
 }
 
 /// The broker's address and how to keep in touch with it.
@@ -107,6 +110,7 @@ impl Default for Config {
             report: ReportConfig::default(),
             samples: SamplesConfig::default(),
             drift: DriftConfig::default(),
+            update: UpdateConfig::default(),
         }
     }
 }
@@ -168,13 +172,15 @@ impl fmt::Display for ConfigErrors {
 }
 
 /// Settings that the environment may override: the variable, and the path of the key.
-const ENVIRONMENT: [(&str, &[&str]); 6] = [
+const ENVIRONMENT: [(&str, &[&str]); 8] = [
     ("LACEWING_SITE", &["site"]),
     ("LACEWING_DEVICE", &["device"]),
     ("LACEWING_DATA", &["data"]),
     ("LACEWING_BROKER_URL", &["broker", "url"]),
     ("LACEWING_MODEL_BUNDLE", &["model", "bundle"]),
     ("LACEWING_SAMPLES_COORDINATOR", &["samples", "coordinator"]),
+    ("LACEWING_UPDATE_COORDINATOR", &["update", "coordinator"]),
+    ("LACEWING_UPDATE_ROOT", &["update", "root"]),
 ];
 
 impl Config {
@@ -233,6 +239,13 @@ impl Config {
         } else {
             Err(ConfigErrors(mistakes))
         }
+    }
+
+    /// Where models come from, if anywhere.
+    #[must_use]
+    pub fn coordinator(&self) -> Option<&str> {
+        let own = self.update.coordinator.as_deref();
+        own.or(self.samples.coordinator.as_deref())
     }
 
     fn check(&self, mistakes: &mut Vec<String>) {
@@ -310,6 +323,9 @@ impl Config {
         }
         for (field, what) in self.drift.mistakes() {
             must(false, &format!("drift.{field}"), what);
+        }
+        for (field, what) in self.update.mistakes() {
+            must(false, &format!("update.{field}"), &what);
         }
         for (field, what) in self.board.mistakes() {
             must(false, &format!("board.{field}"), &what);

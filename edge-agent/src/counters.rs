@@ -68,6 +68,8 @@ pub struct Numbers {
     pub latency_us: Counter,
     /// Sources that see something else than they should.
     pub drifting: Counter,
+    /// Bytes that came for new models.
+    pub update_bytes: Counter,
     /// Frames that are kept to learn from.
     pub samples: crate::samples::SampleNumbers,
 }

@@ -10,6 +10,7 @@ use crate::{
     config::Config,
     connection::{Connection, News},
     samples::{self, SamplesConfig},
+    update,
 };
 
 /// A broker that takes longer is too slow to be of use.
@@ -61,6 +62,12 @@ pub(crate) async fn examine(config: &Config) -> usize {
         "samples",
         finding.unwrap_or_else(|_| Err("they could not be tried".into())),
     );
+    let (copy, what) = (config.clone(), "updates");
+    let finding = tokio::task::spawn_blocking(move || update::doctor(&copy)).await;
+    say(
+        what,
+        finding.unwrap_or_else(|_| Err("they could not be tried".into())),
+    );
     if sick == 0 {
         println!("everything works");
     } else {
@@ -105,7 +112,7 @@ fn clock(now_ms: i64) -> Finding {
 }
 
 fn source(config: &SourceConfig) -> Finding {
-    let mut source = capture::open(config, None).map_err(|error| error.to_string())?;
+    let mut source = capture::open(config, update::Wanted::default()).map_err(|error| error.to_string())?;
     match source.shoot(0) {
         Shot::Picture { picture, file, .. } => {
             let from = file.map(|f| format!(" from {f}")).unwrap_or_default();

@@ -4,6 +4,7 @@
 
 mod agent;
 pub mod board;
+mod cameras;
 pub mod capture;
 pub mod cli;
 pub mod clock;
@@ -14,10 +15,12 @@ mod dice;
 mod doctor;
 pub mod drift;
 pub mod gate;
+mod identity;
 pub mod outbox;
 mod pipeline;
 pub mod samples;
 pub mod store;
+pub mod update;
 mod uplink;
 
 pub use agent::{Agent, AgentError, AgentHandle};

@@ -14,7 +14,7 @@ use mesh_core::{
     decide::{Decider, Publish, Rule},
     drift::Drift,
 };
-use models::Engine;
+use models::{Engine, Input, Outcome, Picture};
 use tokio::sync::{mpsc::Sender, watch};
 
 use crate::{
@@ -29,10 +29,8 @@ use crate::{
         desk::{Desk, Marked, Seen},
     },
     store::{Command, Draft},
+    update::{self, Engines, Errand, Look, Trial, Trouble},
 };
-
-/// The model in use. A swap is one `send`: the thread takes it between two frames.
-pub(crate) type Loaded = Option<Arc<Engine>>;
 
 /// One source, as the pipeline sees it.
 struct Lane {
@@ -52,7 +50,8 @@ const LISTEN: Duration = Duration::from_millis(200);
 /// The thread's state.
 pub(crate) struct Pipeline {
     lanes: Vec<Lane>,
-    engine: watch::Receiver<Loaded>,
+    /// The models in use; taken between two frames.
+    engines: watch::Receiver<Engines>,
     model: Arc<str>,
     reject: Option<Rule>,
     board: BoardHandle,
@@ -63,6 +62,8 @@ pub(crate) struct Pipeline {
     drifts: Option<(Name, watch::Sender<Drifts>)>,
     /// What the button says, and how often it was pressed when it was last looked at.
     button: Option<(SampleReason, u64)>,
+    /// Who wants to know what the models say, and frames on which two of them disagree.
+    trial: Option<(Trial, Receiver<(usize, u64)>)>,
     clock: Monotonic,
     counters: Counters,
 }
@@ -74,7 +75,7 @@ impl Pipeline {
         sources: impl IntoIterator<Item = (Name, GateConfig)>,
         publish: Publish,
         reject: Option<Rule>,
-        engine: watch::Receiver<Loaded>,
+        engines: watch::Receiver<Engines>,
         board: BoardHandle,
         store: Sender<Command>,
         counters: Counters,
@@ -87,7 +88,7 @@ impl Pipeline {
         };
         Self {
             lanes: sources.into_iter().map(lane).collect(),
-            engine,
+            engines,
             model: "".into(),
             reject,
             board,
@@ -95,6 +96,7 @@ impl Pipeline {
             samples: None,
             drifts: None,
             button: None,
+            trial: None,
             clock: Monotonic::start(),
             counters,
         }
@@ -112,6 +114,15 @@ impl Pipeline {
         let presses = self.board.counts().presses;
         Self {
             button: says.map(|reason| (reason, presses)),
+            ..self
+        }
+    }
+
+    /// With somebody who compares models.
+    #[must_use]
+    pub(crate) fn with_trial(self, trial: Trial, disagreed: Receiver<(usize, u64)>) -> Self {
+        Self {
+            trial: Some((trial, disagreed)),
             ..self
         }
     }
@@ -142,8 +153,13 @@ impl Pipeline {
                 frames.recv().map_err(|_| RecvTimeoutError::Disconnected)
             };
             let mut commands = self.hear();
+            let mut errand = None;
             match frame {
-                Ok(frame) => commands.extend(self.look(frame)),
+                Ok(frame) => {
+                    let (command, again) = self.look(frame);
+                    commands.extend(command);
+                    errand = again;
+                }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
@@ -155,6 +171,10 @@ impl Pipeline {
                 if self.store.blocking_send(command).is_err() {
                     return;
                 }
+            }
+            // The result is on its way: now there is time.
+            if let (Some(errand), Some((trial, _))) = (errand, &self.trial) {
+                trial.look(errand);
             }
         }
     }
@@ -181,31 +201,46 @@ impl Pipeline {
             let names: Vec<Name> = self.lanes.iter().map(|lane| lane.name.clone()).collect();
             commands.extend(desk.mark(&marked, &names, self.clock.now_ms()));
         }
+        if let Some((_, disagreed)) = &self.trial {
+            for (source, frame) in disagreed.try_iter() {
+                commands.extend(desk.disputed(source, frame, self.clock.now_ms()));
+            }
+        }
         commands
     }
 
-    fn look(&mut self, frame: Frame) -> Option<Command> {
-        let lane = self.lanes.get_mut(frame.source)?;
+    /// What becomes of a frame, and what a second model is to look at.
+    fn look(&mut self, frame: Frame) -> (Option<Command>, Option<Errand>) {
+        const NOTHING: (Option<Command>, Option<Errand>) = (None, None);
+        let Some(lane) = self.lanes.get_mut(frame.source) else {
+            return NOTHING;
+        };
         if !lane.gate.pass(frame.number, &frame.picture) {
             self.counters.frames_gated.add(1);
-            return None;
+            return NOTHING;
         }
-        let engine = self.engine.borrow_and_update().clone()?;
+        let engines = self.engines.borrow_and_update().clone();
+        let Some(engine) = &engines.active else {
+            return NOTHING;
+        };
         if *self.model != *engine.id() {
             self.model = engine.id().into();
         }
         // Before anybody has looked at it.
         let drawn = self.samples.as_ref().is_some_and(|(desk, _)| desk.draw());
         let begin = tokio::time::Instant::now();
-        let looked = engine
-            .tensor(&frame.picture)
-            .and_then(|input| Ok((engine.run(&input)?, input)));
-        let (outcome, input) = match looked {
+        let looked = infer(engine, &frame.picture);
+        let (outcome, input, ms) = match looked {
             Ok(looked) => looked,
-            Err(error) => {
+            Err(trouble) => {
                 self.counters.frames_bad.add(1);
-                tracing::warn!(source = %lane.name, frame = frame.number, %error, "frame skipped");
-                return None;
+                tracing::warn!(source = %lane.name, frame = frame.number, error = %trouble, "frame skipped");
+                if let (Some(verdict), Some((trial, _))) =
+                    (trouble.verdict().filter(|_| engines.watched), &self.trial)
+                {
+                    trial.say(engines.ticket, verdict);
+                }
+                return NOTHING;
             }
         };
         let latency = begin.elapsed();
@@ -222,9 +257,17 @@ impl Pipeline {
         let finding = lane
             .watcher
             .as_mut()
-            .and_then(|watcher| watcher.see(&engine, &input, &outcome, now_ms));
-        // Its memory is not needed for what follows.
-        drop(input);
+            .and_then(|watcher| watcher.see(engine, &input, &outcome, now_ms));
+        let errand = match &mut self.trial {
+            Some((trial, _)) if engines.watched => {
+                compare(trial, &engines, &frame, (&outcome, input, ms))
+            }
+            // Its memory is not needed for what follows.
+            _ => {
+                drop(input);
+                None
+            }
+        };
         if let (Some(finding), Some((device, drifts))) = (finding, &self.drifts) {
             let (source, model) = (lane.name.clone(), self.model.to_string());
             if finding.changed {
@@ -252,7 +295,7 @@ impl Pipeline {
             truth: frame.truth,
         };
         let kept = self.samples.as_mut().and_then(|(desk, _)| {
-            let verdict = desk.judge(frame.source, drawn, &outcome, &engine, now_ms);
+            let verdict = desk.judge(frame.source, drawn, &outcome, engine, now_ms);
             let seen = Seen {
                 draft: &draft,
                 material: match frame.original {
@@ -263,15 +306,55 @@ impl Pipeline {
                 // What is kept has a reading's number, so it becomes a reading.
                 published: published || verdict.reason.is_some(),
             };
-            desk.take(frame.source, &verdict, &engine, seen)
+            desk.take(frame.source, &verdict, engine, seen)
         });
-        match kept {
+        let command = match kept {
             Some(kept) => Some(Command::Keep {
                 draft,
                 kept,
                 again: false,
             }),
             None => published.then_some(Command::Append(draft)),
-        }
+        };
+        (command, errand)
     }
+}
+
+/// What a model says about a picture, and how many milliseconds of the processor it took for that.
+fn infer(engine: &Engine, picture: &Picture) -> Result<(Outcome, Input, f32), Trouble> {
+    let input = update::input(engine, picture)?;
+    let (outcome, ms) = update::run(engine, &input)?;
+    Ok((outcome, input, ms))
+}
+
+/// What the second model is to look at, if it is its turn; else the driver hears of the first one only.
+fn compare(
+    trial: &mut Trial,
+    engines: &Engines,
+    frame: &Frame,
+    (outcome, input, ms): (&Outcome, Input, f32),
+) -> Option<Errand> {
+    let other = engines.beside.as_deref();
+    let active = update::said(outcome, ms, other);
+    let same = |a: &Engine, b: &Engine| {
+        let (a, b) = (&a.manifest().input, &b.manifest().input);
+        // The name belongs to the graph; the rest makes the values.
+        models::InputSpec { name: b.name.clone(), ..a.clone() } == *b
+    };
+    if !trial.takes(engines) {
+        trial.say(engines.ticket, Ok(active));
+        return None;
+    }
+    let same = engines.active.as_deref().zip(other).is_some_and(|(a, b)| same(a, b));
+    let look = if same {
+        Look::Input(input)
+    } else {
+        Look::Picture(frame.picture.clone())
+    };
+    Some(Errand {
+        look,
+        frame: (frame.source, frame.number),
+        active,
+        engines: engines.clone(),
+    })
 }

@@ -6,7 +6,8 @@ use std::{collections::BTreeMap, time::Duration};
 
 use bytes::Bytes;
 use mesh_core::{
-    Ack, Backoff, Gap, Info, Kind, Mark, Metrics, ModelInfo, Name, State, Status, Topic, VERSION,
+    Ack, Backoff, Desired, Gap, Kind, Mark, Metrics, ModelInfo, Name, Reported, State, Status,
+    Topic, VERSION,
     delivery::{Delivery, Pace, Send},
     replay_bytes,
 };
@@ -24,6 +25,7 @@ use crate::{
     connection::{Connection, News},
     counters::{Counter, Counters, resident_bytes},
     dice,
+    identity::Identity,
     outbox::GapRecord,
     pipeline::Drifts,
     samples::desk::Marked,
@@ -37,16 +39,8 @@ const SAY_GAPS_AGAIN_MS: u64 = 10_000;
 /// What was made durable in the last moments before a stop still gets out, if the coordinator answers.
 const FAREWELL: Duration = Duration::from_secs(2);
 
-/// What the uplink says about the device, besides readings.
-#[derive(Clone, Debug)]
-pub(crate) struct Identity {
-    /// What it is.
-    pub(crate) info: Info,
-    /// The model that is loaded.
-    pub(crate) model: Option<ModelInfo>,
-    /// How it is.
-    pub(crate) state: State,
-}
+/// A message: topic, payload, and how it is sent.
+type Said = (String, Bytes, PublishOptions);
 
 /// Everything that can happen to the uplink.
 enum Event {
@@ -55,7 +49,8 @@ enum Event {
     Reconnect,
     Due,
     Report,
-    Drift,
+    /// Something is to be said: about a source, the models or the device.
+    News,
     Stop,
 }
 
@@ -72,12 +67,18 @@ pub(crate) struct Uplink {
     /// Waits to be sent: asked from the store, or answered and without room in the connection.
     batch: Batch,
     /// What the device says about itself and has not said on this connection.
-    greetings: Vec<(String, Bytes, PublishOptions)>,
+    greetings: Vec<Said>,
     /// Topics that wait to be asked for on this connection.
     to_ask: Vec<String>,
     /// What was found about the sources, and what of it this connection knows.
     drifts: watch::Receiver<Drifts>,
     drifts_said: Drifts,
+    /// Where wishes go, and what the device says in answer; what of it this connection knows.
+    desired: watch::Sender<Option<Desired>>,
+    reported: watch::Receiver<Option<Reported>>,
+    reported_said: Option<Reported>,
+    /// What was last said of the model and of the state.
+    said: (Option<ModelInfo>, State),
     /// Where marks go.
     marks: std::sync::mpsc::SyncSender<Marked>,
     connection: Option<Connection>,
@@ -113,6 +114,10 @@ pub(crate) struct Start {
     pub(crate) store: Sender<Command>,
     /// What is found about the sources.
     pub(crate) drifts: watch::Receiver<Drifts>,
+    /// Where wishes go.
+    pub(crate) desired: watch::Sender<Option<Desired>>,
+    /// What the device says in answer.
+    pub(crate) reported: watch::Receiver<Option<Reported>>,
     /// Where marks go.
     pub(crate) marks: std::sync::mpsc::SyncSender<Marked>,
     /// The board's lights.
@@ -134,6 +139,8 @@ impl Uplink {
             gaps,
             store,
             drifts,
+            desired,
+            reported,
             marks,
             board,
             counters,
@@ -150,6 +157,10 @@ impl Uplink {
             to_ask: Vec::new(),
             drifts,
             drifts_said: Drifts::new(),
+            desired,
+            reported,
+            reported_said: None,
+            said: (identity.model(), identity.state()),
             marks,
             connection: None,
             up: false,
@@ -181,6 +192,8 @@ impl Uplink {
                     gaps,
                     gaps_said_ms,
                     drifts,
+                    reported,
+                    identity,
                     up,
                     ..
                 } = &mut self;
@@ -207,7 +220,10 @@ impl Uplink {
                     () = at(farewell) => break,
                     _ = report.tick() => Event::Report,
                     // Closed: the pipeline has ended, there is nothing more to find.
-                    Ok(()) = drifts.changed() => Event::Drift,
+                    Ok(()) = drifts.changed() => Event::News,
+                    // The same of the models.
+                    Ok(()) = reported.changed() => Event::News,
+                    () = identity.changed() => Event::News,
                 }
             };
             match event {
@@ -221,7 +237,7 @@ impl Uplink {
                 Event::Due => self.due(),
                 Event::Report => self.report(),
                 // Said below, with everything else.
-                Event::Drift => {}
+                Event::News => self.renew(),
                 Event::Stop => {
                     farewell = Some(tokio::time::Instant::now() + FAREWELL);
                     reconnect = None;
@@ -277,12 +293,16 @@ impl Uplink {
                 tracing::info!(broker = %self.config.broker.url, waiting = self.delivery.waiting(), "connected");
                 self.up = true;
                 // The last is asked for first.
-                self.to_ask = vec![
-                    Topic::prefix(&self.config.site, &self.config.device) + "+/mark",
-                    self.topic(Kind::Ack),
-                ];
+                self.to_ask =
+                    vec![Topic::prefix(&self.config.site, &self.config.device) + "+/mark"];
+                if self.config.update.enabled {
+                    self.to_ask.push(self.topic(Kind::Desired));
+                }
+                self.to_ask.push(self.topic(Kind::Ack));
                 self.drifts_said.clear();
+                self.reported_said = None;
                 self.gaps_said_ms = None;
+                self.said = (self.identity.model(), self.identity.state());
                 self.greetings = self.greet();
                 self.delivery.connected();
                 self.board.set_state(self.board_state());
@@ -311,6 +331,7 @@ impl Uplink {
             // A mark is about what is seen now: one that somebody left lying about is not.
             Kind::Mark if retained => Err("a mark must not be retained".into()),
             Kind::Mark => self.mark(topic.source, payload),
+            Kind::Desired => self.wish(payload),
             _ => Err("nothing that is said to a device".into()),
         });
         if let Err(why) = understood {
@@ -328,6 +349,21 @@ impl Uplink {
             self.gaps.retain(|gap| !stored.covers(gap.from, gap.to));
             self.to_free = Some(stored);
         }
+        Ok(())
+    }
+
+    /// The newest revision wins, in whatever order they come.
+    fn wish(&self, payload: &[u8]) -> Result<(), String> {
+        let wish = Desired::decode(payload).map_err(|error| error.to_string())?;
+        self.desired.send_if_modified(|newest| {
+            let newer = newest
+                .as_ref()
+                .is_none_or(|newest| newest.revision < wish.revision);
+            if newer {
+                *newest = Some(wish);
+            }
+            newer
+        });
         Ok(())
     }
 
@@ -417,9 +453,17 @@ impl Uplink {
         {
             self.to_free = Some(stored);
         }
-        let Some(connection) = self.connection.as_ref().filter(|_| self.up) else {
+        let Some(connection) = self.connection.take_if(|_| self.up) else {
             return;
         };
+        if self.say_what_is_new(&connection) {
+            self.deliver(&connection);
+        }
+        self.connection = Some(connection);
+    }
+
+    /// Asks for what it wants to hear, and says what the device is; false where there is no room just now.
+    fn say_what_is_new(&mut self, connection: &Connection) -> bool {
         while let Some(topic) = self.to_ask.last() {
             if !connection.subscribe(topic) {
                 break;
@@ -428,9 +472,12 @@ impl Uplink {
         }
         while let Some((topic, payload, options)) = self.greetings.last() {
             if !connection.publish(topic, payload.clone(), *options) {
-                return;
+                return false;
             }
             self.greetings.pop();
+        }
+        if !self.say_reported(connection) {
+            return false;
         }
         let said = &self.drifts_said;
         let news: Vec<_> = self
@@ -453,6 +500,10 @@ impl Uplink {
             }
             self.drifts_said.insert(source, drift);
         }
+        true
+    }
+
+    fn deliver(&mut self, connection: &Connection) {
         if self.gaps_said_ms.is_none() {
             for gap in &self.gaps {
                 if !connection.publish(
@@ -545,33 +596,63 @@ impl Uplink {
     }
 
     /// What is said at the start of each connection, the last first.
-    fn greet(&self) -> Vec<(String, Bytes, PublishOptions)> {
-        let retained = PublishOptions::at_least_once().retained();
-        let mut said = vec![
-            (
-                self.topic(Kind::State),
-                self.identity.state.encode().unwrap_or_default().into(),
-                retained,
-            ),
-            (
-                self.topic(Kind::Info),
-                self.identity.info.encode().unwrap_or_default().into(),
-                retained,
-            ),
-        ];
-        if let Some(model) = &self.identity.model {
-            said.push((
-                self.topic(Kind::Model),
-                model.encode().unwrap_or_default().into(),
-                retained,
-            ));
-        }
-        said.push((
-            self.topic(Kind::Status),
-            Status::Online.as_str().into(),
-            retained,
-        ));
+    fn greet(&self) -> Vec<Said> {
+        let info = self.identity.info.encode().unwrap_or_default();
+        let mut said = vec![self.state(), self.retained(Kind::Info, info)];
+        said.extend(self.said.0.as_ref().map(|_| self.model()));
+        said.push(self.retained(Kind::Status, Status::Online.as_str().into()));
         said
+    }
+
+    fn retained(&self, kind: Kind, payload: Vec<u8>) -> Said {
+        let options = PublishOptions::at_least_once().retained();
+        (self.topic(kind), payload.into(), options)
+    }
+
+    fn state(&self) -> Said {
+        self.retained(Kind::State, self.said.1.encode().unwrap_or_default())
+    }
+
+    /// Without a model nothing is left of the one before.
+    fn model(&self) -> Said {
+        let model = self.said.0.as_ref().map(ModelInfo::encode);
+        let payload = model.and_then(Result::ok).unwrap_or_default();
+        self.retained(Kind::Model, payload)
+    }
+
+    /// Another model may be in memory, or the device be in another state: it is said anew.
+    fn renew(&mut self) {
+        let (model, state) = (self.identity.model(), self.identity.state());
+        let (old_model, old_state) = &self.said;
+        let is_new_model = model != *old_model;
+        let is_new_state = (&state.health, &state.detail) != (&old_state.health, &old_state.detail);
+        if !is_new_model && !is_new_state {
+            return;
+        }
+        self.said = (model, state);
+        self.board.set_state(self.board_state());
+        if self.up {
+            self.greetings.push(self.state());
+            if is_new_model {
+                self.greetings.push(self.model());
+            }
+        }
+    }
+
+    /// Says what the device is in answer to a wish, if that is new; false where there is no room just now.
+    fn say_reported(&mut self, connection: &Connection) -> bool {
+        let reported = self.reported.borrow_and_update().clone();
+        if let Some(report) = reported
+            && self.reported_said.as_ref() != Some(&report)
+        {
+            let payload = report.encode().unwrap_or_default();
+            let (topic, payload, options) = self.retained(Kind::Reported, payload);
+            if !connection.publish(&topic, payload, options) {
+                return false;
+            }
+            self.reported_said = Some(report);
+        }
+        true
     }
 
     fn report(&mut self) {
@@ -607,6 +688,7 @@ impl Uplink {
             samples_refused: samples.refused.get(),
             samples_waiting: samples.waiting.get(),
             drifting: numbers.drifting.get(),
+            update_bytes: numbers.update_bytes.get(),
         };
         let payload = metrics.encode().unwrap_or_default();
         // Lost if there is no room: the next one says the same and more.
@@ -618,7 +700,7 @@ impl Uplink {
     }
 
     fn board_state(&self) -> BoardState {
-        match (&self.identity.model, self.up) {
+        match (&self.said.0, self.up) {
             (None, _) => BoardState::NoModel,
             (Some(_), true) => BoardState::Running,
             (Some(_), false) => BoardState::Offline,

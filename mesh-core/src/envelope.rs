@@ -277,6 +277,9 @@ pub struct Metrics {
     /// Sources that see something else than they should.
     #[serde(default)]
     pub drifting: u64,
+    /// Bytes that came for new models, since the start.
+    #[serde(default)]
+    pub update_bytes: u64,
 }
 
 /// Parses the flat messages, each bounded and of this version.

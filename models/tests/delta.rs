@@ -1,9 +1,9 @@
 //! A delta makes exactly the new file, or says why not.
 #![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
 
-mod common;
+mod files;
 
-use common::{Tensor, onnx, raw, tuned, weights};
+use files::{Tensor, onnx, raw, tuned, weights};
 use models::{
     delta::{DeltaError, Wanted, apply, make},
     digest_of,

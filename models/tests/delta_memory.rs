@@ -2,14 +2,14 @@
 #![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
 #![allow(unsafe_code, reason = "an allocator that counts")]
 
-mod common;
+mod files;
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
     sync::atomic::{AtomicUsize, Ordering::Relaxed},
 };
 
-use common::{onnx, raw, tuned, weights};
+use files::{onnx, raw, tuned, weights};
 use models::{
     delta::{DeltaError, Wanted, apply, make},
     digest_of,

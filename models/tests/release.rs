@@ -1,11 +1,11 @@
 //! Chunks in any order, and the document that lists them.
 #![allow(missing_docs, clippy::unwrap_used, reason = "tests")]
 
-mod common;
+mod files;
 
 use std::fs;
 
-use common::{raw, weights};
+use files::{raw, weights};
 use models::{
     Digest, Parent, ReleaseDocument,
     chunks::{Assembly, CHUNK_BYTES, ChunkError, listed, split},

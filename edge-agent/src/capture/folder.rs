@@ -9,6 +9,7 @@ use std::{
 use models::{ImageError, MAX_ENCODED_BYTES, Picture};
 
 use super::{Shot, Source, SourceConfig, SourceError};
+use crate::update::Wanted;
 
 /// What counts as an image by its name; its content decides whether it is one.
 const ENDINGS: [&str; 6] = ["jpg", "jpeg", "png", "bmp", "gif", "webp"];
@@ -26,7 +27,7 @@ pub(crate) struct Folder {
     files: Vec<PathBuf>,
     repeat: bool,
     labelled: bool,
-    wanted: Option<(u32, u32)>,
+    wanted: Wanted,
 }
 
 impl Folder {
@@ -36,7 +37,7 @@ impl Folder {
     /// If it cannot be listed or holds no image.
     pub(crate) fn open(
         config: &SourceConfig,
-        wanted: Option<(u32, u32)>,
+        wanted: Wanted,
     ) -> Result<Self, SourceError> {
         let name = config.name.to_string();
         let root = config
@@ -120,7 +121,7 @@ impl Source for Folder {
             .to_string_lossy()
             .into_owned();
         let seen = read(path).and_then(|bytes| {
-            let picture = match self.wanted {
+            let picture = match self.wanted.size() {
                 Some((width, height)) => Picture::decode_for(&bytes, width, height),
                 None => Picture::decode(&bytes),
             }?;
@@ -174,7 +175,7 @@ mod tests {
             folder.path()
         );
         let mut config: SourceConfig = toml::from_str(&text).unwrap();
-        let mut source = Folder::open(&config, None).unwrap();
+        let mut source = Folder::open(&config, Wanted::default()).unwrap();
         let seen: Vec<_> = (0..4)
             .map(|n| match source.shoot(n) {
                 Shot::Picture { file, truth, .. } => {
@@ -187,12 +188,12 @@ mod tests {
         assert_eq!(seen, ["a/1.PNG a", "b/2.png b", "c/3.jpg", "end"]);
         config.repeat = true;
         assert!(matches!(
-            Folder::open(&config, None).unwrap().shoot(3),
+            Folder::open(&config, Wanted::default()).unwrap().shoot(3),
             Shot::Picture { .. }
         ));
         config.path = Some(folder.path().join("nowhere"));
         assert!(
-            Folder::open(&config, None)
+            Folder::open(&config, Wanted::default())
                 .unwrap_err()
                 .to_string()
                 .contains("nowhere")

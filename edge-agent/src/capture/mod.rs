@@ -13,6 +13,8 @@ use models::Picture;
 pub use config::{SourceConfig, SourceKind};
 pub use runner::{Start, run};
 
+use crate::update::Wanted;
+
 /// One thing that was seen.
 #[derive(Debug)]
 pub struct Frame {
@@ -88,14 +90,14 @@ pub enum SourceError {
     Setting(String, String),
 }
 
-/// Opens what the configuration names. `wanted` is the size (width, height) that the model will ask for: a
+/// Opens what the configuration names. `wanted` is the size that the models ask for: a
 /// picture may come back smaller than it was taken, as long as nothing is lost for that size.
 ///
 /// # Errors
 /// If it cannot start: see [`SourceError`].
 pub fn open(
     config: &SourceConfig,
-    wanted: Option<(u32, u32)>,
+    wanted: Wanted,
 ) -> Result<Box<dyn Source>, SourceError> {
     Ok(match config.kind {
         SourceKind::Scene => Box::new(synthetic::Synthetic::new(config.scene.clone())),

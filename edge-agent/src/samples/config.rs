@@ -159,7 +159,7 @@ impl SamplesConfig {
 ///
 /// # Errors
 /// Says what it should look like.
-pub(super) fn base_url(url: &str) -> Result<String, String> {
+pub(crate) fn base_url(url: &str) -> Result<String, String> {
     let wrong = || format!("must be http://HOST:PORT, not {url:?}");
     let rest = url.strip_prefix("http://").ok_or_else(wrong)?;
     let rest = rest.strip_suffix('/').unwrap_or(rest);

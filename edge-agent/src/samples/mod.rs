@@ -28,6 +28,7 @@ use std::{
 use mesh_core::{Name, Sample, SampleImage, SampleReason, VERSION, sampling::Used};
 use sha2::{Digest, Sha256};
 
+pub(crate) use config::base_url;
 pub use config::{Keep, SamplesConfig};
 pub use image::Material;
 use shelf::Shelf;
