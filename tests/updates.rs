@@ -21,20 +21,36 @@ fn changed(to: &Path, change: impl Fn(String) -> String) {
 }
 
 fn version(manifest: &str, version: &str) -> String {
-    manifest.replacen("version = \"1.1.0\"", &format!("version = \"{version}\""), 1)
+    manifest.replacen(
+        "version = \"1.1.0\"",
+        &format!("version = \"{version}\""),
+        1,
+    )
 }
 
 /// As an operator would: on the command line.
 async fn push(node: &str, http: &str, dir: &Path) {
     let pushed = tokio::process::Command::new(node)
-        .args(["cloud-coordinator", "model", "--http", http, "push", "--author", "ada"])
+        .args([
+            "cloud-coordinator",
+            "model",
+            "--http",
+            http,
+            "push",
+            "--author",
+            "ada",
+        ])
         .arg(dir)
         .env_remove(EXIT_WITH_STDIN)
         .stdin(Stdio::null())
         .output()
         .await
         .unwrap();
-    assert!(pushed.status.success(), "{}", String::from_utf8_lossy(&pushed.stderr));
+    assert!(
+        pushed.status.success(),
+        "{}",
+        String::from_utf8_lossy(&pushed.stderr)
+    );
 }
 
 fn devices(api: &Web) -> Vec<Value> {
@@ -63,9 +79,11 @@ async fn a_good_model_reaches_everybody_and_a_bad_one_goes_back() {
     let mut site = Site::start(&plan).await.unwrap();
     let http = site.http().to_string();
     let api = Web::new(&format!("http://{http}/api/v1"), TIMEOUT);
-    until("three devices run what they came with", async || all_on(&api, "1.1.0"))
-        .await
-        .unwrap();
+    until("three devices run what they came with", async || {
+        all_on(&api, "1.1.0")
+    })
+    .await
+    .unwrap();
 
     let stage = |percent: u32| json!({"percent": percent, "soak_s": 0});
     let trial = json!({"share": 1.0, "shadow_frames": 40, "watch_frames": 20, "watch_s_min": 0});
@@ -83,7 +101,12 @@ async fn a_good_model_reaches_everybody_and_a_bad_one_goes_back() {
     let path = format!("/rollouts/{}", begun["id"]);
     until("the rollout is done", async || {
         let rollout = api.get(&path);
-        assert_ne!(rollout["status"], "aborted", "{rollout} {:?}", devices(&api));
+        assert_ne!(
+            rollout["status"],
+            "aborted",
+            "{rollout} {:?}",
+            devices(&api)
+        );
         rollout["status"] == "done"
     })
     .await
@@ -110,15 +133,27 @@ async fn a_good_model_reaches_everybody_and_a_bad_one_goes_back() {
     .await
     .unwrap();
     let rollout = api.get(&path);
-    assert_eq!((&rollout["exposed"], &rollout["failed"]), (&json!(1), &json!(1)), "{rollout}");
+    assert_eq!(
+        (&rollout["exposed"], &rollout["failed"]),
+        (&json!(1), &json!(1)),
+        "{rollout}"
+    );
     let story = rollout["events"].to_string();
-    assert!(story.contains("disagreement") || story.contains("balance"), "{story}");
-    until("everybody is on the last good model", async || all_on(&api, "1.2.0"))
-        .await
-        .unwrap();
+    assert!(
+        story.contains("disagreement") || story.contains("balance"),
+        "{story}"
+    );
+    until("everybody is on the last good model", async || {
+        all_on(&api, "1.2.0")
+    })
+    .await
+    .unwrap();
 
     // All of it cost nobody a reading.
-    let seen = site.finish(Default::default(), Duration::from_secs(120)).await.unwrap();
+    let seen = site
+        .finish(Default::default(), Duration::from_secs(120))
+        .await
+        .unwrap();
     exactly_once(&seen.total()).unwrap();
     site.stop().await.unwrap();
 }

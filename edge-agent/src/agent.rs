@@ -22,8 +22,8 @@ use crate::{
     clock::WallClock,
     config::Config,
     counters::Counters,
-    outbox::{Opened, Options, Outbox, OutboxError},
     identity::Identity,
+    outbox::{Opened, Options, Outbox, OutboxError},
     pipeline::{Drifts, Pipeline},
     samples::{Samples, desk::Desk},
     store::{Cursor, Store},
@@ -315,7 +315,10 @@ fn open_outbox(config: &Config) -> Result<Opened, AgentError> {
 }
 
 /// A thread with a name.
-pub(crate) fn thread(name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, AgentError> {
+pub(crate) fn thread(
+    name: &str,
+    run: impl FnOnce() + Send + 'static,
+) -> Result<JoinHandle<()>, AgentError> {
     // The system shows 15 characters.
     let short: String = name.chars().take(15).collect();
     std::thread::Builder::new()

@@ -112,7 +112,8 @@ fn clock(now_ms: i64) -> Finding {
 }
 
 fn source(config: &SourceConfig) -> Finding {
-    let mut source = capture::open(config, update::Wanted::default()).map_err(|error| error.to_string())?;
+    let mut source =
+        capture::open(config, update::Wanted::default()).map_err(|error| error.to_string())?;
     match source.shoot(0) {
         Shot::Picture { picture, file, .. } => {
             let from = file.map(|f| format!(" from {f}")).unwrap_or_default();

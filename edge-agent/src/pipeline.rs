@@ -339,13 +339,20 @@ fn compare(
     let same = |a: &Engine, b: &Engine| {
         let (a, b) = (&a.manifest().input, &b.manifest().input);
         // The name belongs to the graph; the rest makes the values.
-        models::InputSpec { name: b.name.clone(), ..a.clone() } == *b
+        models::InputSpec {
+            name: b.name.clone(),
+            ..a.clone()
+        } == *b
     };
     if !trial.takes(engines) {
         trial.say(engines.ticket, Ok(active));
         return None;
     }
-    let same = engines.active.as_deref().zip(other).is_some_and(|(a, b)| same(a, b));
+    let same = engines
+        .active
+        .as_deref()
+        .zip(other)
+        .is_some_and(|(a, b)| same(a, b));
     let look = if same {
         Look::Input(input)
     } else {

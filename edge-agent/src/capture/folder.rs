@@ -35,10 +35,7 @@ impl Folder {
     ///
     /// # Errors
     /// If it cannot be listed or holds no image.
-    pub(crate) fn open(
-        config: &SourceConfig,
-        wanted: Wanted,
-    ) -> Result<Self, SourceError> {
+    pub(crate) fn open(config: &SourceConfig, wanted: Wanted) -> Result<Self, SourceError> {
         let name = config.name.to_string();
         let root = config
             .path

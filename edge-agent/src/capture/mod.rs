@@ -95,10 +95,7 @@ pub enum SourceError {
 ///
 /// # Errors
 /// If it cannot start: see [`SourceError`].
-pub fn open(
-    config: &SourceConfig,
-    wanted: Wanted,
-) -> Result<Box<dyn Source>, SourceError> {
+pub fn open(config: &SourceConfig, wanted: Wanted) -> Result<Box<dyn Source>, SourceError> {
     Ok(match config.kind {
         SourceKind::Scene => Box::new(synthetic::Synthetic::new(config.scene.clone())),
         SourceKind::Folder => Box::new(folder::Folder::open(config, wanted)?),

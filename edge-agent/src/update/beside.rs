@@ -236,9 +236,8 @@ mod tests {
         let active = said(&outcome, ms, Some(&*engine));
         assert!(active.finite && active.shared && active.ms > 0.0);
         // A share is a share, and nothing without a second model.
-        let taken = |trial: &mut Trial, share| {
-            (0..100).filter(|_| trial.takes(&engines(share))).count()
-        };
+        let taken =
+            |trial: &mut Trial, share| (0..100).filter(|_| trial.takes(&engines(share))).count();
         assert_eq!((taken(&mut trial, 0.25), taken(&mut trial, 0.0)), (25, 0));
         assert_eq!(taken(&mut trial, 1.0), 100);
         assert!(!trial.takes(&Engines::default()));

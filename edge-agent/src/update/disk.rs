@@ -290,11 +290,7 @@ impl Disk {
     ///
     /// # Errors
     /// If the folder cannot be listed. What cannot be removed is said and stays.
-    pub fn retain(
-        &self,
-        needed: &[Release],
-        under_way: Option<&Release>,
-    ) -> Result<(), DiskError> {
+    pub fn retain(&self, needed: &[Release], under_way: Option<&Release>) -> Result<(), DiskError> {
         let keep = needed.iter().chain(under_way).map(folder_name);
         let fixed = [STATE, INCOMING, REGISTRY].map(str::to_owned);
         let keep: Vec<String> = keep.chain(fixed).collect();
@@ -303,7 +299,10 @@ impl Disk {
         if !incoming.exists() {
             return Ok(());
         }
-        let keep: Vec<String> = under_way.map(|r| r.digest.to_string()).into_iter().collect();
+        let keep: Vec<String> = under_way
+            .map(|r| r.digest.to_string())
+            .into_iter()
+            .collect();
         self.sweep(&incoming, &keep)
     }
 

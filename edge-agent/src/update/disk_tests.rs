@@ -179,7 +179,8 @@ fn a_damaged_state_begins_anew_and_what_is_not_needed_goes() {
         failure: Failure::new(Reason::Latency, "slow"),
     });
     disk.save(&bad).unwrap();
-    disk.retain(std::slice::from_ref(&kept), Some(&coming)).unwrap();
+    disk.retain(std::slice::from_ref(&kept), Some(&coming))
+        .unwrap();
     assert!(disk.folder(&kept).exists() && !disk.folder(&gone).exists());
     assert!(disk.stage(&coming).bundle().exists() && !disk.stage(&gone).bundle().exists());
     assert!(disk.registry().exists() && Disk::look(data.path()).unwrap() == bad);

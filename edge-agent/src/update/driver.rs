@@ -370,7 +370,9 @@ impl Driver {
             engine.cloned()
         };
         let error = |release: &Option<Release>| {
-            let release = release.as_ref().filter(|r| !self.memory.contains_key(&r.digest))?;
+            let release = release
+                .as_ref()
+                .filter(|r| !self.memory.contains_key(&r.digest))?;
             Some(failed.get(&release.digest).unwrap_or(&LoadError::Thread))
         };
         let phase = self.update.phase();
@@ -396,8 +398,10 @@ impl Driver {
         }
         let beside = beside.filter(|_| active.is_some());
         let kept = [&run.active, &run.beside];
-        self.memory
-            .retain(|digest, _| kept.iter().any(|r| r.as_ref().is_some_and(|r| r.digest == *digest)));
+        self.memory.retain(|digest, _| {
+            kept.iter()
+                .any(|r| r.as_ref().is_some_and(|r| r.digest == *digest))
+        });
         self.start.engines.send_replace(Engines {
             active,
             beside,

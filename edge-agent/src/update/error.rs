@@ -16,10 +16,7 @@ pub(super) enum UpdateError {
     NoRoot,
     /// The root cannot be read.
     #[error("the root of trust {path} cannot be read: {error}")]
-    Root {
-        path: String,
-        error: std::io::Error,
-    },
+    Root { path: String, error: std::io::Error },
     /// Metadata.
     #[error(transparent)]
     Registry(#[from] VerifyError),

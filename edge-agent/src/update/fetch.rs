@@ -186,7 +186,12 @@ impl Fetch<'_> {
             }
         }
         let missing: Vec<_> = assembly.missing().collect();
-        let mut there = file.length - missing.iter().map(|c| c.length as u64).sum::<u64>().min(file.length);
+        let mut there = file.length
+            - missing
+                .iter()
+                .map(|c| c.length as u64)
+                .sum::<u64>()
+                .min(file.length);
         for chunk in missing {
             self.watch()?;
             let bytes = self.client.chunk(&chunk)?;

@@ -43,7 +43,10 @@ fn serve(mut stream: TcpStream, files: &Files, asked: &AtomicUsize) -> io::Resul
             Some(body) => ("200 OK", body),
             None => ("404 Not Found", Vec::new()),
         };
-        let head = format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\n\r\n", body.len());
+        let head = format!(
+            "HTTP/1.1 {status}\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
         stream.write_all(head.as_bytes())?;
         stream.write_all(&body)?;
     }
@@ -73,7 +76,10 @@ impl Server {
     }
 
     fn put_chunks(&self, bytes: &[u8]) {
-        for (chunk, bytes) in chunks::split(bytes).iter().zip(bytes.chunks(chunks::CHUNK_BYTES)) {
+        for (chunk, bytes) in chunks::split(bytes)
+            .iter()
+            .zip(bytes.chunks(chunks::CHUNK_BYTES))
+        {
             self.put(format!("/api/v1/chunks/{}", chunk.sha256), bytes);
         }
     }
@@ -184,7 +190,10 @@ fn what_is_there_is_not_fetched_again() {
     std::fs::write(world.disk.folder(&second.0).join("manifest.toml"), b"x").unwrap();
     world.fetch(&second).unwrap();
     assert_eq!(world.server.asked(), 1);
-    assert_eq!(world.file(&second.0, "manifest.toml").unwrap(), b"version = 2");
+    assert_eq!(
+        world.file(&second.0, "manifest.toml").unwrap(),
+        b"version = 2"
+    );
 }
 
 #[test]
@@ -197,7 +206,11 @@ fn a_fetch_goes_on_where_it_ended() {
     let good = world.server.files.lock().unwrap().remove(&third).unwrap();
     let failure = world.fetch(&release).unwrap_err();
     assert_eq!(failure.reason, Reason::Fetch);
-    assert!(failure.detail.contains("does not have it"), "{}", failure.detail);
+    assert!(
+        failure.detail.contains("does not have it"),
+        "{}",
+        failure.detail
+    );
     world.server.asked();
     // Each answer that is not the chunk is one clear failure, and is forgotten.
     let too_long = [&good[..], b"x"].concat();
@@ -278,7 +291,13 @@ fn a_document_of_something_else_is_refused() {
         version: "2".into(),
         ..release.clone()
     };
-    assert_eq!(world.fetch(&(other, document)).unwrap_err().reason, Reason::Metadata);
-    assert_eq!(world.fetch(&(release, b"{}".to_vec())).unwrap_err().reason, Reason::Metadata);
+    assert_eq!(
+        world.fetch(&(other, document)).unwrap_err().reason,
+        Reason::Metadata
+    );
+    assert_eq!(
+        world.fetch(&(release, b"{}".to_vec())).unwrap_err().reason,
+        Reason::Metadata
+    );
     assert!(!Path::new("release.json").exists());
 }

@@ -41,7 +41,10 @@ pub(crate) fn status(config: &Config) -> String {
     for bad in &saved.bad {
         let digest = bad.digest.to_string();
         let failure = &bad.failure;
-        let (short, reason) = (digest.get(..16).unwrap_or_default(), failure.reason.as_str());
+        let (short, reason) = (
+            digest.get(..16).unwrap_or_default(),
+            failure.reason.as_str(),
+        );
         line("bad", &format!("{short} {reason}: {}", failure.detail));
     }
     text
@@ -58,9 +61,7 @@ fn state(saved: &Saved) -> String {
         (None, Some(target)) if saved.is_bad(target.digest) => {
             format!("{target} is not tried again{starts}")
         }
-        (None, Some(target))
-            if saved.current.as_ref().map(|r| r.digest) != Some(target.digest) =>
-        {
+        (None, Some(target)) if saved.current.as_ref().map(|r| r.digest) != Some(target.digest) => {
             format!("{target} is on its way{starts}")
         }
         (None, _) => format!("settled{starts}"),

@@ -196,7 +196,11 @@ impl Worker {
                 let reason = failure.reason.as_str();
                 tracing::warn!(reason, "a model does not come into use: {}", failure.detail);
             }
-            if self.tell.blocking_send(News::Done { ticket, result }).is_err() {
+            if self
+                .tell
+                .blocking_send(News::Done { ticket, result })
+                .is_err()
+            {
                 return;
             }
         }
@@ -359,7 +363,12 @@ mod tests {
             digest: Digest([0; 32]),
         };
         let older = |a, b| is_older(&release("steel", a), &release("steel", b));
-        for (a, b) in [("1.9", "1.10"), ("1", "1.0.1"), ("0.9.9-rc", "1"), ("2", "3")] {
+        for (a, b) in [
+            ("1.9", "1.10"),
+            ("1", "1.0.1"),
+            ("0.9.9-rc", "1"),
+            ("2", "3"),
+        ] {
             assert!(older(a, b) && !older(b, a), "{a} {b}");
         }
         assert!(!older("1", "1.0") && !older("1.0", "1") && !older("1.0+a", "1.0"));
