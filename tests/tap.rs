@@ -8,7 +8,7 @@ use rumqttc::{AsyncClient, Event, MqttOptions, Packet, QoS};
 use tokio::{sync::oneshot, task::JoinHandle};
 
 /// The schema of each kind of message that is sent so far.
-const SCHEMAS: [(Kind, &str); 11] = [
+const SCHEMAS: [(Kind, &str); 13] = [
     (
         Kind::Status,
         include_str!("../mesh-core/schemas/status.json"),
@@ -32,6 +32,14 @@ const SCHEMAS: [(Kind, &str); 11] = [
     (Kind::Ack, include_str!("../mesh-core/schemas/ack.json")),
     (Kind::Mark, include_str!("../mesh-core/schemas/mark.json")),
     (Kind::Drift, include_str!("../mesh-core/schemas/drift.json")),
+    (
+        Kind::Desired,
+        include_str!("../mesh-core/schemas/desired.json"),
+    ),
+    (
+        Kind::Reported,
+        include_str!("../mesh-core/schemas/reported.json"),
+    ),
 ];
 /// The first mistakes say enough.
 const MAX_BAD: usize = 20;

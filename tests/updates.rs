@@ -77,6 +77,7 @@ async fn a_good_model_reaches_everybody_and_a_bad_one_goes_back() {
     std::fs::write(&config, models).unwrap();
     plan.coordinator_config = Some(config);
     let mut site = Site::start(&plan).await.unwrap();
+    let tap = tests::Tap::start(site.mqtt()).unwrap();
     let http = site.http().to_string();
     let api = Web::new(&format!("http://{http}/api/v1"), TIMEOUT);
     until("three devices run what they came with", async || {
@@ -148,6 +149,10 @@ async fn a_good_model_reaches_everybody_and_a_bad_one_goes_back() {
     })
     .await
     .unwrap();
+
+    // Every message was what its schema says.
+    let tapped = tap.stop().await;
+    assert!(tapped.bad.is_empty(), "{:#?}", tapped.bad);
 
     // All of it cost nobody a reading.
     let seen = site

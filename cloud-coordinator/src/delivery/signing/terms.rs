@@ -70,10 +70,12 @@ pub struct Renewed {
 /// Not a name.
 pub fn target_name(name: &str, version: &str) -> Result<String, SigningError> {
     for part in [name, version] {
-        let plain = |b: u8| matches!(b, b'a'..=b'z' | b'0'..=b'9');
+        // As `mesh_core::Release::is_valid` has it.
         let fits = (1..=64).contains(&part.len())
-            && part.bytes().all(|b| plain(b) || b"-_.".contains(&b))
-            && part.bytes().next().is_some_and(plain);
+            && part
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"-_.+".contains(&b))
+            && part.starts_with(|c: char| c.is_ascii_alphanumeric());
         if !fits {
             return Err(SigningError::Name(part.chars().take(80).collect()));
         }
