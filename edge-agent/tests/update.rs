@@ -146,15 +146,12 @@ async fn a_model_that_contradicts_goes_between_two_frames() {
     let before = agent.counters.readings.get();
     assert!(before < FRAMES, "while frames come");
     all_frames(&agent).await;
-    let counters = agent.counters.clone();
     agent.stop().await;
     let saved = Disk::look(data.path()).unwrap();
     assert_eq!((saved.current, saved.begun), (Some(factory), None));
     let failure = &saved.bad[0].failure;
     assert_eq!((saved.bad.len(), failure.reason), (1, Reason::Disagreement));
     assert!(failure.detail.contains("disagrees"), "{}", failure.detail);
-    // Only what two models disagree on is uncertain here.
-    assert!(counters.samples.kept[2].get() > 0);
 }
 
 struct Killed(Child);

@@ -111,7 +111,8 @@ impl Block {
     }
 
     /// Population stability index of the top scores: Σ (now − then) · ln(now / then) over the tenths, less what
-    /// chance adds for so many frames and training pictures, at least 0.
+    /// chance adds for so many frames and training pictures, at least 0. By chance alone it is about χ² with one degree
+    /// less than there are tenths, over the frames: its mean and two deviations are taken off.
     pub(super) fn stability(&self, yardstick: &Yardstick) -> Option<f32> {
         if yardstick.scores.len() != BINS || self.frames == 0 {
             return None;
@@ -128,7 +129,9 @@ impl Block {
                 (now - then) * libm::logf(now / then)
             })
             .sum();
-        let chance = (BINS - 1) as f32 * (1.0 / now + 1.0 / then.max(1.0));
+        let degrees = (BINS - 1) as f32;
+        let chance =
+            (degrees + 2.0 * libm::sqrtf(2.0 * degrees)) * (1.0 / now + 1.0 / then.max(1.0));
         Some((index - chance).max(0.0))
     }
 }
