@@ -102,7 +102,7 @@ fn role(text: &str) -> anyhow::Result<Role> {
     Ok(name.into())
 }
 
-fn pair<'a>(text: &'a str, by: char) -> anyhow::Result<(Role, &'a str)> {
+fn pair(text: &str, by: char) -> anyhow::Result<(Role, &str)> {
     let (name, value) = text
         .split_once(by)
         .with_context(|| format!("{text:?} is not ROLE{by}…"))?;

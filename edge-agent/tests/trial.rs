@@ -1,4 +1,11 @@
 //! Unknown models are tried in a process of their own.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    missing_docs,
+    reason = "a test fails by panicking"
+)]
 
 use std::{path::Path, time::Duration};
 

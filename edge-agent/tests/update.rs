@@ -1,4 +1,11 @@
 //! Models on trial, in real agents: one that is kept, one that contradicts, one that crashes the agent.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    missing_docs,
+    reason = "a test fails by panicking"
+)]
 
 use std::{
     path::{Path, PathBuf},

@@ -28,7 +28,7 @@ pub(super) enum UpdateError {
     Document { release: Release, why: String },
     /// It would take the device back.
     #[error("{release} is older than {current}, which runs: only a forced wish goes back")]
-    Downgrade { release: Release, current: Release },
+    Downgrade { release: String, current: String },
     /// Too little room.
     #[error("{needed} MiB are needed and {free} MiB are free")]
     Room { needed: u64, free: u64 },

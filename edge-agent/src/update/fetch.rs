@@ -179,7 +179,7 @@ impl Fetch<'_> {
         };
         if file.path == MODEL && !self.without_delta && !assembly.is_complete() {
             for old in self.candidates(installed) {
-                if let Some(new) = self.from_delta(old, &wanted)? {
+                if let Some(new) = self.by_delta(old, &wanted)? {
                     write(&to, |to| io::Write::write_all(to, &new))?;
                     return Ok(stage.drop_chunks()?);
                 }
@@ -202,10 +202,10 @@ impl Fetch<'_> {
         }
         let mut trouble = None;
         let written = write(&to, |to| {
-            assembly.write(&stage.chunks(), to).or_else(|error| {
+            assembly.write(&stage.chunks(), to).map_err(|error| {
                 let words = error.to_string();
                 trouble = Some(error);
-                Err(io::Error::other(words))
+                io::Error::other(words)
             })
         });
         if let Some(error) = trouble {
@@ -241,7 +241,7 @@ impl Fetch<'_> {
     }
 
     /// The file made from an old one; nothing if there is no delta, or none that works.
-    fn from_delta(
+    fn by_delta(
         &self,
         (old, path): (&ReleaseFile, PathBuf),
         wanted: &Wanted,

@@ -271,8 +271,8 @@ impl Worker {
     ) -> Result<(), UpdateError> {
         if let Some(current) = current.filter(|current| !force && is_older(release, current)) {
             return Err(UpdateError::Downgrade {
-                release: release.clone(),
-                current: current.clone(),
+                release: release.to_string(),
+                current: current.to_string(),
             });
         }
         let folder = self.disk.folder(release);
