@@ -30,7 +30,7 @@ const MAX_PATH_BYTES: usize = 255;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ReleaseDocument {
-    /// [`VERSION`].
+    /// The version of the form, 1.
     pub v: u64,
     /// Name of the model.
     pub name: String,

@@ -16,7 +16,7 @@ impl Update {
         &self.saved
     }
 
-    /// When [`Input::Tick`] is due, if nothing happens before.
+    /// When [`super::Input::Tick`] is due, if nothing happens before.
     #[must_use]
     pub fn due_ms(&self) -> Option<u64> {
         let trial = self.trial();
