@@ -393,7 +393,12 @@ impl Device {
             site: self.site.clone(),
             online: self.status == Some(Status::Online),
             board: self.info.as_ref().map(|info| info.board.clone()),
-            model: self.model.as_ref().map(|model| model.name.clone()),
+            model: match (&self.model, &self.reported) {
+                (Some(model), _) => Some(model.name.clone()),
+                // It has none in memory now, and is on its way to one.
+                (None, Some(reported)) => reported.target.as_ref().map(|r| r.name.clone()),
+                (None, None) => None,
+            },
             reported: self.reported.clone(),
             fresh: self.fresh,
         }
@@ -441,7 +446,7 @@ pub(crate) struct Standing {
     pub(crate) site: Name,
     pub(crate) online: bool,
     pub(crate) board: Option<String>,
-    /// The name of the model that it runs.
+    /// The name of the model that it runs, or that it is to run if it has none.
     pub(crate) model: Option<String>,
     pub(crate) reported: Option<Arc<Reported>>,
     /// It has reported since the last look at all devices.

@@ -16,6 +16,7 @@ use cloud_coordinator::{Config, Coordinator};
 use common::*;
 use mesh_core::{Bad, Desired, Failure, Phase, Reason, Release, Reported, VERSION};
 use serde_json::{Value, json};
+use sqlx::Connection as _;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -261,6 +262,15 @@ async fn a_model_comes_to_the_devices_and_back() {
     for name in ["d1", "d2", "d3"] {
         devices.push(Played::start(broker, name, &factory).await);
     }
+    // Devices that run something else, or nothing, are not meant.
+    let other = Release {
+        name: "strip".into(),
+        ..factory.clone()
+    };
+    let strip = Played::start(broker, "d4", &other).await;
+    let blank = Played::start(broker, "d5", &factory).await;
+    let none = topic("d5", "_", "model");
+    blank.client.publish_as(&none, Vec::new(), true).await;
     let known = tokio::time::Instant::now() + PATIENCE;
     while ask(http, "/api/v1/devices").await.1["items"]
         .as_array()
@@ -268,7 +278,13 @@ async fn a_model_comes_to_the_devices_and_back() {
         .iter()
         .filter(|d| !d["update"].is_null())
         .count()
-        < 3
+        < 5
+    {
+        assert!(tokio::time::Instant::now() < known);
+        sleep(Duration::from_millis(50)).await;
+    }
+    while !ask(http, "/api/v1/devices/demo/d5").await.1["model"].is_null()
+        || ask(http, "/api/v1/devices/demo/d4").await.1["model"].is_null()
     {
         assert!(tokio::time::Instant::now() < known);
         sleep(Duration::from_millis(50)).await;
@@ -346,16 +362,44 @@ async fn a_model_comes_to_the_devices_and_back() {
     )
     .await;
     assert_eq!(status, 409);
+    let past = ask(http, &format!("/api/v1/rollouts/{}", done["id"]))
+        .await
+        .1;
+    assert_eq!(
+        (&past["ended"], &past["kept"]),
+        (&json!(true), &json!(3)),
+        "{past}"
+    );
+    assert!(
+        past["events"].to_string().contains("takes its place"),
+        "{past}"
+    );
     let nobody = json!({"model": "conveyor@1.3.0", "plan": plan, "author": ""});
     assert_eq!(say(http, "POST /api/v1/rollouts", nobody).await.0, 422);
     let none = json!({"model": "conveyor@1.3.0", "plan": {"stages": []}, "author": "ada"});
     assert_eq!(say(http, "POST /api/v1/rollouts", none).await.0, 422);
 
+    // What cannot be written down is said to nobody, and made up for.
+    let file = format!("sqlite://{}/learning.db", dir.path().display());
+    let mut database = sqlx::SqliteConnection::connect(&file).await.unwrap();
+    for (from, to) in [("wishes", "away"), ("away", "wishes")] {
+        let rename = sqlx::AssertSqlSafe(format!("ALTER TABLE {from} RENAME TO {to}"));
+        sqlx::query(rename).execute(&mut database).await.unwrap();
+        if to == "away" {
+            let pin = json!({"model": "conveyor@1.2.0", "author": "ada"});
+            let (status, said) = say(http, "PUT /api/v1/devices/demo/d2/pin", pin).await;
+            assert_eq!(status, 503, "{said}");
+            let early = timeout(Duration::from_secs(2), devices[1].wished()).await;
+            assert!(early.is_err(), "{early:?}");
+        }
+    }
+    assert_eq!(devices[1].wished().await.version, "1.2.0");
+
     // The coordinator ends and comes back: it has changed its mind about nothing.
     let before = ask(http, "/api/v1/rollouts").await.1;
     let wishes: Vec<_> = devices.iter().map(|d| d.wish.clone()).collect();
     handle.stop().await;
-    drop(devices);
+    drop((devices, strip, blank));
     let handle = Coordinator::start(config_with(dir.path())).await.unwrap();
     let (http, broker) = (handle.http, handle.mqtt.unwrap());
     let after = ask(http, "/api/v1/rollouts").await.1;

@@ -359,7 +359,6 @@ pub(super) struct RolloutStory {
     responses(
         (status = 200, description = "The rollout", body = RolloutStory),
         (status = 404, description = "There is no such rollout", content_type = "application/problem+json", body = Problem),
-        (status = 409, description = "A newer one has taken its place", content_type = "application/problem+json", body = Problem),
     )
 )]
 pub(super) async fn rollout(

@@ -152,8 +152,9 @@ impl Releases {
     /// Publishes a model of the catalog; nothing happens if it is published already.
     pub(crate) async fn publish(&self, id: &str, author: &str) -> Result<Release, ReleaseError> {
         let model = self.catalog.find(id).await?;
-        if let Ok(known) = self.find(&model.name, &model.version).await {
-            return known;
+        let known = self.records.release(&model.name, &model.version).await?;
+        if let Some(release) = known.as_ref().and_then(ReleaseRow::release) {
+            return Ok(release);
         }
         if model.state == ModelState::Refused {
             return Err(ReleaseError::Refused(model.id()));
@@ -200,14 +201,6 @@ impl Releases {
             .ok_or_else(|| ReleaseError::Unpublished(id.to_owned()))
     }
 
-    async fn find(&self, name: &str, version: &str) -> Result<Result<Release, ReleaseError>, ()> {
-        match self.records.release(name, version).await {
-            Ok(Some(row)) => row.release().map(Ok).ok_or(()),
-            Ok(None) => Err(()),
-            Err(error) => Ok(Err(error.into())),
-        }
-    }
-
     async fn parent(&self, model: &Model) -> Option<Parent> {
         let (name, version) = model.parent.as_ref()?.split_once('@')?;
         let row = self.records.release(name, version).await.ok()??;
@@ -238,6 +231,10 @@ impl Releases {
         let (Some(old), Some(new)) = (self.by_file(from).await?, self.by_file(to).await?) else {
             return Ok(None);
         };
+        // Of models that have nothing to do with each other there are too many pairs to keep.
+        if old.name != new.name {
+            return Ok(None);
+        }
         let Ok(_one_at_a_time) = self.making.acquire().await else {
             return Ok(None);
         };

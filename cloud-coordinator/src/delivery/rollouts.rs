@@ -74,7 +74,7 @@ impl Group {
                 .board
                 .as_ref()
                 .is_none_or(|board| device.board.as_ref() == Some(board))
-            && device.model.as_deref().is_none_or(|name| name == model)
+            && device.model.as_deref() == Some(model)
     }
 }
 
@@ -104,6 +104,18 @@ struct Live {
 }
 
 impl Live {
+    /// Nothing if it cannot be read any more.
+    fn of_row(row: &RolloutRow) -> Option<Self> {
+        Some(Self {
+            id: row.id.cast_unsigned(),
+            settings: serde_json::from_str(&row.settings).ok()?,
+            rollout: serde_json::from_str(&row.state).ok()?,
+            created_ms: row.created_ms,
+            dirty: false,
+            known: HashMap::new(),
+        })
+    }
+
     fn row(&self, ended: bool) -> RolloutRow {
         RolloutRow {
             id: self.id.cast_signed(),
@@ -121,6 +133,8 @@ struct State {
     live: BTreeMap<u64, Live>,
     wishes: Wishes,
     next: u64,
+    /// Decided and not written down: the database could not. No device has heard of it.
+    unsaved: Changes,
 }
 
 /// A rollout as it is shown.
@@ -137,6 +151,8 @@ pub(crate) struct RolloutView {
     pub(crate) group: Group,
     /// `running`, `paused`, `done` or `aborted`.
     pub(crate) status: &'static str,
+    /// A newer one has taken its place: it is as it stood then.
+    pub(crate) ended: bool,
     /// Why it stands still, for people.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) why: Option<String>,
@@ -182,24 +198,12 @@ impl Rollouts {
         for row in records.rollout_rows().await? {
             let id = row.id.cast_unsigned();
             state.next = state.next.max(id);
-            let parsed = (
-                serde_json::from_str(&row.settings),
-                serde_json::from_str(&row.state),
-            );
-            match parsed {
-                _ if row.ended => {}
-                (Ok(settings), Ok(rollout)) => {
-                    let live = Live {
-                        id,
-                        settings,
-                        rollout,
-                        created_ms: row.created_ms,
-                        dirty: false,
-                        known: HashMap::new(),
-                    };
-                    state.live.insert(id, live);
-                }
-                _ => tracing::error!(id, "a rollout cannot be read any more and is left out"),
+            if row.ended {
+                continue;
+            }
+            match Live::of_row(&row) {
+                Some(live) => drop(state.live.insert(id, live)),
+                None => tracing::error!(id, "a rollout cannot be read any more and is left out"),
             }
         }
         Ok(Self {
@@ -238,7 +242,7 @@ impl Rollouts {
         let what = format!("begun by {}: {target}", settings.author);
         let rollout = match before.and_then(|id| state.live.remove(&id)) {
             Some(old) => {
-                changes.rollouts.push(old.row(true));
+                changes.ended.push(old.row(true));
                 changes.events.push((
                     old.id.cast_signed(),
                     format!("rollout {id} takes its place"),
@@ -259,7 +263,8 @@ impl Rollouts {
         state.live.insert(id, live);
         let outputs = self.gather(&mut state, false);
         self.carry_out(&mut state, changes, outputs).await?;
-        view(&state, id).ok_or(RolloutError::Unknown(id))
+        let live = state.live.get(&id).ok_or(RolloutError::Unknown(id))?;
+        Ok(view(live, false))
     }
 
     /// Does what an operator asks for.
@@ -288,7 +293,8 @@ impl Rollouts {
         };
         self.carry_out(&mut state, changes, vec![(id, outputs)])
             .await?;
-        view(&state, id).ok_or(RolloutError::Unknown(id))
+        let live = state.live.get(&id).ok_or(RolloutError::Unknown(id))?;
+        Ok(view(live, false))
     }
 
     /// Makes one device run a model whatever rollouts say; without a model rollouts have it again.
@@ -313,7 +319,7 @@ impl Rollouts {
             .wishes
             .wish(standing.id, release, terms, pinned, pinned);
         let changes = Changes {
-            wishes: row.into_iter().collect(),
+            wishes: row.into_iter().map(|row| (row.device, row)).collect(),
             ..Changes::default()
         };
         let outputs = self.gather(&mut state, false);
@@ -323,8 +329,8 @@ impl Rollouts {
     /// The rollouts that count, newest first.
     pub(crate) async fn list(&self) -> Vec<RolloutView> {
         let state = self.state.lock().await;
-        let ids: Vec<u64> = state.live.keys().rev().copied().collect();
-        ids.into_iter().filter_map(|id| view(&state, id)).collect()
+        let newest = state.live.values().rev();
+        newest.map(|live| view(live, false)).collect()
     }
 
     /// One rollout, and what happened to it.
@@ -332,12 +338,16 @@ impl Rollouts {
         &self,
         id: u64,
     ) -> Result<(RolloutView, Vec<(i64, String)>), RolloutError> {
-        let view = {
+        let live = {
             let state = self.state.lock().await;
-            match view(&state, id) {
-                Some(view) => view,
-                None if (1..=state.next).contains(&id) => return Err(RolloutError::Ended(id)),
-                None => return Err(RolloutError::Unknown(id)),
+            state.live.get(&id).map(|live| view(live, false))
+        };
+        let view = match live {
+            Some(view) => view,
+            None => {
+                let row = self.records.rollout_row(id.cast_signed()).await?;
+                let past = row.and_then(|row| Live::of_row(&row));
+                view(&past.ok_or(RolloutError::Unknown(id))?, true)
             }
         };
         Ok((view, self.records.rollout_events(id.cast_signed()).await?))
@@ -375,7 +385,7 @@ impl Rollouts {
         }
         let outputs = self.gather(&mut state, save);
         let idle = outputs.iter().all(|(_, outputs)| outputs.is_empty());
-        if idle && !save {
+        if idle && !save && state.unsaved.is_empty() {
             return Ok(());
         }
         self.carry_out(&mut state, Changes::default(), outputs)
@@ -463,9 +473,8 @@ impl Rollouts {
                         }
                         // The way back leads to something older.
                         let force = force || release.as_ref() != Some(&target);
-                        changes
-                            .wishes
-                            .extend(state.wishes.wish(device, release, terms, force, false));
+                        let row = state.wishes.wish(device, release, terms, force, false);
+                        changes.wishes.extend(row.map(|row| (row.device, row)));
                     }
                     Output::Changed { status, stage } => {
                         let what = told(&status, stage, |device| self.registry.called(device));
@@ -475,24 +484,27 @@ impl Rollouts {
                 }
             }
         }
-        let dirty = state.live.values_mut().filter(|live| live.dirty);
-        for live in dirty {
-            changes.rollouts.push(live.row(false));
-            live.dirty = false;
-        }
-        let nothing = changes.rollouts.is_empty() && changes.wishes.is_empty();
-        if nothing && changes.events.is_empty() {
+        state.unsaved.add(changes);
+        let dirty = state.live.values().filter(|live| live.dirty);
+        let rows: Vec<RolloutRow> = dirty.map(|live| live.row(false)).collect();
+        if rows.is_empty() && state.unsaved.is_empty() {
             return Ok(());
         }
-        self.records.save_delivery(&changes).await?;
-        for row in changes.wishes {
+        self.records.save_delivery(&rows, &state.unsaved).await?;
+        for live in state.live.values_mut() {
+            live.dirty = false;
+        }
+        let saved = std::mem::take(&mut state.unsaved);
+        for row in saved.wishes.into_values() {
             self.say(row.device, row.message.into_bytes()).await;
         }
         Ok(())
     }
 
     async fn say_all(&self, state: &MutexGuard<'_, State>) {
-        for (device, desired) in state.wishes.all() {
+        let unsaved = &state.unsaved.wishes;
+        let saved = |(device, _): &(i64, _)| !unsaved.contains_key(device);
+        for (device, desired) in state.wishes.all().filter(saved) {
             if let Ok(message) = desired.encode() {
                 self.say(device, message).await;
             }
@@ -542,13 +554,13 @@ fn told(status: &Status, stage: usize, called: impl Fn(i64) -> String) -> String
     }
 }
 
-fn view(state: &State, id: u64) -> Option<RolloutView> {
-    let live = state.live.get(&id)?;
+fn view(live: &Live, ended: bool) -> RolloutView {
     let (rollout, count) = (&live.rollout, live.rollout.count());
     let status = rollout.status();
     let still = matches!(status, Status::Paused(_) | Status::Aborted(_));
-    Some(RolloutView {
-        id,
+    RolloutView {
+        id: live.id,
+        ended,
         model: rollout.target().to_string(),
         digest: rollout.target().digest.to_string(),
         group: live.settings.group.clone(),
@@ -573,7 +585,7 @@ fn view(state: &State, id: u64) -> Option<RolloutView> {
         failed: count.failed,
         author: live.settings.author.clone(),
         created_ms: live.created_ms,
-    })
+    }
 }
 
 impl Standing {

@@ -1,5 +1,7 @@
 //! The SQL of releases, rollouts and wishes.
 
+use std::collections::HashMap;
+
 use super::ReleaseRow;
 use crate::{
     clock,
@@ -24,13 +26,27 @@ pub(super) struct WishRow {
     pub(super) pinned: bool,
 }
 
-/// What one step changes, written together.
+/// What steps have changed, beside the rollouts that go on.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Changes {
-    pub(super) rollouts: Vec<RolloutRow>,
-    pub(super) wishes: Vec<WishRow>,
+    /// Rollouts that have ended.
+    pub(super) ended: Vec<RolloutRow>,
+    /// The newest wish for each device.
+    pub(super) wishes: HashMap<i64, WishRow>,
     /// Rollout, and what happened to it.
     pub(super) events: Vec<(i64, String)>,
+}
+
+impl Changes {
+    pub(super) fn is_empty(&self) -> bool {
+        self.ended.is_empty() && self.wishes.is_empty() && self.events.is_empty()
+    }
+
+    pub(super) fn add(&mut self, later: Self) {
+        self.ended.extend(later.ended);
+        self.wishes.extend(later.wishes);
+        self.events.extend(later.events);
+    }
 }
 
 impl Records {
@@ -109,6 +125,14 @@ impl Records {
             .map_err(RecordError::sql("read the rollouts"))
     }
 
+    pub(super) async fn rollout_row(&self, id: i64) -> Result<Option<RolloutRow>, RecordError> {
+        sqlx::query_as("SELECT id, settings, state, ended, created_ms FROM rollouts WHERE id = ?")
+            .bind(id)
+            .fetch_optional(self.readers())
+            .await
+            .map_err(RecordError::sql("read a rollout"))
+    }
+
     pub(super) async fn wish_rows(&self) -> Result<Vec<WishRow>, RecordError> {
         sqlx::query_as("SELECT device, message, pinned FROM wishes")
             .fetch_all(self.readers())
@@ -131,11 +155,16 @@ impl Records {
         .map_err(RecordError::sql("read what happened to a rollout"))
     }
 
-    pub(super) async fn save_delivery(&self, changes: &Changes) -> Result<(), RecordError> {
+    /// Writes down together how `rollouts` stand and what changed.
+    pub(super) async fn save_delivery(
+        &self,
+        rollouts: &[RolloutRow],
+        changes: &Changes,
+    ) -> Result<(), RecordError> {
         const WHAT: &str = "record a step of the rollouts";
         let mut writer = self.writer().await;
         let mut tx = writer.begin().await?;
-        for row in &changes.rollouts {
+        for row in changes.ended.iter().chain(rollouts) {
             sqlx::query(
                 "INSERT INTO rollouts (id, settings, state, ended, created_ms) VALUES (?, ?, ?, ?, ?)
                  ON CONFLICT (id) DO UPDATE SET state = excluded.state, ended = excluded.ended",
@@ -149,7 +178,7 @@ impl Records {
             .await
             .map_err(RecordError::sql(WHAT))?;
         }
-        for row in &changes.wishes {
+        for row in changes.wishes.values() {
             sqlx::query(
                 "INSERT INTO wishes (device, message, pinned) VALUES (?, ?, ?)
                  ON CONFLICT (device) DO UPDATE SET message = excluded.message, pinned = excluded.pinned",

@@ -182,8 +182,12 @@ impl Ingest {
                 self.registry.update(id, set)
             }
             Kind::Model => {
-                let model = ModelInfo::decode(payload)?;
-                let set = |d: &mut Device| d.model.replace(model.clone()).as_ref() != Some(&model);
+                // Empty: none is left in memory.
+                let model = match payload.is_empty() {
+                    true => None,
+                    false => Some(ModelInfo::decode(payload)?),
+                };
+                let set = |d: &mut Device| std::mem::replace(&mut d.model, model.clone()) != model;
                 self.registry.update(id, set)
             }
             Kind::State => {
