@@ -10,7 +10,6 @@ use mesh_core::MAX_SAMPLE_IMAGE_BYTES;
 use object_store::{
     ObjectStore, ObjectStoreExt, PutPayload, local::LocalFileSystem, path::Path as Key,
 };
-use sha2::{Digest, Sha256};
 use tokio::sync::{RwLock, RwLockReadGuard, Semaphore};
 
 /// Images that are decoded at a time: each may take 150 MB.
@@ -85,16 +84,7 @@ pub(crate) fn kind_of(bytes: &[u8]) -> Option<(&'static str, &'static str)> {
 /// SHA-256 in lower-case hex.
 #[must_use]
 pub fn digest(bytes: &[u8]) -> String {
-    hex(&Sha256::digest(bytes))
-}
-
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        // Writing to a string does not fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+    models::digest_of(bytes).to_string()
 }
 
 /// Looks at an image as the store takes it: size, digest where one was announced, format, every pixel.

@@ -17,39 +17,12 @@ use common::*;
 use mesh_core::{Bad, Desired, Failure, Phase, Reason, Release, Reported, VERSION};
 use serde_json::{Value, json};
 use sqlx::Connection as _;
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-    time::{sleep, timeout},
-};
+use tokio::time::{sleep, timeout};
 
-const PATIENCE: Duration = Duration::from_secs(120);
-
-async fn send(http: SocketAddr, line: &str, kind: &str, body: &[u8]) -> (u16, Vec<u8>) {
-    let mut stream = TcpStream::connect(http).await.unwrap();
-    let head = format!(
-        "{line} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\ncontent-type: {kind}\r\n\r\n",
-        body.len()
-    );
-    stream.write_all(head.as_bytes()).await.unwrap();
-    let _ = stream.write_all(body).await;
-    let mut answer = Vec::new();
-    let _ = timeout(PATIENCE, stream.read_to_end(&mut answer))
-        .await
-        .unwrap();
-    let end = answer.windows(4).position(|w| w == b"\r\n\r\n").unwrap();
-    let status = String::from_utf8_lossy(&answer[9..12]).parse().unwrap();
-    (status, answer.split_off(end + 4))
-}
-
-async fn say(http: SocketAddr, line: &str, body: Value) -> (u16, Value) {
-    let (status, said) = send(http, line, "application/json", body.to_string().as_bytes()).await;
-    (status, serde_json::from_slice(&said).unwrap_or(Value::Null))
-}
-
-async fn ask(http: SocketAddr, path: &str) -> (u16, Value) {
-    let (status, said) = send(http, &format!("GET {path}"), "text/plain", b"").await;
-    (status, serde_json::from_slice(&said).unwrap_or(Value::Null))
+/// The bytes at a path.
+async fn fetch(http: SocketAddr, path: &str) -> (u16, Vec<u8>) {
+    let (status, _, body) = send(http, &format!("GET {path}"), "", b"").await;
+    (status, body)
 }
 
 fn bundle() -> std::path::PathBuf {
@@ -168,9 +141,9 @@ impl Played {
 }
 
 async fn until(http: SocketAddr, id: &Value, what: impl Fn(&Value) -> bool) -> Value {
-    let end = tokio::time::Instant::now() + PATIENCE;
+    let end = tokio::time::Instant::now() + WORK;
     loop {
-        let (_, rollout) = ask(http, &format!("/api/v1/rollouts/{id}")).await;
+        let (_, rollout) = get(http, &format!("/api/v1/rollouts/{id}")).await;
         if what(&rollout) {
             return rollout;
         }
@@ -186,7 +159,7 @@ async fn a_model_comes_to_the_devices_and_back() {
     let (http, broker) = (handle.http, handle.mqtt.unwrap());
 
     // What was given is published, and what was signed is served.
-    let (_, releases) = ask(http, "/api/v1/releases").await;
+    let (_, releases) = get(http, "/api/v1/releases").await;
     let row = &releases[0];
     assert_eq!(
         (&row["name"], &row["version"]),
@@ -198,13 +171,7 @@ async fn a_model_comes_to_the_devices_and_back() {
         version: "1.1.0".into(),
         digest: row["digest"].as_str().unwrap().parse().unwrap(),
     };
-    let (status, root) = send(
-        http,
-        "GET /api/v1/tuf/metadata/1.root.json",
-        "text/plain",
-        b"",
-    )
-    .await;
+    let (status, root) = fetch(http, "/api/v1/tuf/metadata/1.root.json").await;
     assert_eq!(
         (status, root),
         (200, std::fs::read(dir.path().join("root.json")).unwrap())
@@ -213,7 +180,7 @@ async fn a_model_comes_to_the_devices_and_back() {
         "/api/v1/tuf/targets/{}.models/conveyor/1.1.0.json",
         factory.digest
     );
-    let (status, document) = send(http, &format!("GET {target}"), "text/plain", b"").await;
+    let (status, document) = fetch(http, &target).await;
     assert_eq!(
         (status, models::digest_of(&document)),
         (200, factory.digest)
@@ -225,13 +192,7 @@ async fn a_model_comes_to_the_devices_and_back() {
         .find(|f| f.path == "model.onnx")
         .unwrap()
         .chunks[0];
-    let (status, bytes) = send(
-        http,
-        &format!("GET /api/v1/chunks/{piece}"),
-        "text/plain",
-        b"",
-    )
-    .await;
+    let (status, bytes) = fetch(http, &format!("/api/v1/chunks/{piece}")).await;
     assert_eq!((status, models::digest_of(&bytes)), (200, piece));
     for nothing in [
         "/api/v1/chunks/xyz",
@@ -239,13 +200,14 @@ async fn a_model_comes_to_the_devices_and_back() {
         "/api/v1/tuf/metadata/..%2f..%2fkeys",
         "/api/v1/tuf/metadata/nothing.json",
     ] {
-        assert!(matches!(ask(http, nothing).await.0, 400 | 404), "{nothing}");
+        assert!(matches!(get(http, nothing).await.0, 400 | 404), "{nothing}");
     }
 
     // A bundle that is brought is tried first.
     let brought = |change: Vec<u8>| async move {
-        let (status, said) = send(http, "POST /api/v1/catalog", "application/x-tar", &change).await;
-        (status, String::from_utf8_lossy(&said).into_owned())
+        let (status, said) =
+            bring(http, "POST /api/v1/catalog", "application/x-tar", &change).await;
+        (status, said.to_string())
     };
     let wrong = tar(|m| version("1.2.0")(m).replacen("label = \"ok\"", "label = \"hole\"", 1));
     let (status, said) = brought(wrong).await;
@@ -271,8 +233,8 @@ async fn a_model_comes_to_the_devices_and_back() {
     let blank = Played::start(broker, "d5", &factory).await;
     let none = topic("d5", "_", "model");
     blank.client.publish_as(&none, Vec::new(), true).await;
-    let known = tokio::time::Instant::now() + PATIENCE;
-    while ask(http, "/api/v1/devices").await.1["items"]
+    let known = tokio::time::Instant::now() + WORK;
+    while get(http, "/api/v1/devices").await.1["items"]
         .as_array()
         .unwrap()
         .iter()
@@ -283,8 +245,8 @@ async fn a_model_comes_to_the_devices_and_back() {
         assert!(tokio::time::Instant::now() < known);
         sleep(Duration::from_millis(50)).await;
     }
-    while !ask(http, "/api/v1/devices/demo/d5").await.1["model"].is_null()
-        || ask(http, "/api/v1/devices/demo/d4").await.1["model"].is_null()
+    while !get(http, "/api/v1/devices/demo/d5").await.1["model"].is_null()
+        || get(http, "/api/v1/devices/demo/d4").await.1["model"].is_null()
     {
         assert!(tokio::time::Instant::now() < known);
         sleep(Duration::from_millis(50)).await;
@@ -362,7 +324,7 @@ async fn a_model_comes_to_the_devices_and_back() {
     )
     .await;
     assert_eq!(status, 409);
-    let past = ask(http, &format!("/api/v1/rollouts/{}", done["id"]))
+    let past = get(http, &format!("/api/v1/rollouts/{}", done["id"]))
         .await
         .1;
     assert_eq!(
@@ -396,13 +358,13 @@ async fn a_model_comes_to_the_devices_and_back() {
     assert_eq!(devices[1].wished().await.version, "1.2.0");
 
     // The coordinator ends and comes back: it has changed its mind about nothing.
-    let before = ask(http, "/api/v1/rollouts").await.1;
+    let before = get(http, "/api/v1/rollouts").await.1;
     let wishes: Vec<_> = devices.iter().map(|d| d.wish.clone()).collect();
     handle.stop().await;
     drop((devices, strip, blank));
     let handle = Coordinator::start(config_with(dir.path())).await.unwrap();
     let (http, broker) = (handle.http, handle.mqtt.unwrap());
-    let after = ask(http, "/api/v1/rollouts").await.1;
+    let after = get(http, "/api/v1/rollouts").await.1;
     for field in ["id", "model", "status", "exposed", "failed"] {
         assert_eq!(before[0][field], after[0][field], "{before} {after}");
     }

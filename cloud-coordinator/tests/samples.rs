@@ -15,58 +15,6 @@ use std::net::SocketAddr;
 use cloud_coordinator::objects::{ObjectError, digest};
 use common::*;
 use serde_json::{Value, json};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-    time::timeout,
-};
-
-/// Sends a request; status, headers in lower case, body.
-async fn send(http: SocketAddr, line: &str, headers: &str, body: &[u8]) -> (u16, String, Vec<u8>) {
-    let mut stream = TcpStream::connect(http).await.unwrap();
-    let head = format!(
-        "{line} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n{headers}\r\n",
-        body.len()
-    );
-    stream.write_all(head.as_bytes()).await.unwrap();
-    // A body that is too long is not read.
-    let _ = stream.write_all(body).await;
-    let mut answer = Vec::new();
-    let _ = timeout(PATIENCE, stream.read_to_end(&mut answer))
-        .await
-        .unwrap();
-    let at = answer.windows(4).position(|w| w == b"\r\n\r\n").unwrap();
-    let head = String::from_utf8(answer[..at].to_vec()).unwrap();
-    let mut body = answer[at + 4..].to_vec();
-    if head.to_lowercase().contains("transfer-encoding: chunked") {
-        body = unchunked(&body);
-    }
-    (head[9..12].parse().unwrap(), head.to_lowercase(), body)
-}
-
-fn unchunked(mut rest: &[u8]) -> Vec<u8> {
-    let mut body = Vec::new();
-    loop {
-        let at = rest.windows(2).position(|w| w == b"\r\n").unwrap();
-        let size = usize::from_str_radix(std::str::from_utf8(&rest[..at]).unwrap(), 16).unwrap();
-        if size == 0 {
-            return body;
-        }
-        body.extend_from_slice(&rest[at + 2..at + 2 + size]);
-        rest = &rest[at + 4 + size..];
-    }
-}
-
-async fn say(http: SocketAddr, line: &str, body: Value) -> (u16, Value) {
-    let kind = "content-type: application/json\r\n";
-    let (status, _, body) = send(http, line, kind, body.to_string().as_bytes()).await;
-    (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
-}
-
-async fn ask(http: SocketAddr, line: &str) -> (u16, Value) {
-    let (status, _, body) = send(http, line, "", b"").await;
-    (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
-}
 
 fn checksum(kind_and_data: &[u8]) -> u32 {
     let mut crc = u32::MAX;

@@ -15,40 +15,10 @@ use std::{io::Cursor, net::SocketAddr, path::Path, time::Duration};
 use cloud_coordinator::{Config, Coordinator, Handle};
 use common::*;
 use serde_json::{Value, json};
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-    time::{sleep, timeout},
-};
+use tokio::time::{sleep, timeout};
 
 /// A training of a few images, on a machine that compiles at the same time.
 const TRAINED: Duration = Duration::from_secs(120);
-
-async fn send(http: SocketAddr, line: &str, kind: &str, body: &[u8]) -> (u16, Value) {
-    let mut stream = TcpStream::connect(http).await.unwrap();
-    let head = format!(
-        "{line} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\ncontent-type: {kind}\r\n\r\n",
-        body.len()
-    );
-    stream.write_all(head.as_bytes()).await.unwrap();
-    let _ = stream.write_all(body).await;
-    let mut answer = Vec::new();
-    let _ = timeout(TRAINED, stream.read_to_end(&mut answer))
-        .await
-        .unwrap();
-    let text = String::from_utf8_lossy(&answer).into_owned();
-    let (head, body) = text.split_once("\r\n\r\n").unwrap();
-    let body = serde_json::from_str(body).unwrap_or_else(|_| Value::String(body.to_owned()));
-    (head[9..12].parse().unwrap(), body)
-}
-
-async fn say(http: SocketAddr, line: &str, body: Value) -> (u16, Value) {
-    send(http, line, "application/json", body.to_string().as_bytes()).await
-}
-
-async fn ask(http: SocketAddr, path: &str) -> (u16, Value) {
-    send(http, &format!("GET {path}"), "text/plain", b"").await
-}
 
 fn picture(class: usize, n: u32) -> Vec<u8> {
     let picture = image::RgbImage::from_fn(64, 64, |x, y| {
@@ -94,7 +64,7 @@ async fn start_with_backbone(data: &Path) -> Handle {
 
 async fn import(http: SocketAddr, tar: &[u8], holdout: bool) -> Value {
     let line = format!("POST /api/v1/tasks/lines/import?format=folder&author=me&holdout={holdout}");
-    let (status, said) = send(http, &line, "application/x-tar", tar).await;
+    let (status, said) = bring(http, &line, "application/x-tar", tar).await;
     assert_eq!(status, 200, "{said}");
     said
 }
@@ -103,7 +73,7 @@ async fn ended(http: SocketAddr, job: &Value) -> Value {
     let path = format!("/api/v1/jobs/{}", job["id"]);
     let wait = async {
         loop {
-            let (_, job) = ask(http, &path).await;
+            let (_, job) = get(http, &path).await;
             if !matches!(job["state"].as_str(), Some("queued" | "running")) {
                 return job;
             }
@@ -129,14 +99,14 @@ async fn labelled_images_become_a_model_that_serves() {
 
     let job = train(http, json!({"author": "me"})).await;
     assert_eq!(job["state"], "done", "{job}");
-    let (_, model) = ask(http, "/api/v1/catalog/lines@1.0.0").await;
+    let (_, model) = get(http, "/api/v1/catalog/lines@1.0.0").await;
     assert_eq!(
         (&model["state"], &model["parent"]),
         (&json!("accepted"), &json!("backbone@1.1.0")),
         "{model}"
     );
     assert!(model["report"]["accuracy"].as_f64() > Some(0.95), "{model}");
-    let (status, svg) = ask(http, "/api/v1/catalog/lines@1.0.0/confusion.svg").await;
+    let (status, svg) = get(http, "/api/v1/catalog/lines@1.0.0/confusion.svg").await;
     assert!(
         status == 200 && svg.as_str().unwrap().contains("<svg"),
         "{svg}"
@@ -145,15 +115,15 @@ async fn labelled_images_become_a_model_that_serves() {
     // The same again is no better, so it does not pass; and the same data and seed give the same bytes.
     let again = train(http, json!({"author": "me", "base": "backbone"})).await;
     assert_eq!(again["model"], "lines@1.1.0", "{again}");
-    let (_, second) = ask(http, "/api/v1/catalog/lines@1.1.0").await;
+    let (_, second) = get(http, "/api/v1/catalog/lines@1.1.0").await;
     assert_eq!(second["state"], "refused", "{second}");
     assert_eq!(second["sha256"], model["sha256"]);
     assert_eq!(second["dataset"], model["dataset"]);
-    let (_, current) = ask(http, "/api/v1/catalog/lines").await;
+    let (_, current) = get(http, "/api/v1/catalog/lines").await;
     assert_eq!(current["version"], "1.0.0", "the refused one is not in use");
 
     // The model as a service.
-    let (status, said) = send(
+    let (status, said) = bring(
         http,
         "POST /api/v1/models/lines:predict",
         "image/png",
@@ -165,7 +135,7 @@ async fn labelled_images_become_a_model_that_serves() {
         (200, &json!("flat")),
         "{said}"
     );
-    let (status, said) = send(
+    let (status, said) = bring(
         http,
         "POST /api/v1/features?model=lines",
         "image/png",
@@ -195,11 +165,11 @@ async fn labelled_images_become_a_model_that_serves() {
         (&b"<svg/>"[..], "image/png"),
         (b"{\"instances\": [[1.0]]}", "application/json"),
     ] {
-        let (status, said) = send(http, "POST /api/v1/models/lines:predict", kind, body).await;
+        let (status, said) = bring(http, "POST /api/v1/models/lines:predict", kind, body).await;
         assert_eq!(status, 422, "{said}");
     }
     assert_eq!(
-        send(
+        bring(
             http,
             "POST /api/v1/models/nothing:predict",
             "image/png",
@@ -213,7 +183,7 @@ async fn labelled_images_become_a_model_that_serves() {
 
     // After a restart it is all still there.
     let handle = start_with_backbone(dir.path()).await;
-    let (_, model) = ask(handle.http, "/api/v1/catalog/lines").await;
+    let (_, model) = get(handle.http, "/api/v1/catalog/lines").await;
     assert_eq!(model["version"], "1.0.0", "{model}");
     handle.stop().await;
 }
@@ -238,7 +208,7 @@ async fn what_cannot_be_learned_from_fails_with_its_reason() {
     // Without a holdout a model is made, and refused.
     let job = train(http, json!({"author": "me"})).await;
     assert_eq!(job["state"], "done", "{job}");
-    let (_, model) = ask(http, "/api/v1/catalog/lines@1.0.0").await;
+    let (_, model) = get(http, "/api/v1/catalog/lines@1.0.0").await;
     assert_eq!(
         (&model["state"], &model["report"]),
         (&json!("refused"), &Value::Null),
@@ -254,8 +224,8 @@ async fn what_cannot_be_learned_from_fails_with_its_reason() {
         let (status, said) = say(http, "POST /api/v1/tasks/lines/train", body).await;
         assert!(status == 422 || status == 400, "{status} {said}");
     }
-    assert_eq!(ask(http, "/api/v1/jobs/999").await.0, 404);
-    let (status, _) = send(http, "DELETE /api/v1/jobs/1", "text/plain", b"").await;
+    assert_eq!(get(http, "/api/v1/jobs/999").await.0, 404);
+    let (status, _) = bring(http, "DELETE /api/v1/jobs/1", "text/plain", b"").await;
     assert_eq!(status, 409, "it has ended");
     handle.stop().await;
 }
@@ -294,10 +264,10 @@ async fn an_external_trainer_is_bound_to_its_contract() {
     command("sleep 600");
     let (_, job) = say(http, "POST /api/v1/tasks/lines/train", external()).await;
     let line = format!("DELETE /api/v1/jobs/{}", job["id"]);
-    let (status, _) = send(http, &line, "text/plain", b"").await;
+    let (status, _) = bring(http, &line, "text/plain", b"").await;
     assert_eq!(status, 200);
     assert_eq!(ended(http, &job).await["state"], "cancelled");
-    let (_, models) = ask(http, "/api/v1/catalog?name=lines").await;
+    let (_, models) = get(http, "/api/v1/catalog?name=lines").await;
     assert_eq!(models, json!([]), "nothing was published");
     handle.stop().await;
 }

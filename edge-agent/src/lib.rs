@@ -15,6 +15,7 @@ mod dice;
 mod doctor;
 pub mod drift;
 pub mod gate;
+mod http;
 mod identity;
 pub mod outbox;
 mod pipeline;

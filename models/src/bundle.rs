@@ -7,10 +7,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use sha2::{Digest, Sha256};
-
 use crate::{
-    MAX_ENCODED_BYTES, MAX_MODEL_BYTES,
+    MAX_ENCODED_BYTES, MAX_MODEL_BYTES, digest_of,
     manifest::{Manifest, ManifestErrors},
     read::is_plain_path,
 };
@@ -149,7 +147,7 @@ impl Bundle {
         if bytes.len() as u64 != spec.bytes {
             return Err(differs("length", bytes.len().to_string(), &spec.bytes));
         }
-        let digest = hex(&Sha256::digest(&bytes));
+        let digest = digest_of(&bytes).to_string();
         if digest != spec.sha256 {
             return Err(differs("sha256", digest, &spec.sha256));
         }
@@ -168,14 +166,6 @@ impl Bundle {
 /// Without a leading `./`.
 fn plain(path: &str) -> &str {
     path.strip_prefix("./").unwrap_or(path)
-}
-
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 /// The real path of a file that must lie inside `dir`, symbolic links followed.

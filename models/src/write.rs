@@ -5,10 +5,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use sha2::{Digest, Sha256};
-
 use crate::{
-    bundle::{Bundle, BundleError, hex},
+    bundle::{Bundle, BundleError},
+    digest_of,
     engine::{Engine, EngineError},
     image::{ImageError, Picture},
     manifest::{GOLDEN_EMBEDDING_VALUES, Golden, Manifest, ManifestErrors},
@@ -100,7 +99,7 @@ impl Draft {
         };
         self.manifest.model.file = "model.onnx".to_owned();
         self.manifest.model.bytes = self.model.len() as u64;
-        self.manifest.model.sha256 = hex(&Sha256::digest(&self.model));
+        self.manifest.model.sha256 = digest_of(&self.model).to_string();
         put("model.onnx", &self.model)?;
         let engine = Engine::new(self.manifest.clone(), self.model)?;
         self.manifest.golden.clear();

@@ -20,6 +20,8 @@ use tokio::{
 
 /// No single step of a test takes longer, also on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+/// The same where the coordinator has to train or to try a model.
+pub const WORK: Duration = Duration::from_secs(120);
 
 pub fn config(data: &Path) -> Config {
     let mut config = Config {
@@ -291,6 +293,71 @@ pub async fn get(http: SocketAddr, path: &str) -> (u16, Value) {
         Value::String(body)
     };
     (status, body)
+}
+
+/// One exchange; status, head in lower case, body.
+pub async fn send(
+    http: SocketAddr,
+    line: &str,
+    headers: &str,
+    body: &[u8],
+) -> (u16, String, Vec<u8>) {
+    let mut stream = TcpStream::connect(http).await.unwrap();
+    let head = format!(
+        "{line} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n{headers}\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    // A body that is too long is not read.
+    let _ = stream.write_all(body).await;
+    let mut answer = Vec::new();
+    let _ = timeout(WORK, stream.read_to_end(&mut answer))
+        .await
+        .unwrap();
+    let at = answer.windows(4).position(|w| w == b"\r\n\r\n").unwrap();
+    let head = String::from_utf8(answer[..at].to_vec()).unwrap();
+    let mut body = answer[at + 4..].to_vec();
+    if head.to_lowercase().contains("transfer-encoding: chunked") {
+        body = unchunked(&body);
+    }
+    (head[9..12].parse().unwrap(), head.to_lowercase(), body)
+}
+
+fn unchunked(mut rest: &[u8]) -> Vec<u8> {
+    let mut body = Vec::new();
+    loop {
+        let at = rest.windows(2).position(|w| w == b"\r\n").unwrap();
+        let size = usize::from_str_radix(std::str::from_utf8(&rest[..at]).unwrap(), 16).unwrap();
+        if size == 0 {
+            return body;
+        }
+        body.extend_from_slice(&rest[at + 2..at + 2 + size]);
+        rest = &rest[at + 4 + size..];
+    }
+}
+
+/// Says something in JSON.
+pub async fn say(http: SocketAddr, line: &str, body: Value) -> (u16, Value) {
+    let kind = "content-type: application/json\r\n";
+    let (status, _, body) = send(http, line, kind, body.to_string().as_bytes()).await;
+    (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
+}
+
+/// A request without a body, such as `DELETE /api/v1/…`.
+pub async fn ask(http: SocketAddr, line: &str) -> (u16, Value) {
+    let (status, _, body) = send(http, line, "", b"").await;
+    (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
+}
+
+/// Sends what is no JSON; the answer as JSON, or else as text.
+pub async fn bring(http: SocketAddr, line: &str, kind: &str, body: &[u8]) -> (u16, Value) {
+    let kind = format!("content-type: {kind}\r\n");
+    let (status, _, body) = send(http, line, &kind, body).await;
+    let text = || Value::String(String::from_utf8_lossy(&body).into_owned());
+    (
+        status,
+        serde_json::from_slice(&body).unwrap_or_else(|_| text()),
+    )
 }
 
 /// The value of a metric, 0 if it is not there yet.

@@ -6,6 +6,7 @@ use mesh_core::Name;
 use serde::Deserialize;
 
 use super::{config::base_url, shelf::Key};
+use crate::http::{self, Patience};
 
 /// The largest piece of an image: the coordinator takes no larger one.
 pub(super) const MAX_PIECE: usize = 256 * 1024;
@@ -17,8 +18,6 @@ const ANSWER: Duration = Duration::from_secs(20);
 const EXCHANGE: Duration = Duration::from_secs(60);
 /// Answers are some words; what is longer is not for us.
 const MAX_ANSWER: u64 = 16 * 1024;
-/// The same for the head of an answer.
-const MAX_HEAD: usize = 16 * 1024;
 
 /// What the coordinator says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,21 +67,14 @@ impl Client {
         coordinator: &str,
         [connect, answer, exchange]: [Duration; 3],
     ) -> Result<Self, String> {
-        let config = ureq::Agent::config_builder()
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            // What the environment says about proxies is for other programs.
-            .proxy(None)
-            .user_agent(concat!("lacewing-edge-agent/", env!("CARGO_PKG_VERSION")))
-            .max_response_header_size(MAX_HEAD)
-            .timeout_connect(Some(connect))
-            .timeout_recv_response(Some(answer))
-            .timeout_recv_body(Some(answer))
-            .timeout_global(Some(exchange))
-            .build();
+        let agent = http::agent(Patience {
+            connect,
+            answer,
+            body: answer,
+            whole: Some(exchange),
+        });
         Ok(Self {
-            agent: config.into(),
+            agent,
             samples: format!("{}/api/v1/samples", base_url(coordinator)?),
         })
     }

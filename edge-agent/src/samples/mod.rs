@@ -26,7 +26,6 @@ use std::{
 };
 
 use mesh_core::{Name, Sample, SampleImage, SampleReason, VERSION, sampling::Used};
-use sha2::{Digest, Sha256};
 
 pub(crate) use config::base_url;
 pub use config::{Keep, SamplesConfig};
@@ -303,7 +302,7 @@ impl Writer {
             embedding: kept.embedding,
             file: draft.file,
             image: image.as_ref().map(|bytes| SampleImage {
-                sha256: hex(&Sha256::digest(bytes)),
+                sha256: models::digest_of(bytes).to_string(),
                 bytes: bytes.len() as u64,
             }),
         };
@@ -319,13 +318,4 @@ impl Writer {
         self.counters.samples.bytes.set(shelf.bytes());
         self.counters.samples.evicted.set(shelf.evicted());
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        // Writing to a text cannot fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }

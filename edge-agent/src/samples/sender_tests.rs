@@ -13,7 +13,6 @@ use std::{
 };
 
 use mesh_core::{Sample, SampleReason};
-use sha2::{Digest, Sha256};
 
 use super::*;
 use crate::samples::shelf::tests::sample;
@@ -241,7 +240,7 @@ fn whole(held: &Held) -> usize {
     held.samples
         .values()
         .filter(|(sample, bytes)| match &sample.image {
-            Some(image) => crate::samples::hex(&Sha256::digest(bytes)) == image.sha256,
+            Some(image) => models::digest_of(bytes).to_string() == image.sha256,
             None => bytes.is_empty(),
         })
         .count()

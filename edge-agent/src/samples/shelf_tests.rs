@@ -5,7 +5,6 @@ use super::*;
 
 /// A sample of epoch 7, with an image of so many bytes (none for 0).
 pub(in crate::samples) fn sample(seq: u64, reason: SampleReason, image: &[u8]) -> Sample {
-    use sha2::{Digest, Sha256};
     Sample {
         v: VERSION,
         device: "d1".parse().unwrap(),
@@ -23,7 +22,7 @@ pub(in crate::samples) fn sample(seq: u64, reason: SampleReason, image: &[u8]) -
         embedding: vec![0.25; 4],
         file: None,
         image: (!image.is_empty()).then(|| SampleImage {
-            sha256: crate::samples::hex(&Sha256::digest(image)),
+            sha256: models::digest_of(image).to_string(),
             bytes: image.len() as u64,
         }),
     }

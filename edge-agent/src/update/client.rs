@@ -13,7 +13,11 @@ use super::{
     registry::{Http, Source, SourceError},
     worker::Watchful,
 };
-use crate::{counters::Counters, samples::base_url};
+use crate::{
+    counters::Counters,
+    http::{self, Patience},
+    samples::base_url,
+};
 
 /// A coordinator that cannot be reached in this time is not there.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -25,8 +29,6 @@ const CHUNK: Duration = Duration::from_secs(60);
 const DELTA: Duration = Duration::from_secs(30);
 /// … as long as a line of so many bytes a second takes: on a slower one chunks, which can be resumed, are better.
 const DELTA_BYTES_PER_S: u64 = 100_000;
-/// The head of an answer.
-const MAX_HEAD: usize = 16 * 1024;
 
 /// Speaks to one coordinator.
 #[derive(Debug)]
@@ -43,20 +45,14 @@ impl Client {
             what: "update.coordinator".into(),
             why,
         })?;
-        let config = ureq::Agent::config_builder()
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            // What the environment says about proxies is for other programs.
-            .proxy(None)
-            .user_agent(concat!("lacewing-edge-agent/", env!("CARGO_PKG_VERSION")))
-            .max_response_header_size(MAX_HEAD)
-            .timeout_connect(Some(CONNECT))
-            .timeout_recv_response(Some(ANSWER))
-            .timeout_recv_body(Some(CHUNK))
-            .build();
+        let agent = http::agent(Patience {
+            connect: CONNECT,
+            answer: ANSWER,
+            body: CHUNK,
+            whole: None,
+        });
         Ok(Self {
-            agent: config.into(),
+            agent,
             api: format!("{base}/api/v1"),
             counters,
         })

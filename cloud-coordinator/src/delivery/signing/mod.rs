@@ -20,7 +20,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use aws_lc_rs::digest::{SHA256, digest};
 use tough::{
     TargetName,
     schema::{
@@ -30,7 +29,7 @@ use tough::{
 
 use current::{Current, Files, seal};
 use disk::Disk;
-use keys::{KeyRing, hex};
+use keys::KeyRing;
 
 pub use disk::{Step, StepHook};
 pub use error::SigningError;
@@ -159,7 +158,8 @@ impl Signing {
         let current = Current::load(&self.disk)?;
         let key = TargetName::new(&*target)
             .map_err(|error| SigningError::library("name the target", error))?;
-        let sha256 = digest(&SHA256, document).as_ref().to_vec();
+        let digest = models::digest_of(document);
+        let sha256 = digest.0.to_vec();
         if let Some(there) = current.targets.signed.targets.get(&key) {
             let targets_version = current.targets.signed.version.get();
             let already = there.hashes.sha256 == sha256;
@@ -172,7 +172,7 @@ impl Signing {
                 .ok_or(SigningError::Exists(target));
         }
         // The library asks for the digest before the whole name, not before its last part.
-        let file = format!("targets/{}.{target}", hex(&sha256));
+        let file = format!("targets/{digest}.{target}");
         self.disk.put(&self.disk.path(&file), document, 0o644)?;
 
         let mut targets = current.targets.signed.clone();

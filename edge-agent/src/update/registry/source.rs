@@ -12,6 +12,8 @@ use futures_util::stream;
 use tough::{Transport, TransportError, TransportErrorKind, TransportStream};
 use url::Url;
 
+use crate::http::{self, Patience};
+
 /// The largest file that is fetched whatever the metadata says: a list of some fifteen thousand releases.
 pub const MAX_FILE_BYTES: u64 = 4 * 1024 * 1024;
 /// A coordinator that cannot be reached in this time is not there.
@@ -20,8 +22,6 @@ const CONNECT: Duration = Duration::from_secs(10);
 const ANSWER: Duration = Duration::from_secs(20);
 /// One whole file: the largest over 300 kbit/s.
 const EXCHANGE: Duration = Duration::from_secs(120);
-/// The head of an answer.
-const MAX_HEAD: usize = 16 * 1024;
 
 /// Why a file was not got.
 #[derive(Debug, thiserror::Error)]
@@ -63,24 +63,14 @@ impl Http {
     /// With other times to connect, to a first answer, and for a whole file.
     #[must_use]
     pub fn patient(base: &str, [connect, answer, exchange]: [Duration; 3]) -> Self {
-        let config = ureq::Agent::config_builder()
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            // What the environment says about proxies is for other programs.
-            .proxy(None)
-            .user_agent(concat!("lacewing-edge-agent/", env!("CARGO_PKG_VERSION")))
-            .max_response_header_size(MAX_HEAD)
-            .timeout_connect(Some(connect))
-            .timeout_recv_response(Some(answer))
-            .timeout_recv_body(Some(exchange))
-            .timeout_global(Some(exchange))
-            .build();
+        let agent = http::agent(Patience {
+            connect,
+            answer,
+            body: exchange,
+            whole: Some(exchange),
+        });
         let base = base.trim_end_matches('/').to_owned();
-        Self {
-            agent: config.into(),
-            base,
-        }
+        Self { agent, base }
     }
 }
 
