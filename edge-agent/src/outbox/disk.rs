@@ -176,44 +176,85 @@ pub(super) fn file_usage(file: &File) -> io::Result<u64> {
     Ok(file.metadata()?.blocks() * STAT_BLOCK)
 }
 
-/// Sees to it that the next `need` bytes at the end of a file can be written whatever happens to the disk.
+/// What is looked at, and given back, at a time.
+const PAGE: usize = 4096;
+const ZEROS: &[u8] = &[0; 16 * PAGE];
+
+/// Where the last unit ends that was written to, of a file that is written in units of `unit` bytes and lengthened by
+/// [`lengthen`]. A unit begins with something else than 16 zeros.
+pub(super) fn units_end(file: &File, unit: u64) -> io::Result<u64> {
+    let length = file.metadata()?.len();
+    let mut head = [0; 16];
+    for begin in (0..length.div_ceil(unit)).rev().map(|at| at * unit) {
+        if length < begin + head.len() as u64 {
+            continue;
+        }
+        file.read_exact_at(&mut head, begin)?;
+        if head != [0; 16] {
+            return Ok(begin + unit);
+        }
+    }
+    Ok(0)
+}
+
+/// Where the last page ends that is not all zeros, of the last unit (a multiple of a page) that was written to.
+pub(super) fn data_end(file: &File, unit: u64) -> io::Result<u64> {
+    let units = units_end(file, unit)?;
+    let begin = units.saturating_sub(unit);
+    let mut end = file.metadata()?.len().min(units);
+    let mut piece = vec![0; ZEROS.len()];
+    while end > begin {
+        let start = begin + (end - 1 - begin) / piece.len() as u64 * piece.len() as u64;
+        let bytes = &mut piece[..(end - start) as usize];
+        file.read_exact_at(bytes, start)?;
+        let last = bytes
+            .chunks(PAGE)
+            .rposition(|page| page != &ZEROS[..page.len()]);
+        if let Some(page) = last {
+            return Ok(end.min(start + ((page + 1) * PAGE) as u64));
+        }
+        end = start;
+    }
+    Ok(end)
+}
+
+/// Sees to it that the `need` bytes after `end` can be written whatever happens to the disk.
 ///
-/// sled cannot survive a write that fails for want of space, and waits for it for ever: so the space is
-/// taken before, and `ahead` bytes more, since taking it costs a commit of the file system's journal. Where the
-/// file system cannot do that (it says so), the reserve must do.
-pub(super) fn preallocate(file: &File, need: u64, ahead: u64) -> io::Result<()> {
-    let meta = file.metadata()?;
-    if meta.blocks() * STAT_BLOCK >= meta.len() + need {
+/// sled cannot survive a write that fails for want of space, and waits for it for ever: so the space is taken before,
+/// and `ahead` bytes more. It is taken by writing zeros: making bytes durable that lie in blocks that were written before
+/// needs no commit of the file system's journal, which costs more than the bytes do.
+pub(super) fn lengthen(file: &File, end: u64, need: u64, ahead: u64) -> io::Result<()> {
+    let length = file.metadata()?.len();
+    if length >= end + need {
         return Ok(());
     }
-    match rustix::fs::fallocate(
-        file,
-        rustix::fs::FallocateFlags::KEEP_SIZE,
-        meta.len(),
-        need + ahead,
-    ) {
-        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) | Ok(()) => Ok(()),
-        Err(error) => Err(error.into()),
+    let wanted = end + need + ahead;
+    let mut at = length;
+    while at < wanted {
+        let piece = ZEROS.len().min((wanted - at) as usize);
+        if let Err(error) = file.write_all_at(&ZEROS[..piece], at) {
+            // What was got of it is of no use. Failing costs space, and is seen in the usage.
+            let _ = file.set_len(length);
+            return Err(error);
+        }
+        at += piece as u64;
     }
+    Ok(())
 }
 
-/// Gives back what [`preallocate`] took beyond the end. Failing costs space, and is seen in the usage.
-pub(super) fn release(file: &File) {
-    if let Ok(meta) = file.metadata() {
-        let _ = file.set_len(meta.len());
-    }
-}
-
-/// Cuts a file back to `length` if all that follows is filling.
-pub(super) fn trim(file: &File, length: u64) {
-    let Ok(now) = file.metadata().map(|meta| meta.len()) else {
+/// Gives back what holds nothing but zeros: the units that were never written to, and the end of the last one, as a hole.
+/// Who reads the rest finds it as it was. Failing costs space, and is seen in the usage.
+pub(super) fn release(file: &File, unit: u64) {
+    let (Ok(units), Ok(data)) = (units_end(file, unit), data_end(file, unit)) else {
         return;
     };
-    let mut tail = vec![0; usize::try_from(now.saturating_sub(length)).unwrap_or_default()];
-    let read = file.read_exact_at(&mut tail, length);
-    if read.is_ok() && tail.iter().all(|byte| Some(byte) == tail.first()) {
-        // Failing costs space, and is seen in the usage.
-        let _ = file.set_len(length.min(now));
+    let Ok(length) = file.metadata().map(|meta| meta.len().min(units)) else {
+        return;
+    };
+    let _ = file.set_len(length);
+    if length > data {
+        let hole = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+        let _ = rustix::fs::fallocate(file, hole, data, length - data);
     }
 }
 

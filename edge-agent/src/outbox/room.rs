@@ -155,10 +155,10 @@ impl Outbox {
         };
         if let Some(store) = self
             .active
-            .as_ref()
-            .and_then(|active| active.store.as_ref())
+            .as_mut()
+            .and_then(|active| active.store.as_mut())
         {
-            store.release();
+            store.full();
         }
         self.close_active();
         let sealed = Entry::Sealed {

@@ -22,11 +22,12 @@ use super::{
 /// sled's own unit of writing. A quarter of it bounds a page (see [`block::PART_BYTES`]); small, so that an
 /// outbox lives on a disk of 16 MiB.
 pub(super) const SLED_SEGMENT: usize = 256 * 1024;
+const UNIT: u64 = SLED_SEGMENT as u64;
 
 /// How much sled writes for a group of `payload` bytes, at most: the log entry, a page rewritten every ten
 /// entries and both halves of a split, measured below 5 ×; and two units where the writing position moves on.
 pub(super) const fn footprint(payload: u64) -> u64 {
-    payload * 5 + 2 * SLED_SEGMENT as u64
+    payload * 5 + 2 * UNIT
 }
 
 /// What a segment takes beside its data, at most: a snapshot of sled's page table, written when it is opened
@@ -34,7 +35,7 @@ pub(super) const fn footprint(payload: u64) -> u64 {
 const EXTRAS: u64 = 64 * 1024;
 
 /// What a full segment grows by while it is open for reading: sled fills its last unit.
-pub(super) const READING: u64 = SLED_SEGMENT as u64 + EXTRAS;
+pub(super) const READING: u64 = UNIT + EXTRAS;
 
 /// The key of the header: no reading has the number 0.
 const HEADER: Key = [0; 9];
@@ -101,8 +102,8 @@ pub(super) struct Store {
     db: Option<sled::Db>,
     file: File,
     path: PathBuf,
-    /// A full segment's length before it was opened: it gets it back.
-    length: Option<u64>,
+    /// Nothing will be appended any more.
+    full: bool,
 }
 
 impl Store {
@@ -114,7 +115,7 @@ impl Store {
         cache: u64,
     ) -> Result<Self, StoreError> {
         let store = guarded(|| Self::start(path, cache))?;
-        disk::preallocate(&store.file, SLED_SEGMENT as u64, 0)?;
+        disk::lengthen(&store.file, 0, UNIT, 0)?;
         let mut header = vec![VERSION];
         header.extend_from_slice(&epoch.to_be_bytes());
         header.extend_from_slice(&first.to_be_bytes());
@@ -136,9 +137,8 @@ impl Store {
         identity: (u64, u64),
         cache: u64,
     ) -> Result<(Self, Contents), StoreError> {
-        let length = path.join("db").metadata()?.len();
         let (mut store, contents) = Self::open(disk, path, identity, cache)?;
-        store.length = Some(length);
+        store.full = true;
         Ok((store, contents))
     }
 
@@ -186,7 +186,7 @@ impl Store {
             db: Some(db),
             file,
             path: path.to_path_buf(),
-            length: None,
+            full: false,
         })
     }
 
@@ -236,7 +236,12 @@ impl Store {
         ahead: u64,
     ) -> Result<(), StoreError> {
         let payload: u64 = values.iter().map(|(_, value)| value.len() as u64).sum();
-        disk::preallocate(&self.file, footprint(payload), ahead)?;
+        disk::lengthen(
+            &self.file,
+            disk::units_end(&self.file, UNIT)?,
+            footprint(payload) - UNIT,
+            ahead,
+        )?;
         guarded(|| {
             let db = self.db()?;
             for (key, value) in values {
@@ -311,14 +316,14 @@ impl Store {
         self.path = path;
     }
 
-    /// Gives back what was allocated for appending. Before the last close.
-    pub(super) fn release(&self) {
-        disk::release(&self.file);
+    /// Nothing will be appended any more: closing it gives back what was taken for that.
+    pub(super) fn full(&mut self) {
+        self.full = true;
     }
 
-    /// The bytes that sled has written, without what is allocated ahead.
+    /// The bytes that sled has written, without what is taken ahead.
     pub(super) fn length(&self) -> u64 {
-        self.file.metadata().map_or(0, |meta| meta.len())
+        disk::data_end(&self.file, UNIT).unwrap_or_default()
     }
 
     /// The bytes that it takes on the disk.
@@ -333,8 +338,8 @@ impl Drop for Store {
         // sled panics where it cannot sync while it closes; whatever had to be durable is.
         if catch_unwind(AssertUnwindSafe(|| drop(db))).is_err() {
             tracing::warn!(segment = %self.path.display(), "the segment did not close cleanly");
-        } else if let Some(length) = self.length {
-            disk::trim(&self.file, length);
+        } else if self.full {
+            disk::release(&self.file, UNIT);
         }
     }
 }
