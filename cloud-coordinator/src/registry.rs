@@ -175,6 +175,9 @@ pub(crate) struct View {
     /// Resident memory of the agent in bytes, as it last said.
     #[serde(skip_serializing_if = "Option::is_none")]
     rss_bytes: Option<u64>,
+    /// Bytes fetched for models since the agent started.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    update_bytes: Option<u64>,
     /// What each source's frames have come to, as far as the device said.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     drift: Vec<DriftView>,
@@ -429,6 +432,7 @@ impl Device {
                 .filter(|d| !d.is_empty()),
             backlog: self.metrics.as_ref().map(|m| m.backlog),
             rss_bytes: self.metrics.as_ref().map(|m| m.rss_bytes),
+            update_bytes: self.metrics.as_ref().map(|m| m.update_bytes),
             drift: self.drifts.values().map(DriftView::from).collect(),
             update: self.reported.as_deref().cloned(),
             stored: self.stored,

@@ -21,6 +21,7 @@ use crate::{
     agent_file::SamplesPart,
     api::Api,
     cli::{LoopArgs, shipped_bundle},
+    delivery,
     dice::Dice,
     process::{self, Program},
     site::{Camera, Plan, Site},
@@ -34,6 +35,10 @@ const HOLDOUT: usize = 5;
 const AT_ONCE: usize = 10;
 /// Frames per second of each device: what a small machine can look at.
 const FPS: f64 = 10.0;
+/// Frames per second of all devices together while the model is trained and brought to them: that needs the processor too.
+const SERVING_FPS: f64 = 40.0;
+/// … and while all they do is look.
+const LOOKING_FPS: f64 = 60.0;
 /// How long nothing may arrive before the samples are taken as complete.
 const QUIET: Duration = Duration::from_secs(15);
 /// How long the devices and a training may take.
@@ -83,7 +88,8 @@ pub(crate) async fn run(args: &LoopArgs) -> anyhow::Result<bool> {
     let mut plan = Plan::new(program.clone(), root.to_owned(), first);
     plan.agents = usize::from(args.agents);
     plan.spawn = false;
-    plan.fps = FPS;
+    plan.fps = (LOOKING_FPS / f64::from(args.agents)).min(FPS);
+    plan.updates = true;
     plan.coordinator_config = Some(config);
     plan.camera = Camera::Folder {
         path: root.join("stream"),
@@ -110,6 +116,18 @@ pub(crate) async fn run(args: &LoopArgs) -> anyhow::Result<bool> {
         device.agent.stop(Duration::from_secs(15)).await?;
     }
     println!("{seen} of {} frames arrived as samples", divided.stream);
+    // From now on they only serve, whatever happens to the models.
+    for device in &mut site.devices {
+        device.file.samples = None;
+        for source in &mut device.file.source {
+            source.repeat = true;
+            source.fps = (SERVING_FPS / f64::from(args.agents)).min(FPS);
+        }
+        device.write_config()?;
+        device.agent.start()?;
+    }
+    let first = before["version"].as_str().unwrap_or_default().to_owned();
+    delivery::all_on(&api, &mut site, &first).await?;
 
     let mut curve = vec![json!([
         per_class * divided.classes,
@@ -118,6 +136,7 @@ pub(crate) async fn run(args: &LoopArgs) -> anyhow::Result<bool> {
     let budget = args.labels.unwrap_or(20 * divided.classes);
     let mut labelled = 0;
     let mut after = before.clone();
+    let mut last_label = Instant::now();
     for round in 1..=rounds {
         let until = budget * round / rounds;
         let so_far = labelled;
@@ -125,12 +144,26 @@ pub(crate) async fn run(args: &LoopArgs) -> anyhow::Result<bool> {
         if labelled == so_far {
             break;
         }
+        last_label = Instant::now();
         after = train(&api, args, args.trainer.as_str()).await?;
         let total = per_class * divided.classes + labelled;
         println!("{total} labels: {}", told(&after));
         curve.push(json!([total, after["report"]["accuracy"]]));
     }
-    let report = json!({
+    let model = format!("{TASK}@{}", after["version"].as_str().unwrap_or_default());
+    let delivered = if after["verdict"]["pass"] == json!(true) {
+        let delivered = delivery::deliver(&api, &mut site, &model, AUTHOR, last_label).await?;
+        println!(
+            "{model} runs on {} devices {:.1} s after the last label",
+            delivered["devices"],
+            delivered["label_to_fleet_s"].as_f64().unwrap_or_default()
+        );
+        delivered
+    } else {
+        println!("{model} is not proved to be better: no device gets it");
+        Value::Null
+    };
+    let mut report = json!({
         "accuracy_before": before["report"]["accuracy"],
         "accuracy_after": after["report"]["accuracy"],
         "labels": per_class * divided.classes + labelled,
@@ -140,12 +173,18 @@ pub(crate) async fn run(args: &LoopArgs) -> anyhow::Result<bool> {
         "holdout": divided.holdout,
         "passed": after["verdict"]["pass"],
         "reasons": after["verdict"]["reasons"],
-        "model": format!("{}@{}", TASK, after["version"].as_str().unwrap_or_default()),
+        "model": model,
         "strategy": args.strategy.as_str(),
         "trainer": args.trainer.as_str(),
         "seed": args.seed,
         "curve": curve,
+        "label_to_fleet_s": null,
+        "bytes_per_device": null,
+        "stages": null,
     });
+    if let (Some(report), Value::Object(delivered)) = (report.as_object_mut(), delivered) {
+        report.extend(delivered);
+    }
     site.stop().await?;
     println!("{report:#}");
     if let Some(file) = &args.json {

@@ -7,6 +7,7 @@ mod bench;
 pub mod broker;
 pub mod chaos;
 pub mod cli;
+mod delivery;
 mod demo;
 pub mod dice;
 mod learning;

@@ -228,13 +228,14 @@ impl Releases {
         if let Some(known) = known(&path) {
             return Ok(Some(known).filter(|delta| !delta.is_empty()));
         }
-        let (Some(old), Some(new)) = (self.by_file(from).await?, self.by_file(to).await?) else {
+        let Some(new) = self.published(to).await? else {
             return Ok(None);
         };
-        // Of models that have nothing to do with each other there are too many pairs to keep.
-        if old.name != new.name {
-            return Ok(None);
-        }
+        // What devices came with need not have been published. Of models that have nothing to do with each other there are
+        // too many pairs to keep.
+        let old = self.records.file_of(&new.name, &from.to_string()).await?;
+        let Some(old) = old else { return Ok(None) };
+        let old = self.catalog.find(&old).await?;
         let Ok(_one_at_a_time) = self.making.acquire().await else {
             return Ok(None);
         };
@@ -265,7 +266,7 @@ impl Releases {
     }
 
     /// The published model whose file has this digest.
-    async fn by_file(&self, sha256: Digest) -> Result<Option<Model>, ReleaseError> {
+    async fn published(&self, sha256: Digest) -> Result<Option<Model>, ReleaseError> {
         let Some(id) = self.records.published_file(&sha256.to_string()).await? else {
             return Ok(None);
         };

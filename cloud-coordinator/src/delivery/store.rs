@@ -118,6 +118,22 @@ impl Records {
         .map_err(RecordError::sql("find a published file"))
     }
 
+    /// The model of this name whose file this is, published or not.
+    pub(super) async fn file_of(
+        &self,
+        name: &str,
+        sha256: &str,
+    ) -> Result<Option<String>, RecordError> {
+        sqlx::query_scalar(
+            "SELECT name || '@' || version FROM models WHERE name = ? AND sha256 = ? LIMIT 1",
+        )
+        .bind(name)
+        .bind(sha256)
+        .fetch_optional(self.readers())
+        .await
+        .map_err(RecordError::sql("find a file"))
+    }
+
     pub(super) async fn rollout_rows(&self) -> Result<Vec<RolloutRow>, RecordError> {
         sqlx::query_as("SELECT id, settings, state, ended, created_ms FROM rollouts ORDER BY id")
             .fetch_all(self.readers())

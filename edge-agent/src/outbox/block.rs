@@ -12,12 +12,12 @@
 //! first one begins with
 //!
 //! ```text
-//! length before compression: u32 | FNV-1a of what follows, all parts: u64
+//! length before compression: u32 | CRC-32 of what follows, all parts: u32
 //! ```
 //!
 //! A block counts only when all of its parts are there and the sum is right: that makes a group atomic.
 
-use super::{MAX_CURSOR, MAX_GROUP, MAX_GROUP_BYTES, disk::checksum};
+use super::{MAX_CURSOR, MAX_GROUP, MAX_GROUP_BYTES};
 
 /// The most bytes of a value. sled keeps up to 17 values in a page and writes pages that are larger than a
 /// quarter of its segment (64 KiB) into files of their own, which nobody would sync: 17 × 3 KiB stay below.
@@ -61,9 +61,9 @@ pub(super) fn pack(from: u64, readings: &[Vec<u8>], cursor: &[u8]) -> Vec<(Key, 
     } else {
         plain
     };
-    let mut bytes = Vec::with_capacity(12 + body.len());
+    let mut bytes = Vec::with_capacity(8 + body.len());
     bytes.extend_from_slice(&length.to_be_bytes());
-    bytes.extend_from_slice(&checksum(&body).to_be_bytes());
+    bytes.extend_from_slice(&crc32fast::hash(&body).to_be_bytes());
     bytes.extend_from_slice(&body);
     let parts = bytes.chunks(PART_BYTES - 1);
     let count = parts.len() as u8;
@@ -128,7 +128,7 @@ fn unpack(first: u64, bytes: &[u8]) -> Option<Block> {
     let (length, bytes) = bytes.split_first_chunk()?;
     let (sum, body) = bytes.split_first_chunk()?;
     let length = u32::from_be_bytes(*length) as usize;
-    if length > MAX_BLOCK || checksum(body) != u64::from_be_bytes(*sum) {
+    if length > MAX_BLOCK || crc32fast::hash(body) != u32::from_be_bytes(*sum) {
         return None;
     }
     if body.len() == length {

@@ -180,42 +180,72 @@ pub(super) fn file_usage(file: &File) -> io::Result<u64> {
 const PAGE: usize = 4096;
 const ZEROS: &[u8] = &[0; 16 * PAGE];
 
-/// Where the last unit ends that was written to, of a file that is written in units of `unit` bytes and lengthened by
-/// [`lengthen`]. A unit begins with something else than 16 zeros.
-pub(super) fn units_end(file: &File, unit: u64) -> io::Result<u64> {
-    let length = file.metadata()?.len();
-    let mut head = [0; 16];
-    for begin in (0..length.div_ceil(unit)).rev().map(|at| at * unit) {
-        if length < begin + head.len() as u64 {
-            continue;
-        }
-        file.read_exact_at(&mut head, begin)?;
-        if head != [0; 16] {
-            return Ok(begin + unit);
-        }
-    }
-    Ok(0)
+/// Where what was written ends, in a file that is written in units of one size (a multiple of a page), one after the other,
+/// and that [`lengthen`] makes longer. A unit begins with something else than 16 zeros.
+pub(super) struct Tail {
+    unit: u64,
+    /// The end of the last unit that was written to.
+    units: u64,
+    /// In that unit, the end of the last page that is not all zeros.
+    data: u64,
 }
 
-/// Where the last page ends that is not all zeros, of the last unit (a multiple of a page) that was written to.
-pub(super) fn data_end(file: &File, unit: u64) -> io::Result<u64> {
-    let units = units_end(file, unit)?;
-    let begin = units.saturating_sub(unit);
-    let mut end = file.metadata()?.len().min(units);
-    let mut piece = vec![0; ZEROS.len()];
-    while end > begin {
-        let start = begin + (end - 1 - begin) / piece.len() as u64 * piece.len() as u64;
-        let bytes = &mut piece[..(end - start) as usize];
-        file.read_exact_at(bytes, start)?;
-        let last = bytes
-            .chunks(PAGE)
-            .rposition(|page| page != &ZEROS[..page.len()]);
-        if let Some(page) = last {
-            return Ok(end.min(start + ((page + 1) * PAGE) as u64));
+impl Tail {
+    /// Looks through all of the file.
+    pub(super) fn find(file: &File, unit: u64) -> io::Result<Self> {
+        let length = file.metadata()?.len();
+        let mut tail = Self {
+            unit,
+            units: 0,
+            data: 0,
+        };
+        for end in (1..=length.div_ceil(unit)).rev().map(|at| at * unit) {
+            if begun(file, end - unit)? {
+                tail.units = end;
+                break;
+            }
         }
-        end = start;
+        tail.data = tail.units.saturating_sub(unit);
+        tail.advance(file)?;
+        Ok(tail)
     }
-    Ok(end)
+
+    /// Looks at what was written since.
+    pub(super) fn advance(&mut self, file: &File) -> io::Result<()> {
+        let before = self.units;
+        while begun(file, self.units)? {
+            self.units += self.unit;
+        }
+        if self.units > before {
+            self.data = self.units - self.unit;
+        }
+        let mut page = [0; PAGE];
+        while self.data < self.units {
+            let length = page.len().min((self.units - self.data) as usize);
+            let read = file.read_at(&mut page[..length], self.data)?;
+            if page[..read] == ZEROS[..read] {
+                break;
+            }
+            self.data += read as u64;
+        }
+        Ok(())
+    }
+
+    /// The end of the last unit that was written to.
+    pub(super) const fn units(&self) -> u64 {
+        self.units
+    }
+
+    /// The end of the data, or of the first page of it that is all zeros.
+    pub(super) const fn data(&self) -> u64 {
+        self.data
+    }
+}
+
+/// Was anything written to the unit that begins here?
+fn begun(file: &File, at: u64) -> io::Result<bool> {
+    let mut head = [0; 16];
+    Ok(file.read_at(&mut head, at)? == head.len() && head != [0; 16])
 }
 
 /// Sees to it that the `need` bytes after `end` can be written whatever happens to the disk.
@@ -245,13 +275,20 @@ pub(super) fn lengthen(file: &File, end: u64, need: u64, ahead: u64) -> io::Resu
 /// Gives back what holds nothing but zeros: the units that were never written to, and the end of the last one, as a hole.
 /// Who reads the rest finds it as it was. Failing costs space, and is seen in the usage.
 pub(super) fn release(file: &File, unit: u64) {
-    let (Ok(units), Ok(data)) = (units_end(file, unit), data_end(file, unit)) else {
+    let (Ok(tail), Ok(meta)) = (Tail::find(file, unit), file.metadata()) else {
         return;
     };
-    let Ok(length) = file.metadata().map(|meta| meta.len().min(units)) else {
-        return;
-    };
+    let length = meta.len().min(tail.units);
     let _ = file.set_len(length);
+    let mut data = length;
+    let mut page = [0; PAGE];
+    // From the end: there may be a page of zeros in the middle of the data.
+    while let Some(start) = data.checked_sub(1).map(|last| last - last % PAGE as u64)
+        && let Ok(read) = file.read_at(&mut page[..(data - start) as usize], start)
+        && page[..read] == ZEROS[..read]
+    {
+        data = start;
+    }
     if length > data {
         let hole = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
         let _ = rustix::fs::fallocate(file, hole, data, length - data);
@@ -259,7 +296,7 @@ pub(super) fn release(file: &File, unit: u64) {
 }
 
 /// The first bytes of a [`Mark`].
-const MARK_MAGIC: &[u8; 8] = b"lacemrk1";
+const MARK_MAGIC: &[u8; 8] = b"lacemrk2";
 /// Magic, epoch, last, stored, length of the cursor.
 const MARK_HEAD: usize = 8 + 8 + 8 + 8 + 4;
 
@@ -280,14 +317,14 @@ pub(super) struct Mark {
 
 impl Mark {
     pub(super) fn write(&self, file: &File) -> io::Result<()> {
-        let mut bytes = Vec::with_capacity(MARK_HEAD + self.cursor.len() + 8);
+        let mut bytes = Vec::with_capacity(MARK_HEAD + self.cursor.len() + 4);
         bytes.extend_from_slice(MARK_MAGIC);
         for number in [self.epoch, self.last, self.stored] {
             bytes.extend_from_slice(&number.to_be_bytes());
         }
         bytes.extend_from_slice(&(self.cursor.len() as u32).to_be_bytes());
         bytes.extend_from_slice(&self.cursor);
-        let sum = checksum(&bytes);
+        let sum = crc32fast::hash(&bytes);
         bytes.extend_from_slice(&sum.to_be_bytes());
         file.write_all_at(&bytes, 0)
     }
@@ -299,8 +336,8 @@ impl Mark {
         let number = |at: usize| Some(u64::from_be_bytes(head.get(at..at + 8)?.try_into().ok()?));
         let length = u32::from_be_bytes(head.get(32..36)?.try_into().ok()?) as usize;
         let end = MARK_HEAD.checked_add(length)?;
-        let sum = bytes.get(end..end + 8)?;
-        if head.get(..8)? != MARK_MAGIC || sum != checksum(bytes.get(..end)?).to_be_bytes() {
+        let sum = bytes.get(end..end + 4)?;
+        if head.get(..8)? != MARK_MAGIC || sum != crc32fast::hash(bytes.get(..end)?).to_be_bytes() {
             return None;
         }
         Some(Self {
@@ -310,13 +347,6 @@ impl Mark {
             cursor: bytes.get(MARK_HEAD..end)?.to_vec(),
         })
     }
-}
-
-/// FNV-1a, 64 bits: against torn and flipped bits, not against people.
-pub(super) fn checksum(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, byte| {
-        (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-    })
 }
 
 #[cfg(test)]

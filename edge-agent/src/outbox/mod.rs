@@ -63,11 +63,11 @@ pub const MAX_GROUP_BYTES: usize = 256 * 1024;
 pub const MAX_CURSOR: usize = 4 * 1024;
 
 /// The most readings in a segment: what is lost with it if it is damaged, and what is read to open it.
-const SEGMENT_READINGS: u64 = 8_192;
+const SEGMENT_READINGS: u64 = 16_384;
 /// The most bytes of a segment (beyond it by one group): an eighth of the room there is, up to this.
 const SEGMENT_BYTES: u64 = 4 * 1024 * 1024;
-/// The share of a segment that is taken from the disk at a time.
-const AHEAD_SHARE: u64 = 16;
+/// The share of a segment that is taken from the disk at a time: each time the file's length has to become durable, too.
+const AHEAD_SHARE: u64 = 4;
 /// A drained outbox whose newest segment is larger than this gives that back too.
 const DRAINED_BYTES: u64 = 256 * 1024;
 /// What a new segment takes before the first group is in it.
@@ -320,12 +320,14 @@ impl Outbox {
             let payload: u64 = values.iter().map(|(_, value)| value.len() as u64).sum();
             let ahead = self.segment_bytes / AHEAD_SHARE;
             self.make_room(footprint(payload) + ahead + NEXT_SEGMENT + segment::READING)?;
-            let done = self.ready(count as u64).and_then(|()| match &self.active {
-                Some(Active {
-                    store: Some(store), ..
-                }) => store.append(&self.disk, &values, ahead),
-                _ => Err(StoreError::Io(io::Error::other("no segment is open"))),
-            });
+            let done = self
+                .ready(count as u64)
+                .and_then(|()| match &mut self.active {
+                    Some(Active {
+                        store: Some(store), ..
+                    }) => store.append(&self.disk, &values, ahead),
+                    _ => Err(StoreError::Io(io::Error::other("no segment is open"))),
+                });
             match done {
                 Ok(()) => {
                     self.next = to + 1;

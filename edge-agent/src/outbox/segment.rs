@@ -16,7 +16,7 @@ use mesh_core::RangeSet;
 
 use super::{
     block::{self, Assembler, Block, Key},
-    disk::{self, Disk},
+    disk::{self, Disk, Tail},
 };
 
 /// sled's own unit of writing. A quarter of it bounds a page (see [`block::PART_BYTES`]); small, so that an
@@ -39,7 +39,7 @@ pub(super) const READING: u64 = UNIT + EXTRAS;
 
 /// The key of the header: no reading has the number 0.
 const HEADER: Key = [0; 9];
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
 
 /// The threads of sled let go of a closed database's lock a moment later: 100 × 20 ms is far more than that.
 pub(super) const LOCK_TRIES: u32 = 100;
@@ -102,6 +102,7 @@ pub(super) struct Store {
     db: Option<sled::Db>,
     file: File,
     path: PathBuf,
+    tail: Tail,
     /// Nothing will be appended any more.
     full: bool,
 }
@@ -184,6 +185,7 @@ impl Store {
             .open(path.join("db"))?;
         Ok(Self {
             db: Some(db),
+            tail: Tail::find(&file, UNIT)?,
             file,
             path: path.to_path_buf(),
             full: false,
@@ -230,7 +232,7 @@ impl Store {
     /// They are no sled batch, which would cost a write and a wait of its own: the group is atomic by its
     /// form (see [`block`]).
     pub(super) fn append(
-        &self,
+        &mut self,
         disk: &Disk,
         values: &[(Key, Vec<u8>)],
         ahead: u64,
@@ -238,7 +240,7 @@ impl Store {
         let payload: u64 = values.iter().map(|(_, value)| value.len() as u64).sum();
         disk::lengthen(
             &self.file,
-            disk::units_end(&self.file, UNIT)?,
+            self.tail.units(),
             footprint(payload) - UNIT,
             ahead,
         )?;
@@ -250,7 +252,8 @@ impl Store {
             db.flush()?;
             Ok(())
         })?;
-        Ok(disk.sync_data(&self.file, &self.path.join("db"))?)
+        disk.sync_data(&self.file, &self.path.join("db"))?;
+        Ok(self.tail.advance(&self.file)?)
     }
 
     /// Takes out every reading above `last`: a group whose append failed half-way.
@@ -323,7 +326,7 @@ impl Store {
 
     /// The bytes that sled has written, without what is taken ahead.
     pub(super) fn length(&self) -> u64 {
-        disk::data_end(&self.file, UNIT).unwrap_or_default()
+        self.tail.data()
     }
 
     /// The bytes that it takes on the disk.

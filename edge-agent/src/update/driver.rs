@@ -352,6 +352,8 @@ impl Driver {
         };
         let actions = self.swap(run, loaded);
         self.execute(actions).await;
+        // A trial may be over before the next regular look at what the models take.
+        self.feel().await;
     }
 
     fn swap(&mut self, run: Run, loaded: Loaded) -> Vec<Action> {

@@ -218,6 +218,8 @@ impl Judge {
         ];
         match rules.into_iter().find(|(broken, _)| *broken) {
             Some((_, reason)) => Verdict::Stop(reason),
+            // It may be by chance; the next measurements tell.
+            None if self.too_large + self.too_hot > 0 => Verdict::Wait,
             None if enough => Verdict::Go,
             None => Verdict::Wait,
         }

@@ -247,9 +247,16 @@ fn heat_and_memory_count_when_they_last_and_come_from_the_trial() {
         judge.verdict(true)
     };
     assert_eq!(
-        feel(60.0, Some(200), &[300, 300, 150, 300], &[85.0, 85.0]),
+        feel(60.0, Some(200), &[300, 300, 150], &[85.0, 85.0, 70.0]),
         Verdict::Go
     );
+    for (memory, heat) in [(&[300, 150, 300][..], &[][..]), (&[], &[85.0])] {
+        assert_eq!(
+            feel(60.0, Some(200), memory, heat),
+            Verdict::Wait,
+            "not before it is known whether that was chance"
+        );
+    }
     assert_eq!(
         feel(60.0, Some(200), &[300, 300, 300], &[]),
         Verdict::Stop(Reason::Memory)

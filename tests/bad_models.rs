@@ -1,0 +1,422 @@
+//! Models that must not run: each is stopped before anybody gets it or on the first device, and every device ends on the
+//! last good one.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Output, Stdio},
+    time::Duration,
+};
+
+use fleet::{process::EXIT_WITH_STDIN, site::Site};
+use learn::{head::Head, surgery::with_head};
+use models::{Bundle, Draft};
+use serde_json::{Value, json};
+use tests::{bundle, exactly_once, plan, until, web::Web};
+
+const TIMEOUT: Duration = Duration::from_secs(60);
+const NODE: &str = env!("CARGO_BIN_EXE_node");
+/// What all devices run at first.
+const GOOD: &str = "1.1.0";
+
+/// What a bad model is made of: the one that ships, changed, with its own answers as its golden ones.
+struct Bad {
+    draft: Draft,
+}
+
+impl Bad {
+    fn like(name: &str, version: &str) -> Self {
+        let good = Bundle::open(&bundle(name)).unwrap();
+        let mut manifest = good.manifest.clone();
+        manifest.version = version.into();
+        manifest.lineage.holdout = None;
+        let golden = (1..=6)
+            .map(|n| std::fs::read(bundle("conveyor").join(format!("golden/{n}.png"))).unwrap());
+        let draft = Draft {
+            model: good.model_bytes().unwrap(),
+            manifest,
+            golden: golden.collect(),
+            card: "# Bad\n".into(),
+            holdout: Vec::new(),
+        };
+        Self { draft }
+    }
+
+    /// With another head on the same features.
+    fn head(mut self, weight: impl Fn(usize) -> f32, bias: impl Fn(usize) -> f32) -> Self {
+        let output = &mut self.draft.manifest.output;
+        let dim = output.embedding_dim;
+        let classes = output.labels.len();
+        let head = Head {
+            dim,
+            weight: (0..dim * classes).map(weight).collect(),
+            bias: (0..classes).map(bias).collect(),
+            strength: 1.0,
+            temperature: 1.0,
+            fold_loss: None,
+            iterations: 0,
+        };
+        let embedding = output.embedding.clone().unwrap();
+        let scores = output.scores.clone().unwrap();
+        self.draft.model = with_head(&self.draft.model, &embedding, &scores, &head).unwrap();
+        self
+    }
+
+    fn manifest(mut self, change: impl Fn(&mut models::Manifest)) -> Self {
+        change(&mut self.draft.manifest);
+        self
+    }
+
+    /// Made for pictures of 127×127 instead of 96×96: the largest number that takes no more bytes in the file.
+    fn larger(mut self) -> Self {
+        let (old, new) = ([10, 2, 8, 96, 10, 2, 8, 96], [10, 2, 8, 127, 10, 2, 8, 127]);
+        let model = &mut self.draft.model;
+        let at = model.windows(old.len()).position(|bytes| bytes == old);
+        let at = at.expect("the declared size of the input");
+        model[at..at + new.len()].copy_from_slice(&new);
+        self.manifest(|manifest| manifest.input.shape = [1, 3, 127, 127])
+    }
+
+    fn write(self, to: &Path) -> PathBuf {
+        let dir = to.join(&self.draft.manifest.version);
+        self.draft.write(&dir).unwrap();
+        dir
+    }
+}
+
+/// Numbers without pattern, -0.5 to 0.5, always the same.
+fn noise(n: usize) -> f32 {
+    let mixed = (n as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    ((mixed ^ (mixed >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9) >> 40) as f32 / (1 << 24) as f32
+        - 0.5
+}
+
+/// As an operator would: on the command line.
+async fn push(http: &str, dir: &Path) -> Output {
+    let mut command = tokio::process::Command::new(NODE);
+    let args = [
+        "cloud-coordinator",
+        "model",
+        "--http",
+        http,
+        "push",
+        "--author",
+        "ada",
+    ];
+    command.args(args).arg(dir);
+    command.env_remove(EXIT_WITH_STDIN).stdin(Stdio::null());
+    command.output().await.unwrap()
+}
+
+/// A site of three devices that run the good model.
+struct Scene {
+    site: Site,
+    api: Web,
+    dir: tempfile::TempDir,
+}
+
+impl Scene {
+    async fn start(agents: usize) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut plan = plan(NODE, &dir.path().join("site"));
+        plan.updates = true;
+        plan.agents = agents;
+        plan.fps = 20.0;
+        let config = dir.path().join("coordinator.toml");
+        let models = format!("[training]\nmodels = [{:?}]\n", bundle("conveyor"));
+        std::fs::write(&config, models).unwrap();
+        plan.coordinator_config = Some(config);
+        let site = Site::start(&plan).await.unwrap();
+        let api = Web::new(&format!("http://{}/api/v1", site.http()), TIMEOUT);
+        let scene = Self { site, api, dir };
+        scene.all_on(GOOD).await;
+        scene
+    }
+
+    fn http(&self) -> String {
+        self.site.http().to_string()
+    }
+
+    fn devices(&self) -> Vec<Value> {
+        self.api.get("/devices")["items"]
+            .as_array()
+            .unwrap()
+            .clone()
+    }
+
+    async fn all_on(&self, version: &str) {
+        let all = self.site.devices.len();
+        let what = format!("all devices are on {version}");
+        let done = until(&what, async || {
+            let devices = self.devices();
+            devices.len() == all
+                && devices.iter().all(|device| {
+                    device["model"]["version"] == version && device["update"]["phase"] == "settled"
+                })
+        });
+        if let Err(error) = done.await {
+            panic!("{error}: {:#?}", self.devices());
+        }
+    }
+
+    /// Pushes a model that the coordinator finds nothing wrong with, and begins to roll it out: to a third, then to all.
+    async fn roll_out(&self, bad: Bad, limits: Value, trial: Value) -> String {
+        let version = bad.draft.manifest.version.clone();
+        let pushed = push(&self.http(), &bad.write(self.dir.path())).await;
+        assert!(
+            pushed.status.success(),
+            "{}",
+            String::from_utf8_lossy(&pushed.stderr)
+        );
+        let stage = |percent: u32| json!({"percent": percent, "soak_s": 0});
+        let begun = self.api.post(
+            "/rollouts",
+            &json!({
+                "model": format!("conveyor@{version}"), "author": "ada", "limits": limits, "trial": trial,
+                "plan": {"stages": [stage(34), stage(100)]},
+            }),
+        );
+        format!("/rollouts/{}", begun["id"])
+    }
+
+    /// The rollout is aborted for one of these reasons, and nobody but one device has seen the model.
+    async fn aborted(&self, path: &str, reasons: &[&str]) {
+        let done = until("the rollout is aborted", async || {
+            let rollout = self.api.get(path);
+            assert_ne!(rollout["status"], "done", "{rollout}");
+            rollout["status"] == "aborted"
+        });
+        if let Err(error) = done.await {
+            panic!("{error}: {} {:#?}", self.api.get(path), self.devices());
+        }
+        let rollout = self.api.get(path);
+        assert_eq!(
+            (&rollout["exposed"], &rollout["failed"]),
+            (&json!(1), &json!(1)),
+            "{rollout}"
+        );
+        let story = rollout["events"].to_string();
+        assert!(
+            reasons.iter().any(|reason| story.contains(reason)),
+            "{reasons:?}: {story}"
+        );
+        self.all_on(GOOD).await;
+    }
+
+    /// The number of the device that is in one of these phases with that version.
+    async fn one_in(&self, phases: &[&str], version: &str) -> usize {
+        let mut found = None;
+        let what = format!("a device is in {phases:?}");
+        let done = until(&what, async || {
+            found = self.devices().iter().find_map(|device| {
+                let update = &device["update"];
+                let is = phases.iter().any(|phase| update["phase"] == *phase)
+                    && update["target"]["version"] == version;
+                let name = device["device"].as_str().filter(|_| is)?.to_owned();
+                self.site.devices.iter().position(|one| one.name == name)
+            });
+            found.is_some()
+        });
+        if let Err(error) = done.await {
+            panic!("{error}: {:#?}", self.devices());
+        }
+        found.unwrap()
+    }
+
+    /// All of it cost nobody a reading.
+    async fn nothing_is_lost(mut self) {
+        let seen = self
+            .site
+            .finish(Default::default(), Duration::from_secs(120))
+            .await
+            .unwrap();
+        exactly_once(&seen.total()).unwrap();
+        self.site.stop().await.unwrap();
+    }
+}
+
+/// Every rule is off.
+fn lenient() -> Value {
+    json!({
+        "latency_times": 1000.0, "disagreement": 1.0, "confidence_fall": 1.0, "collapse": 1.0, "balance": 1.0,
+        "new_labels": 1.0,
+    })
+}
+
+fn with(mut limits: Value, key: &str, value: Value) -> Value {
+    limits[key] = value;
+    limits
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_golden_pictures_show_is_refused_before_any_device_has_it() {
+    let scene = Scene::start(0).await;
+    let to = scene.dir.path();
+    let cut = Bad::like("conveyor", "2.0.1").write(to);
+    let model = std::fs::read(cut.join("model.onnx")).unwrap();
+    let broken = model[..model.len() / 2].to_vec();
+    rewrite(&cut, &broken, |text| text);
+    let shape = Bad::like("conveyor", "2.0.2").write(to);
+    rewrite(&shape, &model, |text| {
+        text.replace("shape = [1, 3, 96, 96]", "shape = [1, 3, 64, 64]")
+            .replace(
+                "shape = [\n    1,\n    3,\n    96,\n    96,\n]",
+                "shape = [1, 3, 64, 64]",
+            )
+    });
+    // The stored numbers are finite, what they make is not.
+    let nan = Bad::like("conveyor", "2.0.3").write(to);
+    let huge =
+        Bad::like("conveyor", "2.0.3").head(|n| if n % 2 == 0 { 3e38 } else { -3e38 }, |_| 0.0);
+    rewrite(&nan, &huge.draft.model, |text| text);
+    let slow =
+        Bad::like("conveyor", "2.0.4").manifest(|manifest| manifest.budget.latency_ms = 0.001);
+    let large = Bad::like("conveyor", "2.0.5").manifest(|manifest| manifest.budget.memory_mib = 1);
+    let wrong = Bad::like("conveyor", "2.0.6").write(to);
+    let other = Bad::like("conveyor", "2.0.6").head(noise, noise);
+    rewrite(&wrong, &other.draft.model, |text| text);
+    for (dir, words) in [
+        (cut, ["load", "cannot", "onnx"]),
+        (shape, ["shape", "input", "load"]),
+        (nan, ["finite", "no number", "golden"]),
+        (slow.write(to), ["ms", "slow", "latency"]),
+        (large.write(to), ["MiB", "memory", "memory"]),
+        (wrong, ["golden", "self-test", "differs"]),
+    ] {
+        let pushed = push(&scene.http(), &dir).await;
+        let said = String::from_utf8_lossy(&pushed.stderr).into_owned();
+        println!("{}: {}", dir.display(), said.trim());
+        assert!(!pushed.status.success(), "{}", dir.display());
+        assert!(words.iter().any(|word| said.contains(word)), "{said}");
+    }
+    assert_eq!(scene.api.get("/rollouts"), json!([]));
+    scene.nothing_is_lost_by_nobody().await;
+}
+
+impl Scene {
+    /// There were no devices.
+    async fn nothing_is_lost_by_nobody(mut self) {
+        self.site.stop().await.unwrap();
+    }
+}
+
+/// Puts other bytes in place of a bundle's model, and names them in its manifest.
+fn rewrite(dir: &Path, model: &[u8], change: impl Fn(String) -> String) {
+    let path = dir.join("manifest.toml");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let old = Bundle::open(dir).unwrap();
+    let (sha256, bytes) = (&old.manifest.model.sha256, old.manifest.model.bytes);
+    let text = text
+        .replace(sha256.as_str(), &models::digest_of(model).to_string())
+        .replace(
+            &format!("bytes = {bytes}"),
+            &format!("bytes = {}", model.len()),
+        );
+    std::fs::write(dir.join("model.onnx"), model).unwrap();
+    std::fs::write(path, change(text)).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_only_live_frames_show_is_stopped_on_the_first_device() {
+    let scene = Scene::start(3).await;
+    let trial = json!({"share": 1.0, "shadow_frames": 40, "watch_frames": 20, "watch_s_min": 0});
+    let strict = json!({"latency_times": 100.0});
+
+    let one_class =
+        Bad::like("conveyor", "2.1.1").head(|_| 0.0, |class| if class == 1 { 20.0 } else { 0.0 });
+    let path = scene
+        .roll_out(one_class, strict.clone(), trial.clone())
+        .await;
+    scene
+        .aborted(&path, &["collapse", "disagreement", "balance"])
+        .await;
+
+    // The right shape, and nothing that was ever learned.
+    let garbage = Bad::like("conveyor", "2.1.2").head(|n| noise(n) * 0.5, noise);
+    let path = scene.roll_out(garbage, strict.clone(), trial.clone()).await;
+    scene
+        .aborted(
+            &path,
+            &["confidence", "disagreement", "balance", "collapse"],
+        )
+        .await;
+
+    // Sure of everything in its golden pictures, and wrong about parts that are sound.
+    let swapped =
+        Bad::like("conveyor", "2.1.3").manifest(|manifest| manifest.output.labels.swap(0, 1));
+    let path = scene.roll_out(swapped, strict, trial.clone()).await;
+    scene.aborted(&path, &["disagreement", "balance"]).await;
+
+    // The same model on larger pictures takes 1.75 times as long; what it says is of no interest.
+    let slow = Bad::like("conveyor", "2.1.4").larger();
+    let limits = with(lenient(), "latency_times", json!(1.3));
+    let path = scene.roll_out(slow, limits, trial.clone()).await;
+    scene.aborted(&path, &["latency"]).await;
+
+    let limits = with(lenient(), "memory_mib", json!(16));
+    let path = scene
+        .roll_out(Bad::like("conveyor", "2.1.5").larger(), limits, trial)
+        .await;
+    scene.aborted(&path, &["memory"]).await;
+    scene.nothing_is_lost().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_crashes_its_agent_later_is_given_up() {
+    let mut scene = Scene::start(3).await;
+    let same = Bad::like("conveyor", "2.2.1");
+    // Long enough that the crashes come while it is watched.
+    let trial =
+        json!({"share": 1.0, "shadow_frames": 10, "watch_frames": 100_000, "watch_s_max": 600});
+    let path = scene.roll_out(same, lenient(), trial).await;
+    let at = scene.one_in(&["watching"], "2.2.1").await;
+    for _ in 0..20 {
+        scene.site.devices[at].agent.kill().await.unwrap();
+        scene.site.devices[at].agent.start().unwrap();
+        tokio::time::sleep(Duration::from_millis(1_500)).await;
+        if scene.api.get(&path)["status"] == "aborted" {
+            break;
+        }
+    }
+    scene.aborted(&path, &["crash"]).await;
+    scene.nothing_is_lost().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_goes_back_by_itself_while_the_coordinator_is_gone() {
+    let mut scene = Scene::start(3).await;
+    let swapped =
+        Bad::like("conveyor", "2.3.1").manifest(|manifest| manifest.output.labels.swap(0, 1));
+    // Without a shadow it takes over at once, as if it had looked good so far.
+    let trial = json!({"share": 1.0, "shadow_frames": 0, "watch_frames": 400, "watch_s_min": 0});
+    let path = scene
+        .roll_out(swapped, json!({"latency_times": 100.0}), trial)
+        .await;
+    let at = scene
+        .one_in(&["testing", "activating", "watching"], "2.3.1")
+        .await;
+    scene.site.coordinator.kill().await.unwrap();
+    let config = scene
+        .dir
+        .path()
+        .join(format!("site/d{}/agent.toml", at + 1));
+    let mut said = String::new();
+    let done = until("the device is back on its own", async || {
+        let status = tokio::process::Command::new(NODE)
+            .args(["edge-agent", "model", "status", "--config"])
+            .arg(&config)
+            .env_remove(EXIT_WITH_STDIN)
+            .stdin(Stdio::null())
+            .output()
+            .await
+            .unwrap();
+        said = String::from_utf8_lossy(&status.stdout).into_owned();
+        said.contains(GOOD) && (said.contains("disagreement") || said.contains("balance"))
+    });
+    if let Err(error) = done.await {
+        panic!("{error}: {said}");
+    }
+    scene.site.coordinator.start().unwrap();
+    scene.site.ready().await.unwrap();
+    scene.aborted(&path, &["disagreement", "balance"]).await;
+    scene.nothing_is_lost().await;
+}
