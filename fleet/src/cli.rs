@@ -180,10 +180,13 @@ pub struct BenchArgs {
     /// `kill`: how many kills.
     #[arg(long, default_value_t = 200)]
     pub kills: u64,
-    /// `kill`: with this broker only. Default: half with each.
+    /// `kill`: with this broker only. Default: half with each. `rollout`: with this broker. Default: the coordinator's own.
     #[arg(long, value_enum)]
     pub broker: Option<BrokerArg>,
-    /// `kill`: repeat the run with this seed. Default: a new one, printed.
+    /// `rollout`: how many simulated devices. Each takes a connection, and the broker lets 20,000 in.
+    #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(100..=19_000))]
+    pub devices: u32,
+    /// `kill`, `rollout`: repeat the run with this seed. Default: a new one, printed. `deliver`: other weights.
     #[arg(long)]
     pub seed: Option<u64>,
     /// Rounds in turns with the peer.
@@ -211,6 +214,7 @@ pub fn main() -> ExitCode {
             cloud_coordinator::cli::main(rest)
         }
         Some(bench::OUTBOX_LOAD) => bench::outbox_load(rest.into_iter().skip(1)),
+        Some(bench::DELTA_APPLY) => bench::delta_apply(rest.into_iter().skip(1)),
         Some(process::GUARD) => {
             process::choose_cpu();
             process::guard(rest.into_iter().skip(1))

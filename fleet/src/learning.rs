@@ -319,7 +319,8 @@ async fn import(program: &Program, site: &Site, dir: &Path, holdout: bool) -> an
     Ok(())
 }
 
-async fn ask<T: Send + 'static>(
+/// Asks the coordinator without holding up the others.
+pub(crate) async fn ask<T: Send + 'static>(
     api: &Api,
     work: impl FnOnce(Api) -> anyhow::Result<T> + Send + 'static,
 ) -> anyhow::Result<T> {

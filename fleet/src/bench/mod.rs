@@ -1,5 +1,6 @@
 //! Benchmarks: each figure beside its peer's, measured in turns in one run.
 
+mod deliver;
 mod device;
 mod figures;
 mod image;
@@ -7,16 +8,21 @@ mod ingest;
 mod kill;
 mod outbox;
 mod peer;
+mod rollout;
+mod swarm;
+mod weights;
+mod wire;
 
 use anyhow::{Context, bail};
 
 use crate::cli::BenchArgs;
 use figures::Results;
 
+pub(crate) use deliver::{DELTA_APPLY, delta_apply};
 pub(crate) use outbox::{OUTBOX_LOAD, outbox_load};
 
 /// Each benchmark and what it is about.
-const ALL: [(&str, &str); 5] = [
+const ALL: [(&str, &str); 7] = [
     (
         "outbox",
         "durable commits, space and start of the outbox, against SQLite in WAL mode",
@@ -33,6 +39,14 @@ const ALL: [(&str, &str); 5] = [
     (
         "kill",
         "SIGKILL of any part at random, under load: nothing lost, doubled or invented (--kills N)",
+    ),
+    (
+        "deliver",
+        "deltas of models: their size, and time and memory to apply one, against a copy of the file",
+    ),
+    (
+        "rollout",
+        "a bad model and a good one to 10,000 simulated devices on a real coordinator (--devices N)",
     ),
 ];
 
@@ -55,6 +69,8 @@ pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<bool> {
         "image" => image::run(args, &mut results).await?,
         "ingest" => ingest::run(args, &mut results).await?,
         "kill" => kill::run(args, &mut results).await?,
+        "deliver" => deliver::run(args, &mut results).await?,
+        "rollout" => rollout::run(args, &mut results).await?,
         other => bail!("no benchmark {other:?}; `fleet bench --list` names them"),
     }
     println!("\n{results}");
