@@ -117,7 +117,7 @@ impl Case {
         self.bare(
             like,
             &[
-                &["--labels", labels.to_str().unwrap()],
+                ["--labels", labels.to_str().unwrap()].as_slice(),
                 &["--images", self.path("samples").to_str().unwrap()],
                 more,
             ]

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{bail, ensure};
+use anyhow::{Context, bail, ensure};
 use models::{Activation, InputSpec, OutputSpec, Port, Sketch};
 
 use super::{
@@ -108,7 +108,9 @@ pub(super) fn output(
     let mut names = candidates(import, &sketch)?;
     let scored = names.len();
     names.extend(import.embedding.clone());
-    let sizes = sketch.output_sizes(input, &names)?;
+    let sizes = sketch
+        .output_sizes(input, &names)
+        .with_context(|| import.file.display().to_string())?;
     let counts: Vec<(&String, usize)> = names
         .iter()
         .zip(&sizes)
