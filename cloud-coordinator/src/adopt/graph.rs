@@ -82,7 +82,7 @@ fn candidates(import: &ModelImport, sketch: &Sketch) -> anyhow::Result<Vec<Strin
     let wanted = |port: &&Port| import.scores.as_ref().is_none_or(|name| &port.name == name);
     let is_embedding = |port: &&Port| Some(&port.name) == import.embedding.as_ref();
     let outputs: Vec<&Port> = sketch.outputs.iter().filter(wanted).collect();
-    let flat = |port: &&&Port| may_be_flat(port) && !is_embedding(*port);
+    let flat = |port: &&&Port| may_be_flat(port) && !is_embedding(port);
     let names: Vec<String> = outputs
         .iter()
         .filter(flat)
