@@ -7,7 +7,7 @@ use mesh_core::Name;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
-    Config, Coordinator, api, config,
+    Config, Coordinator, adopt, api, config,
     config::ConfigErrors,
     exchange::{Format, in_query, send},
     keys::{self, KeysCommand},
@@ -31,7 +31,7 @@ enum Command {
     Config(ConfigCommand),
     /// Brings a folder of labelled images to a running coordinator.
     Import(Import),
-    /// Models: list them, bring one, publish one.
+    /// Models: list them, make a bundle of your own one, bring one, publish one.
     Model {
         #[command(flatten)]
         place: Where,
@@ -72,6 +72,12 @@ enum Command {
     #[command(name = models::TRY_MODEL, hide = true)]
     TryModel {
         /// The bundle's folder.
+        dir: PathBuf,
+    },
+    /// Makes a bundle of somebody's file: how `model import` reads one that it does not know.
+    #[command(name = adopt::MAKE_BUNDLE, hide = true)]
+    MakeBundle {
+        /// The folder with the request.
         dir: PathBuf,
     },
 }
@@ -191,6 +197,10 @@ fn run(command: Command) -> anyhow::Result<()> {
     match command {
         Command::TryModel { dir } => {
             models::try_here(&dir);
+            Ok(())
+        }
+        Command::MakeBundle { dir } => {
+            adopt::make_here(&dir);
             Ok(())
         }
         Command::Openapi => {

@@ -12,6 +12,7 @@
 //! tests use the same function.
 #![forbid(unsafe_code)]
 
+mod adopt;
 mod api;
 mod broker;
 pub mod cli;

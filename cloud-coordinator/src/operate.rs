@@ -14,6 +14,8 @@ use clap::{Args, Subcommand};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 
+use crate::adopt::{self, ModelImport};
+
 /// The largest answer: a list of a thousand rows.
 const ANSWER: usize = 16 << 20;
 
@@ -52,6 +54,14 @@ pub(crate) struct Who {
 pub(crate) enum ModelCommand {
     /// Lists the models and what became of them.
     List,
+    /// Makes a bundle of your own ONNX file, with golden pictures out of your samples.
+    ///
+    /// What the file says (input, sizes, output) is read from it; how pictures are prepared follows from where it was
+    /// trained (--like). It prints what the model says about your samples: if that is wrong, the labels are in another
+    /// order, or --scale or --resize is not that of the training. Nothing is sent without --push.
+    ///
+    /// Example: cloud-coordinator model import best.onnx --name cups --labels labels.txt --like torchvision --images samples
+    Import(Box<ModelImport>),
     /// Takes in a bundle from a folder, after it was tried, and publishes it.
     ///
     /// Example: cloud-coordinator model push models/bundles/steel
@@ -220,6 +230,30 @@ fn each(value: &Value) -> impl Iterator<Item = &Value> {
     value.as_array().into_iter().flatten()
 }
 
+/// Brings the bundle in `dir` and publishes it.
+async fn push(place: &Where, dir: &Path, author: &str) -> anyhow::Result<()> {
+    // Whoever made it should learn here what is wrong with it, not from the answer.
+    let bundle = models::Bundle::open(dir)?;
+    let document =
+        models::ReleaseDocument::of(dir, &bundle.manifest.name, &bundle.manifest.version, None)?;
+    let mut tar = tar::Builder::new(Vec::new());
+    for file in &document.files {
+        tar.append_path_with_name(dir.join(&file.path), &file.path)?;
+    }
+    let body = Body::from(tar.into_inner()?);
+    let path = "/catalog";
+    let said = place
+        .send(Method::POST, path, "application/x-tar", body)
+        .await?;
+    let model = text(&said, "model").to_owned();
+    let publication = json!({"model": model, "author": author});
+    let said = place
+        .ask(Method::POST, "/releases", Some(publication))
+        .await?;
+    println!("{model} is published as {}", text(&said, "digest"));
+    Ok(())
+}
+
 /// Does what `model …` asks for.
 pub(crate) async fn model(place: &Where, command: ModelCommand) -> anyhow::Result<()> {
     match command {
@@ -243,31 +277,14 @@ pub(crate) async fn model(place: &Where, command: ModelCommand) -> anyhow::Resul
                 );
             }
         }
-        ModelCommand::Push { dir, who } => {
-            // Whoever made it should learn here what is wrong with it, not from the answer.
-            let bundle = models::Bundle::open(&dir)?;
-            let document = models::ReleaseDocument::of(
-                &dir,
-                &bundle.manifest.name,
-                &bundle.manifest.version,
-                None,
-            )?;
-            let mut tar = tar::Builder::new(Vec::new());
-            for file in &document.files {
-                tar.append_path_with_name(dir.join(&file.path), &file.path)?;
+        ModelCommand::Import(import) => {
+            let dir = adopt::import(&import)?;
+            match &import.author {
+                Some(author) if import.push => push(place, &dir, author).await?,
+                _ => println!("next: cloud-coordinator model push {}", dir.display()),
             }
-            let body = Body::from(tar.into_inner()?);
-            let path = "/catalog";
-            let said = place
-                .send(Method::POST, path, "application/x-tar", body)
-                .await?;
-            let model = text(&said, "model").to_owned();
-            let publication = json!({"model": model, "author": who.author});
-            let said = place
-                .ask(Method::POST, "/releases", Some(publication))
-                .await?;
-            println!("{model} is published as {}", text(&said, "digest"));
         }
+        ModelCommand::Push { dir, who } => push(place, &dir, &who.author).await?,
         ModelCommand::Publish { model, who } => {
             let publication = json!({"model": model, "author": who.author});
             let said = place

@@ -100,7 +100,7 @@ impl std::fmt::Debug for Engine {
 }
 
 /// Runs `work`; a panic inside becomes an error, so that a bad model cannot take its thread along.
-fn guarded<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+pub(crate) fn guarded<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|cause| {
         let words = cause
             .downcast_ref::<String>()

@@ -6,7 +6,8 @@ use std::{
 };
 
 use image::{
-    DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage, metadata::Orientation,
+    DynamicImage, ExtendedColorType, ImageBuffer, ImageDecoder, ImageFormat, ImageReader, Limits,
+    Rgb, RgbImage, codecs::jpeg::JpegEncoder, imageops::thumbnail, metadata::Orientation,
 };
 use zune_jpeg::{
     JpegDecoder,
@@ -26,6 +27,9 @@ pub const MAX_SIDE: u32 = 16_384;
 pub const MAX_PIXELS: u64 = 50_000_000;
 /// Bytes that a decoder may ask for: the pixels of [`MAX_PIXELS`] in its own format with some room.
 const MAX_DECODER_BYTES: u64 = 256 << 20;
+
+/// Quality of what is written as JPEG, of 100: beyond it files grow and models see no difference.
+const JPEG_QUALITY: u8 = 92;
 
 /// Why bytes are not a picture.
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +75,9 @@ pub enum ImageError {
         /// The decoder's words.
         detail: String,
     },
+    /// [`Picture::to_jpeg`] failed.
+    #[error("cannot write a JPEG image: {0}")]
+    Encode(String),
     /// [`Picture::from_rgb`] with a buffer that is not width × height × 3.
     #[error("{bytes} bytes are not {width}×{height} RGB pixels")]
     WrongLength {
@@ -185,6 +192,32 @@ impl Picture {
     /// As [`Picture::read`].
     pub fn read_for(path: &Path, width: u32, height: u32) -> Result<Self, ImageError> {
         Self::decode_for(&file(path)?, width, height)
+    }
+
+    /// The picture as a JPEG file, first made smaller if a side is longer than `longest`.
+    ///
+    /// # Errors
+    /// If the encoder cannot write it.
+    pub fn to_jpeg(&self, longest: u32) -> Result<Vec<u8>, ImageError> {
+        let mut bytes = Vec::new();
+        let mut encode = |rgb: &[u8], width, height| {
+            JpegEncoder::new_with_quality(&mut bytes, JPEG_QUALITY)
+                .encode(rgb, width, height, ExtendedColorType::Rgb8)
+                .map_err(|error| ImageError::Encode(error.to_string()))
+        };
+        let side = self.width.max(self.height);
+        if side <= longest {
+            encode(&self.rgb, self.width, self.height)?;
+            return Ok(bytes);
+        }
+        // Sides are at most 16384, so that this fits.
+        let scaled = |part: u32| (part * longest.min(MAX_SIDE) / side).max(1);
+        let pixels = self.rgb.as_slice();
+        let image = ImageBuffer::<Rgb<u8>, &[u8]>::from_raw(self.width, self.height, pixels)
+            .ok_or_else(|| ImageError::Encode("fewer pixels than its size says".to_owned()))?;
+        let small = thumbnail(&image, scaled(self.width), scaled(self.height));
+        encode(&small, small.width(), small.height())?;
+        Ok(bytes)
     }
 
     /// Pixels across, at least 1.

@@ -30,6 +30,7 @@ mod read;
 mod reference;
 mod release;
 mod selftest;
+mod sketch;
 mod tensor;
 mod trial;
 mod wire;
@@ -49,8 +50,11 @@ pub use outcome::{EMBEDDING, Outcome, OutcomeError, UNKNOWN};
 pub use reference::{Reference, SCORE_BINS, score_bin};
 pub use release::{MAX_RELEASE_BYTES, Parent, ReleaseDocument, ReleaseError, ReleaseFile};
 pub use selftest::{GoldenResult, SelfTest, self_test};
+pub use sketch::{Port, Sketch};
 pub use tensor::Input;
-pub use trial::{Fault, TRY_MODEL, Trial, this_program, try_bundle, try_here};
+pub use trial::{
+    Fault, TRY_MODEL, Trial, ask_process, bound_memory, this_program, try_bundle, try_here,
+};
 pub use write::{Draft, WriteError};
 
 /// The largest model file in bytes, 256 MiB: more than half of a small board's memory.

@@ -6,6 +6,7 @@ use std::collections::HashSet;
 use tract_onnx::{
     pb::{
         GraphProto, ModelProto, NodeProto, TensorProto, TensorShapeProto, TypeProto,
+        ValueInfoProto,
         tensor_proto::{DataLocation, DataType},
         tensor_shape_proto::{Dimension, dimension},
         type_proto,
@@ -13,7 +14,11 @@ use tract_onnx::{
     prelude::Framework,
 };
 
-use crate::{MAX_MODEL_BYTES, manifest::Manifest, wire};
+use crate::{
+    MAX_MODEL_BYTES,
+    manifest::{InputSpec, Manifest},
+    wire,
+};
 
 /// Newest operator set that the engine is tested against.
 const MAX_OPSET: i64 = 18;
@@ -138,7 +143,7 @@ fn tensor(tensor: &TensorProto, place: &str) -> Result<(), OnnxError> {
 }
 
 /// The sizes that a type fixes; none for what is open, nothing if there is no shape at all.
-fn sizes(kind: Option<&TypeProto>) -> Option<Vec<Option<i64>>> {
+pub(crate) fn sizes(kind: Option<&TypeProto>) -> Option<Vec<Option<i64>>> {
     let type_proto::Value::TensorType(tensor) = kind?.value.as_ref()?;
     let shape = tensor.shape.as_ref()?;
     let size = |dim: &Dimension| match dim.value {
@@ -211,17 +216,16 @@ fn wiring(graph: &GraphProto) -> Result<(), OnnxError> {
     Ok(())
 }
 
-/// The one input becomes exactly the manifest's.
-fn input(graph: &mut GraphProto, manifest: &Manifest) -> Result<(), OnnxError> {
+/// The inputs that are not stored in the file: what has to be given at each run.
+pub(crate) fn given(graph: &GraphProto) -> impl Iterator<Item = &ValueInfoProto> {
     let stored: HashSet<&str> = graph.initializer.iter().map(|t| t.name.as_str()).collect();
-    let open = |name: &str| !stored.contains(name);
-    let names: Vec<&str> = graph
-        .input
-        .iter()
-        .map(|i| i.name.as_str())
-        .filter(|n| open(n))
-        .collect();
-    let spec = &manifest.input;
+    let given = move |input: &&ValueInfoProto| !stored.contains(input.name.as_str());
+    graph.input.iter().filter(given)
+}
+
+/// The one input becomes exactly the manifest's.
+fn input(graph: &mut GraphProto, spec: &InputSpec) -> Result<(), OnnxError> {
+    let names: Vec<&str> = given(graph).map(|input| input.name.as_str()).collect();
     if names != [spec.name.as_str()] {
         return Err(OnnxError::Mismatch {
             expected: format!("one input {:?}", spec.name),
@@ -277,13 +281,11 @@ fn input(graph: &mut GraphProto, manifest: &Manifest) -> Result<(), OnnxError> {
     Ok(())
 }
 
-/// Keeps the manifest's outputs, scores first.
-fn outputs(graph: &mut GraphProto, manifest: &Manifest) -> Result<(), OnnxError> {
-    let wanted = manifest
-        .output
-        .scores
-        .iter()
-        .chain(&manifest.output.embedding);
+/// Keeps these outputs, in this order.
+fn outputs<'a>(
+    graph: &mut GraphProto,
+    wanted: impl IntoIterator<Item = &'a String>,
+) -> Result<(), OnnxError> {
     let mut kept = Vec::new();
     for name in wanted {
         match graph.output.iter().find(|output| &output.name == name) {
@@ -304,13 +306,44 @@ fn outputs(graph: &mut GraphProto, manifest: &Manifest) -> Result<(), OnnxError>
 }
 
 /// Parses an ONNX file and makes sure of everything above. The result has the manifest's input shape,
-/// only its outputs, and no hints about shapes in between.
+/// only its outputs (scores first), and no hints about shapes in between.
 pub(crate) fn read(bytes: &[u8], manifest: &Manifest) -> Result<ModelProto, OnnxError> {
+    let mut model = parse(bytes)?;
+    let output = &manifest.output;
+    let wanted = output.scores.iter().chain(&output.embedding);
+    fit(&mut model, &manifest.input, wanted)?;
+    Ok(model)
+}
+
+/// Gives a parsed model this input, these outputs, and nothing that the engine does not bear.
+pub(crate) fn fit<'a>(
+    model: &mut ModelProto,
+    spec: &InputSpec,
+    wanted: impl IntoIterator<Item = &'a String>,
+) -> Result<(), OnnxError> {
+    let Some(graph) = &mut model.graph else {
+        return Err(no_graph());
+    };
+    input(graph, spec)?;
+    outputs(graph, wanted)?;
+    // Two nodes may carry the same name, which the engine does not bear; it then goes by their outputs.
+    graph.node.iter_mut().for_each(|node| node.name.clear());
+    graph.value_info.clear();
+    graph.quantization_annotation.clear();
+    Ok(())
+}
+
+fn no_graph() -> OnnxError {
+    OnnxError::Unreadable("there is no graph in it".to_owned())
+}
+
+/// Parses an ONNX file that is bounded, self-contained and wired soundly, whatever goes in and comes out.
+pub(crate) fn parse(bytes: &[u8]) -> Result<ModelProto, OnnxError> {
     if bytes.len() as u64 > MAX_MODEL_BYTES {
         return Err(OnnxError::TooLarge(bytes.len()));
     }
     wire::check(bytes).map_err(|problem| OnnxError::Unreadable(problem.to_owned()))?;
-    let mut model = tract_onnx::onnx()
+    let model = tract_onnx::onnx()
         .proto_model_for_read(&mut &*bytes)
         .map_err(|error| OnnxError::Unreadable(format!("{error:#}")))?;
     let opset = model
@@ -318,8 +351,8 @@ pub(crate) fn read(bytes: &[u8], manifest: &Manifest) -> Result<ModelProto, Onnx
         .iter()
         .find(|set| matches!(set.domain.as_str(), "" | "ai.onnx"))
         .map_or(0, |set| set.version);
-    let Some(graph) = &mut model.graph else {
-        return Err(OnnxError::Unreadable("there is no graph in it".to_owned()));
+    let Some(graph) = &model.graph else {
+        return Err(no_graph());
     };
     if !(1..=MAX_OPSET).contains(&opset) {
         return Err(OnnxError::Opset(opset));
@@ -357,11 +390,5 @@ pub(crate) fn read(bytes: &[u8], manifest: &Manifest) -> Result<ModelProto, Onnx
         node(each, at)?;
     }
     wiring(graph)?;
-    input(graph, manifest)?;
-    outputs(graph, manifest)?;
-    // Two nodes may carry the same name, which the engine does not bear; it then goes by their outputs.
-    graph.node.iter_mut().for_each(|node| node.name.clear());
-    graph.value_info.clear();
-    graph.quantization_annotation.clear();
     Ok(model)
 }

@@ -5,7 +5,7 @@
 //! what it found as one line of JSON.
 
 use std::{
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     io::Read,
     path::Path,
     process::{Child, Command, Stdio},
@@ -14,7 +14,7 @@ use std::{
 };
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{bundle::Bundle, engine::Engine, selftest::self_test};
 
@@ -86,13 +86,27 @@ pub fn this_program(part: &str) -> std::io::Result<Vec<OsString>> {
 /// # Errors
 /// If the process cannot be started. A bad model is no error.
 pub fn try_bundle(program: &[OsString], dir: &Path, limit: Duration) -> std::io::Result<Trial> {
+    let arguments = [OsStr::new(TRY_MODEL), dir.as_os_str()];
+    let trial = ask_process(program, &arguments, limit)?;
+    Ok(trial.unwrap_or_else(|(fault, detail)| Trial::failed(fault, detail)))
+}
+
+/// Starts `program` (a file and its first arguments) with more `arguments` and reads the one line of JSON that it
+/// prints, for `limit` at most. Inside is what ended the process, if it ended without that line.
+///
+/// # Errors
+/// If the process cannot be started.
+pub fn ask_process<T: DeserializeOwned>(
+    program: &[OsString],
+    arguments: &[&OsStr],
+    limit: Duration,
+) -> std::io::Result<Result<T, (Fault, String)>> {
     let (file, first) = program
         .split_first()
         .ok_or_else(|| std::io::Error::other("no program tries models"))?;
     let mut child = Command::new(file)
         .args(first)
-        .arg(TRY_MODEL)
-        .arg(dir)
+        .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -107,19 +121,19 @@ pub fn try_bundle(program: &[OsString], dir: &Path, limit: Duration) -> std::io:
     let Ok(report) = heard.recv_timeout(limit) else {
         end(&mut child);
         let detail = format!("it took longer than {} s", limit.as_secs());
-        return Ok(Trial::failed(Fault::Crash, detail));
+        return Ok(Err((Fault::Crash, detail)));
     };
     let status = child.wait()?;
-    if let (true, Ok(trial)) = (status.success(), serde_json::from_str(report.trim())) {
-        return Ok(trial);
+    if let (true, Ok(answer)) = (status.success(), serde_json::from_str(report.trim())) {
+        return Ok(Ok(answer));
     }
     let words = complaints.recv_timeout(limit).unwrap_or_default();
     let last = words.lines().last().unwrap_or_default();
     // As Rust's allocator says it before it ends the process.
     if words.contains("memory allocation of") {
-        return Ok(Trial::failed(Fault::Memory, last));
+        return Ok(Err((Fault::Memory, last.to_owned())));
     }
-    Ok(Trial::failed(Fault::Crash, format!("{status}: {last}")))
+    Ok(Err((Fault::Crash, format!("{status}: {last}"))))
 }
 
 fn text_of(pipe: Option<impl Read>) -> String {
@@ -181,7 +195,7 @@ fn look(dir: &Path) -> Trial {
 }
 
 /// From here on an allocation beyond `bytes` more than now fails, and ends the process.
-fn bound_memory(bytes: u64) {
+pub fn bound_memory(bytes: u64) {
     let used = memory_of("VmData:").unwrap_or_default();
     let before = getrlimit(Resource::Data);
     let bound = Rlimit {

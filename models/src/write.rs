@@ -10,7 +10,7 @@ use crate::{
     digest_of,
     engine::{Engine, EngineError},
     image::{ImageError, Picture},
-    manifest::{GOLDEN_EMBEDDING_VALUES, Golden, Manifest, ManifestErrors},
+    manifest::{Budget, GOLDEN_EMBEDDING_VALUES, Golden, Manifest, ManifestErrors},
 };
 
 /// How far a score may be off on another processor: the order of additions differs, nothing else.
@@ -147,5 +147,29 @@ impl Draft {
                 .map_err(fail(parent))?;
         }
         Ok(Bundle::open(dir)?)
+    }
+}
+
+impl Bundle {
+    /// Gives the bundle another budget, also on the disk.
+    ///
+    /// # Errors
+    /// If it is no sound budget, or cannot be written.
+    pub fn set_budget(&mut self, budget: Budget) -> Result<(), WriteError> {
+        let mut manifest = self.manifest.clone();
+        manifest.budget = budget;
+        let text =
+            toml::to_string(&manifest).map_err(|error| WriteError::Manifest(error.to_string()))?;
+        let manifest = Manifest::parse(&text)?;
+        let (new, path) = (
+            self.dir().join("manifest.new"),
+            self.dir().join("manifest.toml"),
+        );
+        fs::write(&new, text)
+            .and_then(|()| fs::File::open(&new)?.sync_all())
+            .and_then(|()| fs::rename(&new, &path))
+            .map_err(|source| WriteError::Write { path, source })?;
+        self.manifest = manifest;
+        Ok(())
     }
 }
