@@ -81,6 +81,7 @@ pub struct AgentHandle {
     sample_writer: Option<JoinHandle<()>>,
     sample_sender: Option<JoinHandle<()>>,
     uplink: tokio::task::JoinHandle<()>,
+    board: BoardHandle,
     /// What follows the coordinator's settings, if anything does.
     settings: Option<tokio::task::JoinHandle<()>>,
     settings_stop: CancellationToken,
@@ -257,6 +258,7 @@ impl Agent {
         .with_samples(tray);
         let store_thread = thread("store", move || store.run(commands))?;
         let stop = CancellationToken::new();
+        let pins = board.clone();
         let uplink = Uplink::new(Start {
             config,
             identity,
@@ -289,6 +291,7 @@ impl Agent {
             sample_writer,
             sample_sender,
             uplink,
+            board: pins,
             settings,
             settings_stop,
             again,
@@ -329,6 +332,7 @@ impl AgentHandle {
         {
             tokio::time::sleep(SENDING / 50).await;
         }
+        self.board.release().await;
     }
 }
 

@@ -210,3 +210,85 @@ pub(crate) fn status(data: &Path) -> Option<String> {
         )
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use mesh_core::{VERSION, settings::Begun};
+
+    use super::*;
+
+    /// A device that is about to start with settings on trial.
+    fn device(data: &Path) -> (Home, Saved) {
+        let file = data.join("agent.toml");
+        std::fs::write(
+            &file,
+            format!("site = 's'\ndevice = 'd'\ndata = {data:?}\n"),
+        )
+        .unwrap();
+        let document = Document {
+            v: VERSION,
+            version: 1,
+            whom: Default::default(),
+            settings: serde_json::from_str(r#"{"report":{"every_s":7}}"#).unwrap(),
+        };
+        let bytes = document.encode().unwrap();
+        let settings = Settings {
+            version: 1,
+            digest: models::digest_of(&bytes),
+            trial_s: 60,
+        };
+        let saved = Saved {
+            revision: 1,
+            wished: Some(settings),
+            begun: Some(Begun {
+                settings,
+                sources: Default::default(),
+            }),
+            ..Saved::new()
+        };
+        let disk = Disk::of(data);
+        disk.keep(settings.digest, &bytes).unwrap();
+        disk.save(&saved).unwrap();
+        let home = Home::new(Layers::new(&[file], |_| None), WallClock::system());
+        (home, saved)
+    }
+
+    #[test]
+    fn a_start_is_counted_before_it_begins() {
+        let dir = tempfile::tempdir().unwrap();
+        let (home, saved) = device(dir.path());
+        let (config, life) = home.begin().unwrap();
+        assert!(life.is_trial());
+        assert_eq!(config.report.every_s, 7);
+        assert_eq!(Disk::of(dir.path()).read(), Saved { starts: 1, ..saved });
+    }
+
+    #[test]
+    fn nothing_is_tried_that_cannot_be_counted() {
+        let dir = tempfile::tempdir().unwrap();
+        let (home, saved) = device(dir.path());
+        // In the place of the file that takes the state's place.
+        std::fs::create_dir(dir.path().join("settings/state.json.new")).unwrap();
+        let (config, life) = home.begin().unwrap();
+        assert!(!life.is_trial());
+        assert_eq!(
+            config.report.every_s,
+            home.layers.read(None).unwrap().report.every_s
+        );
+        assert_eq!(Disk::of(dir.path()).read(), saved);
+    }
+
+    #[test]
+    fn a_document_that_is_lost_is_fetched_again_and_not_blamed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (home, saved) = device(dir.path());
+        Disk::of(dir.path()).retain(&[]);
+        let (_, life) = home.begin().unwrap();
+        assert!(!life.is_trial());
+        let now = Disk::of(dir.path()).read();
+        assert_eq!(
+            (now.wished, now.bad.len(), now.begun),
+            (saved.wished, 0, None)
+        );
+    }
+}

@@ -12,7 +12,7 @@ use crate::{
 
 /// The largest document: a part of a file that people write.
 pub const MAX_SETTINGS_BYTES: usize = 32 * 1024;
-/// A trial must outlast a start of the agent with a large model on a small board …
+/// Longer than the ten seconds for which new settings must hold …
 const MIN_TRIAL_S: u32 = 15;
 /// … and nobody waits longer than this for a device that has lost its way.
 const MAX_TRIAL_S: u32 = 3_600;
