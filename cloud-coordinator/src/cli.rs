@@ -11,7 +11,7 @@ use crate::{
     config::ConfigErrors,
     exchange::{Format, in_query, send},
     keys::{self, KeysCommand},
-    operate::{self, DeviceCommand, ModelCommand, RolloutCommand, Where, address},
+    operate::{self, DeviceCommand, ModelCommand, RolloutCommand, SettingsCommand, Where, address},
 };
 
 /// Takes in what devices report, keeps it, and shows it.
@@ -51,6 +51,13 @@ enum Command {
         place: Where,
         #[command(subcommand)]
         command: DeviceCommand,
+    },
+    /// Settings of devices: a part of their configuration, set from here.
+    Settings {
+        #[command(flatten)]
+        place: Where,
+        #[command(subcommand)]
+        command: SettingsCommand,
     },
     /// Who may sign models.
     Keys {
@@ -216,6 +223,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Model { place, command } => waiting(operate::model(&place, command)),
         Command::Rollout { place, command } => waiting(operate::rollout(&place, command)),
         Command::Device { place, command } => waiting(operate::device(&place, command)),
+        Command::Settings { place, command } => waiting(operate::settings(&place, command)),
         Command::Keys { data, command } => waiting(keys::run(&data, command)),
         Command::Serve(settings) => {
             let config = settings.read()?;

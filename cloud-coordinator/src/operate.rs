@@ -1,5 +1,7 @@
 //! What an operator says on the command line to a coordinator that runs.
 
+mod settings;
+
 use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -15,6 +17,7 @@ use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 
 use crate::adopt::{self, ModelImport};
+pub(crate) use settings::{SettingsCommand, settings};
 
 /// The largest answer: a list of a thousand rows.
 const ANSWER: usize = 16 << 20;
@@ -383,18 +386,23 @@ pub(crate) async fn device(place: &Where, command: DeviceCommand) -> anyhow::Res
         DeviceCommand::List => {
             let devices = place.ask(Method::GET, "/devices?limit=1000", None).await?;
             println!(
-                "{:<28} {:<8} {:<28} {:<11} failure",
-                "device", "status", "model", "update"
+                "{:<28} {:<8} {:<28} {:<11} {:<11} {:<9} failure",
+                "device", "status", "model", "update", "failure", "settings"
             );
             for device in each(&devices["items"]) {
                 let (model, update) = (&device["model"], &device["update"]);
+                let settings = &update["settings"];
                 println!(
-                    "{:<28} {:<8} {:<28} {:<11} {}",
+                    "{:<28} {:<8} {:<28} {:<11} {:<11} {:<9} {}",
                     format!("{}/{}", text(device, "site"), text(device, "device")),
                     text(device, "status"),
                     format!("{}@{}", text(model, "name"), text(model, "version")),
                     text(update, "phase"),
                     text(&update["failure"], "reason"),
+                    settings["loaded"]["version"]
+                        .as_u64()
+                        .map_or("-".into(), |version| version.to_string()),
+                    text(&settings["failure"], "reason"),
                 );
             }
             return Ok(());

@@ -181,7 +181,8 @@ pub(crate) struct View {
     /// What each source's frames have come to, as far as the device said.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     drift: Vec<DriftView>,
-    /// What it says about the model that it should run: how far it is, what failed and why, what the trial showed.
+    /// What it says about the model and the settings that it should have: how far it is, what failed and why, what the
+    /// trial showed.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
     update: Option<Reported>,
@@ -394,6 +395,7 @@ impl Device {
         Standing {
             id: self.id,
             site: self.site.clone(),
+            name: self.name.clone(),
             online: self.status == Some(Status::Online),
             board: self.info.as_ref().map(|info| info.board.clone()),
             model: match (&self.model, &self.reported) {
@@ -448,6 +450,7 @@ impl Device {
 pub(crate) struct Standing {
     pub(crate) id: i64,
     pub(crate) site: Name,
+    pub(crate) name: Name,
     pub(crate) online: bool,
     pub(crate) board: Option<String>,
     /// The name of the model that it runs, or that it is to run if it has none.
@@ -674,6 +677,15 @@ impl Registry {
             standing
         };
         self.state().devices.values_mut().map(look).collect()
+    }
+
+    /// The same, and what was reported stays fresh.
+    pub(crate) fn stands(&self) -> Vec<Standing> {
+        self.state()
+            .devices
+            .values()
+            .map(Device::standing)
+            .collect()
     }
 
     /// The same of one device, which stays fresh.

@@ -132,6 +132,7 @@ impl Played {
                 .collect(),
             progress: 0.0,
             evidence: Default::default(),
+            settings: None,
         };
         let message = reported.encode().unwrap();
         self.client

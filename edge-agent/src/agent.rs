@@ -10,7 +10,7 @@
 //! Frames that are kept to learn from leave at the store, for threads of their own: see [`crate::samples`]. Which model
 //! looks at them is the matter of [`crate::update`].
 
-use std::{ffi::OsString, sync::mpsc, thread::JoinHandle, time::Duration};
+use std::{collections::BTreeSet, ffi::OsString, sync::mpsc, thread::JoinHandle, time::Duration};
 
 use mesh_core::{Info, SampleReason, VERSION};
 use tokio::sync::watch;
@@ -26,6 +26,7 @@ use crate::{
     outbox::{Opened, Options, Outbox, OutboxError},
     pipeline::{Drifts, Pipeline},
     samples::{Samples, desk::Desk},
+    settings::{self, Life},
     store::{Cursor, Store},
     update::{StartError, Updates},
     uplink::{Start, Uplink},
@@ -80,6 +81,11 @@ pub struct AgentHandle {
     sample_writer: Option<JoinHandle<()>>,
     sample_sender: Option<JoinHandle<()>>,
     uplink: tokio::task::JoinHandle<()>,
+    board: BoardHandle,
+    /// What follows the coordinator's settings, if anything does.
+    settings: Option<tokio::task::JoinHandle<()>>,
+    settings_stop: CancellationToken,
+    again: CancellationToken,
 }
 
 /// The agent.
@@ -96,6 +102,20 @@ impl Agent {
         Self::start_with(config, clock, program).await
     }
 
+    /// The same in a life that follows the coordinator's settings; `config` is what it began with.
+    ///
+    /// # Errors
+    /// As [`Agent::start`].
+    pub async fn start_life(
+        config: Config,
+        clock: WallClock,
+        life: Life,
+    ) -> Result<AgentHandle, AgentError> {
+        let program = models::this_program("edge-agent")
+            .map_err(|error| StartError::Thread("the self-test of new models", error))?;
+        Self::start_all(config, clock, program, Some(life)).await
+    }
+
     /// The same where this program is another one than the agent's: `program` is a file and its first arguments that lead
     /// to [`models::try_here`].
     ///
@@ -105,6 +125,15 @@ impl Agent {
         config: Config,
         clock: WallClock,
         program: Vec<OsString>,
+    ) -> Result<AgentHandle, AgentError> {
+        Self::start_all(config, clock, program, None).await
+    }
+
+    async fn start_all(
+        config: Config,
+        clock: WallClock,
+        program: Vec<OsString>,
+        life: Option<Life>,
     ) -> Result<AgentHandle, AgentError> {
         let counters = Counters::default();
         std::fs::create_dir_all(&config.data).map_err(|error| AgentError::Data {
@@ -135,6 +164,18 @@ impl Agent {
         let (to_uplink, stored) = tokio::sync::mpsc::channel(STORED);
         let (to_pipeline, frames) = mpsc::sync_channel(FRAMES);
         let (see, blind) = watch::channel(Vec::new());
+        let (work, works) = watch::channel(BTreeSet::new());
+        let (link, connected) = watch::channel(false);
+        let (answer, answered) = watch::channel(None);
+        let again = CancellationToken::new();
+        let settings_ends = settings::Ends {
+            desired: ends.desired.subscribe(),
+            connected,
+            works,
+            reported: answer,
+            again: again.clone(),
+            counters: counters.clone(),
+        };
         let cameras = Cameras::start(
             cameras::Start {
                 sources: config.source.clone(),
@@ -143,6 +184,7 @@ impl Agent {
                 wanted: ends.wanted,
                 frames: to_pipeline,
                 blind: see,
+                works: work,
                 clock: clock.clone(),
                 counters: counters.clone(),
             },
@@ -216,6 +258,7 @@ impl Agent {
         .with_samples(tray);
         let store_thread = thread("store", move || store.run(commands))?;
         let stop = CancellationToken::new();
+        let pins = board.clone();
         let uplink = Uplink::new(Start {
             config,
             identity,
@@ -225,12 +268,19 @@ impl Agent {
             drifts,
             desired: ends.desired,
             reported: ends.reported,
+            settings: answered,
+            connected: link,
             marks: mark,
             board,
             counters: counters.clone(),
             wall: clock,
         });
         let uplink = tokio::spawn(uplink.run(stored, stop.clone()));
+        let settings_stop = CancellationToken::new();
+        let settings = life.map(|life| {
+            let driver = settings::Driver::new(life, settings_ends);
+            tokio::spawn(driver.run(settings_stop.clone()))
+        });
         Ok(AgentHandle {
             counters,
             stop,
@@ -241,13 +291,27 @@ impl Agent {
             sample_writer,
             sample_sender,
             uplink,
+            board: pins,
+            settings,
+            settings_stop,
+            again,
         })
     }
 }
 
 impl AgentHandle {
+    /// Waits until the agent is to stop and start anew, with other settings.
+    pub async fn wants_another_life(&self) {
+        self.again.cancelled().await;
+    }
+
     /// Stops the cameras, makes what they gave durable, sends what can be sent in a moment, and ends.
     pub async fn stop(self) {
+        // First: a start that ends in good order is no crash.
+        self.settings_stop.cancel();
+        if let Some(settings) = self.settings {
+            let _ = settings.await;
+        }
         let mut threads = self.cameras.stop().await;
         threads.push(self.pipeline);
         join(threads).await;
@@ -268,6 +332,7 @@ impl AgentHandle {
         {
             tokio::time::sleep(SENDING / 50).await;
         }
+        self.board.release().await;
     }
 }
 

@@ -1,10 +1,12 @@
 //! The sources: opened as soon as there is a model that looks, each on its own thread.
 
 use std::{
+    collections::BTreeSet,
     sync::mpsc::{Receiver, Sender, SyncSender, channel},
     thread::JoinHandle,
 };
 
+use mesh_core::Name;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -31,6 +33,8 @@ pub(crate) struct Start {
     pub(crate) frames: SyncSender<Frame>,
     /// Which sources cannot be opened, and why.
     pub(crate) blind: watch::Sender<Vec<String>>,
+    /// Which sources work.
+    pub(crate) works: watch::Sender<BTreeSet<Name>>,
     /// Stamps the frames.
     pub(crate) clock: WallClock,
     /// What is counted.
@@ -104,6 +108,7 @@ fn open(start: Start) -> Result<Running, AgentError> {
         wanted,
         frames,
         blind,
+        works,
         clock,
         counters,
     } = start;
@@ -130,6 +135,7 @@ fn open(start: Start) -> Result<Running, AgentError> {
             stop: stopped,
             clock: clock.clone(),
             counters: counters.clone(),
+            works: works.clone(),
         };
         let thread = thread(&name, move || capture::run(start))?;
         running.threads.push(thread);

@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::{ffi::OsString, path::PathBuf, process::ExitCode};
+use std::{ffi::OsString, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
@@ -11,9 +11,14 @@ use crate::{
     Agent,
     capture::scene::{Drift, SceneConfig, draw},
     clock::WallClock,
-    config::Config,
-    doctor, update,
+    config::{Config, Layers},
+    doctor,
+    settings::Home,
+    update,
 };
+
+/// An agent that does not start with settings on trial is started again after this.
+const AFTER_FAILURE: Duration = Duration::from_secs(1);
 
 /// Looks at images on a small device, and never loses a reading.
 #[derive(Debug, Parser)]
@@ -134,7 +139,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Run(configured) => run_agent(configured.load()?),
+        Command::Run(configured) => run_agent(configured.layers()),
         Command::Infer {
             bundle,
             json,
@@ -172,8 +177,12 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
 }
 
 impl Configured {
+    fn layers(&self) -> Layers {
+        Layers::new(&self.files, |name| std::env::var(name).ok())
+    }
+
     fn load(&self) -> anyhow::Result<Config> {
-        Ok(Config::load(&self.files, |name| std::env::var(name).ok())?)
+        Ok(self.layers().read(None)?)
     }
 }
 
@@ -185,19 +194,45 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
         .context("starting the runtime")
 }
 
-fn run_agent(config: Config) -> anyhow::Result<ExitCode> {
+/// Runs the agent, life after life: other settings begin a new one.
+fn run_agent(layers: Layers) -> anyhow::Result<ExitCode> {
+    let home = Home::new(layers, WallClock::system());
     log();
+    let (mut config, mut life) = home.begin()?;
     spare_memory(config.model.bundle.is_some());
     runtime()?.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
-        let agent = Agent::start(config, WallClock::system()).await?;
-        tokio::select! {
-            _ = tokio::signal::ctrl_c() => {}
-            _ = terminate.recv() => {}
+        // Kept from life to life, so that none is missed in between.
+        let mut interrupt = signal(SignalKind::interrupt()).context("listening for Ctrl-C")?;
+        loop {
+            let trial = life.is_trial();
+            let again = match Agent::start_life(config, WallClock::system(), life).await {
+                Ok(agent) => {
+                    let again = tokio::select! {
+                        _ = interrupt.recv() => false,
+                        _ = terminate.recv() => false,
+                        () = agent.wants_another_life() => true,
+                    };
+                    tracing::info!(again, "stopping");
+                    agent.stop().await;
+                    again
+                }
+                // Each of these starts counts; after some the device is back on the last good settings.
+                Err(error) if trial => {
+                    tracing::error!("cannot start with the settings on trial: {error}");
+                    tokio::select! {
+                        _ = interrupt.recv() => false,
+                        _ = terminate.recv() => false,
+                        () = tokio::time::sleep(AFTER_FAILURE) => true,
+                    }
+                }
+                Err(error) => return Err(error.into()),
+            };
+            if !again {
+                return Ok(ExitCode::SUCCESS);
+            }
+            (config, life) = home.begin()?;
         }
-        tracing::info!("stopping");
-        agent.stop().await;
-        Ok(ExitCode::SUCCESS)
     })
 }
 

@@ -1,9 +1,8 @@
 //! The agent's configuration: TOML files in layers, then the environment, then one check of everything.
 
-use std::{
-    fmt,
-    path::{Path, PathBuf},
-};
+mod layers;
+
+use std::{fmt, path::PathBuf};
 
 use mesh_core::{
     Name,
@@ -11,13 +10,13 @@ use mesh_core::{
 };
 use serde::Deserialize;
 
+pub use layers::Layers;
+
 use crate::{
     board::BoardConfig, capture::SourceConfig, drift::DriftConfig, samples::SamplesConfig,
     update::UpdateConfig,
 };
 
-/// A configuration file is written by people; larger is not one.
-const MAX_FILE_BYTES: u64 = 1024 * 1024;
 /// More cameras and sensors than this do not fit a small board.
 const MAX_SOURCES: usize = 16;
 /// The outbox keeps several segments, so that it can drop the oldest one.
@@ -171,18 +170,6 @@ impl fmt::Display for ConfigErrors {
     }
 }
 
-/// Settings that the environment may override: the variable, and the path of the key.
-const ENVIRONMENT: [(&str, &[&str]); 8] = [
-    ("LACEWING_SITE", &["site"]),
-    ("LACEWING_DEVICE", &["device"]),
-    ("LACEWING_DATA", &["data"]),
-    ("LACEWING_BROKER_URL", &["broker", "url"]),
-    ("LACEWING_MODEL_BUNDLE", &["model", "bundle"]),
-    ("LACEWING_SAMPLES_COORDINATOR", &["samples", "coordinator"]),
-    ("LACEWING_UPDATE_COORDINATOR", &["update", "coordinator"]),
-    ("LACEWING_UPDATE_ROOT", &["update", "root"]),
-];
-
 impl Config {
     /// Reads the files in order, a later one over an earlier one, then the environment, and checks it all.
     ///
@@ -192,20 +179,7 @@ impl Config {
         files: &[PathBuf],
         environment: impl Fn(&str) -> Option<String>,
     ) -> Result<Self, ConfigErrors> {
-        let mut whole = toml::Table::new();
-        let mut mistakes = Vec::new();
-        for file in files {
-            match read(file) {
-                Ok(layer) => merge(&mut whole, layer),
-                Err(mistake) => mistakes.push(mistake),
-            }
-        }
-        for (variable, path) in ENVIRONMENT {
-            if let Some(value) = environment(variable) {
-                set(&mut whole, path, toml::Value::String(value));
-            }
-        }
-        Self::from_table(whole, mistakes)
+        Layers::new(files, environment).read(None)
     }
 
     /// Reads one text, as [`Config::load`] does with files.
@@ -350,50 +324,6 @@ impl BrokerConfig {
             return Err(wrong());
         }
         Ok((host.to_owned(), port))
-    }
-}
-
-fn read(file: &Path) -> Result<toml::Table, String> {
-    let shown = file.display();
-    let size = std::fs::metadata(file)
-        .map_err(|e| format!("{shown}: cannot be read: {e}"))?
-        .len();
-    if size > MAX_FILE_BYTES {
-        return Err(format!(
-            "{shown}: {size} bytes is too large for a configuration"
-        ));
-    }
-    let text =
-        std::fs::read_to_string(file).map_err(|e| format!("{shown}: cannot be read: {e}"))?;
-    text.parse().map_err(|e| format!("{shown}: {e}"))
-}
-
-/// Tables are merged key by key, anything else is replaced.
-fn merge(into: &mut toml::Table, from: toml::Table) {
-    for (key, value) in from {
-        match (into.get_mut(&key), value) {
-            (Some(toml::Value::Table(old)), toml::Value::Table(new)) => merge(old, new),
-            (_, value) => {
-                into.insert(key, value);
-            }
-        }
-    }
-}
-
-fn set(table: &mut toml::Table, path: &[&str], value: toml::Value) {
-    match path {
-        [] => {}
-        [key] => {
-            table.insert((*key).to_owned(), value);
-        }
-        [key, rest @ ..] => {
-            let inner = table
-                .entry((*key).to_owned())
-                .or_insert_with(|| toml::Value::Table(toml::Table::new()));
-            if let toml::Value::Table(inner) = inner {
-                set(inner, rest, value);
-            }
-        }
     }
 }
 

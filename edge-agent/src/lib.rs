@@ -20,6 +20,7 @@ mod identity;
 pub mod outbox;
 mod pipeline;
 pub mod samples;
+pub mod settings;
 pub mod store;
 pub mod update;
 mod uplink;

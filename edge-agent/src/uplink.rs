@@ -6,8 +6,8 @@ use std::{collections::BTreeMap, time::Duration};
 
 use bytes::Bytes;
 use mesh_core::{
-    Ack, Backoff, Desired, Gap, Kind, Mark, Metrics, ModelInfo, Name, Reported, State, Status,
-    Topic, VERSION,
+    Ack, Backoff, Desired, Gap, Kind, Mark, Metrics, ModelInfo, Name, Reported, SettingsReport,
+    State, Status, Topic, VERSION,
     delivery::{Delivery, Pace, Send},
     replay_bytes,
 };
@@ -76,7 +76,10 @@ pub(crate) struct Uplink {
     /// Where wishes go, and what the device says in answer; what of it this connection knows.
     desired: watch::Sender<Option<Desired>>,
     reported: watch::Receiver<Option<Reported>>,
+    settings: watch::Receiver<Option<(i64, SettingsReport)>>,
     reported_said: Option<Reported>,
+    /// Whether the broker is there, for whoever wants to know.
+    connected: watch::Sender<bool>,
     /// What was last said of the model and of the state.
     said: (Option<ModelInfo>, State),
     /// Where marks go.
@@ -118,6 +121,10 @@ pub(crate) struct Start {
     pub(crate) desired: watch::Sender<Option<Desired>>,
     /// What the device says in answer.
     pub(crate) reported: watch::Receiver<Option<Reported>>,
+    /// The same about settings, and since when.
+    pub(crate) settings: watch::Receiver<Option<(i64, SettingsReport)>>,
+    /// Is the broker there?
+    pub(crate) connected: watch::Sender<bool>,
     /// Where marks go.
     pub(crate) marks: std::sync::mpsc::SyncSender<Marked>,
     /// The board's lights.
@@ -141,6 +148,8 @@ impl Uplink {
             drifts,
             desired,
             reported,
+            settings,
+            connected,
             marks,
             board,
             counters,
@@ -159,7 +168,9 @@ impl Uplink {
             drifts_said: Drifts::new(),
             desired,
             reported,
+            settings,
             reported_said: None,
+            connected,
             said: (identity.model(), identity.state()),
             marks,
             connection: None,
@@ -193,6 +204,7 @@ impl Uplink {
                     gaps_said_ms,
                     drifts,
                     reported,
+                    settings,
                     identity,
                     up,
                     ..
@@ -223,6 +235,7 @@ impl Uplink {
                     Ok(()) = drifts.changed() => Event::News,
                     // The same of the models.
                     Ok(()) = reported.changed() => Event::News,
+                    Ok(()) = settings.changed() => Event::News,
                     () = identity.changed() => Event::News,
                 }
             };
@@ -280,6 +293,7 @@ impl Uplink {
             self.counters.reconnects.add(1);
         }
         self.up = false;
+        self.connected.send_replace(false);
         self.connection = None;
         self.batch = Batch::None;
         self.live.clear();
@@ -292,6 +306,7 @@ impl Uplink {
             News::Up => {
                 tracing::info!(broker = %self.config.broker.url, waiting = self.delivery.waiting(), "connected");
                 self.up = true;
+                self.connected.send_replace(true);
                 // The last is asked for first.
                 self.to_ask =
                     vec![Topic::prefix(&self.config.site, &self.config.device) + "+/mark"];
@@ -641,7 +656,13 @@ impl Uplink {
 
     /// Says what the device is in answer to a wish, if that is new; false where there is no room just now.
     fn say_reported(&mut self, connection: &Connection) -> bool {
-        let reported = self.reported.borrow_and_update().clone();
+        let mut reported = self.reported.borrow_and_update().clone();
+        if let (Some(report), Some((ts, settings))) =
+            (&mut reported, &*self.settings.borrow_and_update())
+        {
+            report.ts = report.ts.max(*ts);
+            report.settings = Some(settings.clone());
+        }
         if let Some(report) = reported
             && self.reported_said.as_ref() != Some(&report)
         {

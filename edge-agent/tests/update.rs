@@ -84,6 +84,7 @@ fn watch(data: &Path, new: &Release, watch_frames: u32) -> Release {
                 ..Trial::default()
             },
             force: false,
+            settings: None,
         }),
         current: Some(new.clone()),
         last_good: Some(factory.clone()),

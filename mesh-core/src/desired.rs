@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    EventError, MAX_EVENT_BYTES, Release, VERSION,
+    EventError, MAX_EVENT_BYTES, Release, Settings, VERSION,
     event::{MAX_JSON_INTEGER, parse, within},
 };
 
@@ -29,6 +29,9 @@ pub struct Desired {
     /// marked again.
     #[serde(default)]
     pub force: bool,
+    /// The settings; nothing is the device's own files alone. An agent that knows none ignores them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub settings: Option<Settings>,
 }
 
 /// Where a trial stops. A share is 0..=1; a share of 1 switches its rule off.
@@ -172,6 +175,10 @@ impl Desired {
                 desired.trial.watch_s_min <= desired.trial.watch_s_max,
                 "watch_s_min is at most watch_s_max",
             ),
+            (
+                desired.settings.as_ref().is_none_or(Settings::is_valid),
+                "the trial of settings takes 15 to 3600 s, their version is below 2^53",
+            ),
         ];
         match checks.into_iter().find(|(fine, _)| !fine) {
             Some((_, why)) => Err(EventError::Value(why)),
@@ -192,8 +199,8 @@ mod tests {
         let wish = |rest: &str| {
             let text = r#"{"v":1,"revision":7,"release":{"name":"steel","version":"2","digest":"DIGEST"}REST}"#;
             Desired::decode(
-                text.replace("DIGEST", &digest)
-                    .replace("REST", rest)
+                text.replace("REST", rest)
+                    .replace("DIGEST", &digest)
                     .as_bytes(),
             )
         };
@@ -211,12 +218,21 @@ mod tests {
             wish(r#","limits":{"balance":0.4}"#).unwrap().limits.balance,
             0.4
         );
+        let settings = wish(r#","settings":{"version":3,"digest":"DIGEST"}"#).unwrap();
+        assert_eq!(
+            settings.settings.map(|s| (s.version, s.trial_s)),
+            Some((3, 120))
+        );
         for (bad, why) in [
             (r#","limits":{"balance":1.4}"#, "share"),
             (r#","limits":{"latency_ms":0}"#, "latency_ms"),
             (
                 r#","trial":{"watch_s_min":9,"watch_s_max":8}"#,
                 "watch_s_min",
+            ),
+            (
+                r#","settings":{"version":3,"digest":"DIGEST","trial_s":1}"#,
+                "15 to 3600",
             ),
         ] {
             assert!(wish(bad).unwrap_err().to_string().contains(why));

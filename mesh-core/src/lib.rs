@@ -23,6 +23,7 @@ mod reported;
 pub mod rollout;
 mod sample;
 pub mod sampling;
+pub mod settings;
 #[cfg(test)]
 mod testing;
 mod topic;
@@ -35,11 +36,15 @@ pub use event::{Event, EventError, Gap, GapReason, MAX_EVENT_BYTES, Reading};
 pub use name::{Name, NameError};
 pub use ranges::RangeSet;
 pub use release::{Digest, DigestError, Release};
-pub use reported::{Bad, Evidence, Failure, MAX_BAD, MAX_DETAIL, Phase, Reason, Reported};
+pub use reported::{
+    Bad, Evidence, Failure, MAX_BAD, MAX_DETAIL, MAX_REASONS, Phase, Reason, Reported,
+    SettingsReport,
+};
 pub use sample::{
     MAX_SAMPLE_BYTES, MAX_SAMPLE_EMBEDDING, MAX_SAMPLE_IMAGE_BYTES, Mark, Sample, SampleImage,
     SampleReason, entropy,
 };
+pub use settings::Settings;
 pub use topic::{Kind, ROOT, Topic, TopicError};
 
 /// The version of every message on the wire. A message of another version is refused, never guessed at.

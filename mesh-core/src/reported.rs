@@ -5,7 +5,7 @@ use alloc::{string::String, vec::Vec};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Digest, EventError, MAX_EVENT_BYTES, Release, VERSION,
+    Digest, EventError, MAX_EVENT_BYTES, Release, Settings, VERSION,
     event::{MAX_JSON_INTEGER, parse, within},
 };
 
@@ -13,8 +13,10 @@ use crate::{
 pub const MAX_BAD: usize = 16;
 /// The longest detail of a failure in bytes: a sentence for people.
 pub const MAX_DETAIL: usize = 160;
+/// The same for settings, where several mistakes are named at once.
+pub const MAX_REASONS: usize = 1_024;
 
-/// Why a model did not come into use.
+/// Why a model, or settings, did not come into use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reason {
@@ -54,11 +56,17 @@ pub enum Reason {
     Timeout,
     /// There were too few frames to tell.
     Unproven,
+    /// Settings: they have mistakes, or may not be set from afar.
+    Refused,
+    /// Settings: with them a source gives no pictures that gave some before.
+    Blind,
+    /// Settings: with them the broker was not reached.
+    Unreachable,
 }
 
 impl Reason {
     /// Every reason.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 21] = [
         Self::Load,
         Self::SelfTest,
         Self::Shape,
@@ -77,6 +85,9 @@ impl Reason {
         Self::DiskFull,
         Self::Timeout,
         Self::Unproven,
+        Self::Refused,
+        Self::Blind,
+        Self::Unreachable,
     ];
 
     /// Is the model to blame? Then it is marked as bad, not tried again, and counts against its rollout.
@@ -93,6 +104,18 @@ impl Reason {
                 | Self::DiskFull
                 | Self::Timeout
                 | Self::Unproven
+                | Self::Refused
+                | Self::Blind
+                | Self::Unreachable
+        )
+    }
+
+    /// The same for settings.
+    #[must_use]
+    pub const fn blames_settings(self) -> bool {
+        matches!(
+            self,
+            Self::Refused | Self::Blind | Self::Unreachable | Self::Crash
         )
     }
 
@@ -118,6 +141,9 @@ impl Reason {
             Self::DiskFull => "disk_full",
             Self::Timeout => "timeout",
             Self::Unproven => "unproven",
+            Self::Refused => "refused",
+            Self::Blind => "blind",
+            Self::Unreachable => "unreachable",
         }
     }
 }
@@ -127,7 +153,7 @@ impl Reason {
 pub struct Failure {
     /// Why.
     pub reason: Reason,
-    /// The same for people, at most [`MAX_DETAIL`] bytes.
+    /// The same for people, at most [`MAX_DETAIL`] bytes; of settings at most [`MAX_REASONS`].
     pub detail: String,
 }
 
@@ -135,7 +161,17 @@ impl Failure {
     /// With as much of `detail` as fits.
     #[must_use]
     pub fn new(reason: Reason, detail: &str) -> Self {
-        let end = (0..=MAX_DETAIL)
+        Self::cut(reason, detail, MAX_DETAIL)
+    }
+
+    /// The same with room for [`MAX_REASONS`] bytes.
+    #[must_use]
+    pub fn with_reasons(reason: Reason, detail: &str) -> Self {
+        Self::cut(reason, detail, MAX_REASONS)
+    }
+
+    fn cut(reason: Reason, detail: &str, most: usize) -> Self {
+        let end = (0..=most)
             .rev()
             .find(|at| detail.is_char_boundary((*at).min(detail.len())));
         let detail = detail
@@ -257,6 +293,38 @@ pub struct Reported {
     /// What the present trial has shown, or the last one.
     #[serde(default)]
     pub evidence: Evidence,
+    /// The same about settings; nothing from a device that takes none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub settings: Option<SettingsReport>,
+}
+
+/// Where a device is on its way to the settings that it should have.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SettingsReport {
+    /// `settled`, `waiting`, `fetching`, `activating` (the agent starts anew), `loading` or `watching`.
+    pub phase: Phase,
+    /// What is wished for; nothing is the device's own files alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<Settings>,
+    /// What the agent runs with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loaded: Option<Settings>,
+    /// How the last attempt at the target failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<Failure>,
+    /// Documents that it does not try again, the oldest first, at most [`MAX_BAD`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub bad: Vec<Digest>,
+}
+
+impl SettingsReport {
+    fn is_valid(&self) -> bool {
+        let named = [&self.target, &self.loaded];
+        let failure = self.failure.as_ref();
+        self.bad.len() <= MAX_BAD
+            && failure.is_none_or(|failure| failure.detail.len() <= MAX_REASONS)
+            && named.into_iter().flatten().all(Settings::is_valid)
+    }
 }
 
 impl Reported {
@@ -305,6 +373,13 @@ impl Reported {
                 (0.0..=1.0).contains(&reported.progress),
                 "progress is 0 to 1",
             ),
+            (
+                reported
+                    .settings
+                    .as_ref()
+                    .is_none_or(SettingsReport::is_valid),
+                "settings name at most 16 bad ones, details of 1024 bytes, and trials of 15 to 3600 s",
+            ),
         ];
         match checks.into_iter().find(|(fine, _)| !fine) {
             Some((_, why)) => Err(EventError::Value(why)),
@@ -343,6 +418,11 @@ mod tests {
             digest: release.digest,
             failure: failure.clone(),
         };
+        let settings = Settings {
+            version: MAX_JSON_INTEGER,
+            digest: release.digest,
+            trial_s: 3_600,
+        };
         let mut reported = Reported {
             v: VERSION,
             ts: i64::MIN,
@@ -358,6 +438,13 @@ mod tests {
                 balance: Some(0.1),
                 ..Evidence::default()
             },
+            settings: Some(SettingsReport {
+                phase: Phase::Activating,
+                target: Some(settings),
+                loaded: Some(settings),
+                failure: Some(Failure::with_reasons(Reason::Refused, &"ä".repeat(600))),
+                bad: vec![settings.digest; MAX_BAD],
+            }),
         };
         let bytes = reported.encode().unwrap();
         assert!(bytes.len() < MAX_EVENT_BYTES / 2, "{}", bytes.len());

@@ -239,13 +239,13 @@ pub(super) async fn metadata(
     bytes("application/json", "no-cache", found)
 }
 
-/// A signed target: the release document of one version of a model.
+/// A signed target: the release document of one version of a model, or settings.
 #[utoipa::path(
     get,
     path = "/api/v1/tuf/targets/{top}/{name}/{file}",
     params(
-        ("top" = String, Path, description = "The digest and `.models`"),
-        ("name" = String, Path, description = "The model"),
+        ("top" = String, Path, description = "The digest and `.models` or `.settings`"),
+        ("name" = String, Path, description = "The model, or `v1`"),
         ("file" = String, Path, description = "The version and `.json`"),
     ),
     responses(

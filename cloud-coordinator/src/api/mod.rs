@@ -12,6 +12,7 @@ mod problem;
 mod routes;
 mod samples;
 mod serve;
+mod settings;
 
 use std::{sync::Arc, time::Duration};
 
@@ -174,6 +175,7 @@ fn reading() -> OpenApiRouter<State> {
         .routes(routes!(delivery::delta))
         .routes(routes!(delivery::metadata))
         .routes(routes!(delivery::target))
+        .routes(routes!(settings::settings, settings::unset))
 }
 
 fn saying() -> OpenApiRouter<State> {
@@ -189,6 +191,7 @@ fn saying() -> OpenApiRouter<State> {
         .routes(routes!(delivery::start))
         .routes(routes!(delivery::command))
         .routes(routes!(delivery::pin))
+        .routes(routes!(settings::set))
         .layer(RequestBodyLimitLayer::new(MAX_SAID))
 }
 
@@ -400,6 +403,7 @@ mod tests {
                 "/api/v1/samples/{id}/image",
                 "/api/v1/samples/{id}/labels",
                 "/api/v1/samples/{id}/labels/last",
+                "/api/v1/settings",
                 "/api/v1/tasks",
                 "/api/v1/tasks/{task}",
                 "/api/v1/tasks/{task}/datasets",

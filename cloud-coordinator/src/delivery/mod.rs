@@ -13,4 +13,6 @@ mod store;
 mod wishes;
 
 pub(crate) use releases::{ReleaseError, ReleaseRow, Releases};
-pub(crate) use rollouts::{Group, RolloutError, RolloutView, Rollouts, Settings};
+pub(crate) use rollouts::{
+    Group, Push, RolloutError, RolloutView, Rollouts, Settings, SettingsError, SettingsView,
+};

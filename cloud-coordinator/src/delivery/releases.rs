@@ -201,6 +201,17 @@ impl Releases {
             .ok_or_else(|| ReleaseError::Unpublished(id.to_owned()))
     }
 
+    /// Signs settings and lays them ready for the devices.
+    pub(super) async fn sign_settings(
+        &self,
+        version: u64,
+        document: &[u8],
+    ) -> Result<(), SigningError> {
+        let now = clock::now_ms();
+        let signed = self.signing.publish_settings(version, document, now).await;
+        signed.map(drop)
+    }
+
     async fn parent(&self, model: &Model) -> Option<Parent> {
         let (name, version) = model.parent.as_ref()?.split_once('@')?;
         let row = self.records.release(name, version).await.ok()??;

@@ -2,6 +2,8 @@
 //!
 //! All decisions are [`mesh_core::rollout::Rollout`]'s. Each step is written down before any device is told.
 
+mod settings;
+
 use std::{
     collections::{BTreeMap, HashMap},
     sync::Arc,
@@ -15,6 +17,9 @@ use mesh_core::{
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex, MutexGuard};
 use tokio_util::sync::CancellationToken;
+
+use settings::Active;
+pub(crate) use settings::{Push, SettingsError, SettingsView};
 
 use super::{
     ReleaseError, Releases,
@@ -132,6 +137,8 @@ impl Live {
 struct State {
     live: BTreeMap<u64, Live>,
     wishes: Wishes,
+    /// The settings that count, oldest first.
+    settings: Vec<Active>,
     next: u64,
     /// Decided and not written down: the database could not. No device has heard of it.
     unsaved: Changes,
@@ -195,6 +202,15 @@ impl Rollouts {
             wishes: Wishes::of_rows(records.wish_rows().await?),
             ..State::default()
         };
+        for row in records.settings_rows().await? {
+            match Active::of_row(&row) {
+                Some(active) => state.settings.push(active),
+                None => tracing::error!(
+                    version = row.version,
+                    "settings cannot be read any more and are left out"
+                ),
+            }
+        }
         for row in records.rollout_rows().await? {
             let id = row.id.cast_unsigned();
             state.next = state.next.max(id);
@@ -383,6 +399,7 @@ impl Rollouts {
         if again {
             self.say_all(&state).await;
         }
+        self.follow_settings(&mut state);
         let outputs = self.gather(&mut state, save);
         let idle = outputs.iter().all(|(_, outputs)| outputs.is_empty());
         if idle && !save && state.unsaved.is_empty() {

@@ -26,6 +26,17 @@ pub(super) struct WishRow {
     pub(super) pinned: bool,
 }
 
+/// Settings as they are kept.
+#[derive(Clone, Debug, sqlx::FromRow)]
+pub(super) struct SettingsRow {
+    pub(super) version: i64,
+    pub(super) digest: String,
+    pub(super) document: String,
+    pub(super) trial_s: i64,
+    pub(super) author: String,
+    pub(super) created_ms: i64,
+}
+
 /// What steps have changed, beside the rollouts that go on.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Changes {
@@ -154,6 +165,62 @@ impl Records {
             .fetch_all(self.readers())
             .await
             .map_err(RecordError::sql("read what devices are to be"))
+    }
+
+    /// The settings that count, oldest first.
+    pub(super) async fn settings_rows(&self) -> Result<Vec<SettingsRow>, RecordError> {
+        sqlx::query_as(
+            "SELECT version, digest, document, trial_s, author, created_ms FROM settings
+             WHERE ended_ms IS NULL ORDER BY version",
+        )
+        .fetch_all(self.readers())
+        .await
+        .map_err(RecordError::sql("read the settings"))
+    }
+
+    /// The highest number that settings have; 0 where there are none.
+    pub(super) async fn newest_settings(&self) -> Result<i64, RecordError> {
+        sqlx::query_scalar("SELECT COALESCE(MAX(version), 0) FROM settings")
+            .fetch_one(self.readers())
+            .await
+            .map_err(RecordError::sql("read the newest settings"))
+    }
+
+    /// Adds some, ends others, or both at once.
+    pub(super) async fn change_settings(
+        &self,
+        add: Option<&SettingsRow>,
+        end: Option<i64>,
+        author: &str,
+    ) -> Result<(), RecordError> {
+        const WHAT: &str = "record settings";
+        let mut writer = self.writer().await;
+        let mut tx = writer.begin().await?;
+        if let Some(version) = end {
+            sqlx::query("UPDATE settings SET ended_by = ?, ended_ms = ? WHERE version = ?")
+                .bind(author)
+                .bind(clock::now_ms())
+                .bind(version)
+                .execute(&mut *tx)
+                .await
+                .map_err(RecordError::sql(WHAT))?;
+        }
+        if let Some(row) = add {
+            sqlx::query(
+                "INSERT INTO settings (version, digest, document, trial_s, author, created_ms)
+                 VALUES (?, ?, ?, ?, ?, ?)",
+            )
+            .bind(row.version)
+            .bind(&row.digest)
+            .bind(&row.document)
+            .bind(row.trial_s)
+            .bind(&row.author)
+            .bind(row.created_ms)
+            .execute(&mut *tx)
+            .await
+            .map_err(RecordError::sql(WHAT))?;
+        }
+        commit(tx).await
     }
 
     /// What happened to a rollout: when, and what.

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use mesh_core::{Desired, Limits, Release, Trial, VERSION};
+use mesh_core::{Desired, Limits, Release, Settings, Trial, VERSION};
 
 use super::store::WishRow;
 use crate::clock;
@@ -76,7 +76,55 @@ impl Wishes {
             limits,
             trial,
             force,
+            settings: before.and_then(|wish| wish.desired.settings),
         };
+        let message = serde_json::to_string(&desired).ok()?;
+        self.all.insert(device, Wish { desired, pinned });
+        Some(WishRow {
+            device,
+            message,
+            pinned,
+        })
+    }
+
+    /// Does any device have settings that were wished for?
+    pub(super) fn have_settings(&self) -> bool {
+        let mut all = self.all.values();
+        all.any(|wish| wish.desired.settings.is_some())
+    }
+
+    /// Wishes other settings, and nothing else; what is to be kept and sent, if it is new. `heard` is the newest wish that
+    /// the device has answered.
+    pub(super) fn set(
+        &mut self,
+        device: i64,
+        settings: Option<Settings>,
+        heard: u64,
+    ) -> Option<WishRow> {
+        let before = self.get(device);
+        if before.and_then(|wish| wish.desired.settings) == settings {
+            return None;
+        }
+        let pinned = self.is_pinned(device);
+        let mut desired = before.map_or_else(
+            || Desired {
+                v: VERSION,
+                revision: 0,
+                release: None,
+                limits: Limits::default(),
+                trial: Trial::default(),
+                force: false,
+                settings: None,
+            },
+            |wish| wish.desired.clone(),
+        );
+        // To force a model counts once: a device that has heard of it must not try it again because of this.
+        desired.force &= heard < desired.revision;
+        desired.revision = clock::now_ms()
+            .max(0)
+            .cast_unsigned()
+            .max(desired.revision + 1);
+        desired.settings = settings;
         let message = serde_json::to_string(&desired).ok()?;
         self.all.insert(device, Wish { desired, pinned });
         Some(WishRow {
@@ -124,5 +172,40 @@ mod tests {
         let revision = wishes.revision(7);
         wishes.wish(7, release(1), terms, true, false).unwrap();
         assert!(wishes.revision(7) > revision);
+    }
+
+    #[test]
+    fn models_and_settings_do_not_disturb_each_other() {
+        let settings = |n: u8| Settings {
+            version: n.into(),
+            digest: Digest([n; 32]),
+            trial_s: 60,
+        };
+        let release = Release {
+            name: "steel".into(),
+            version: "1".into(),
+            digest: Digest([9; 32]),
+        };
+        let terms = (Limits::default(), Trial::default());
+        let mut wishes = Wishes::default();
+        assert!(!wishes.have_settings() && wishes.set(7, None, 0).is_none());
+        assert!(wishes.set(7, Some(settings(1)), 0).is_some());
+        assert!(wishes.set(7, Some(settings(1)), 0).is_none());
+        wishes
+            .wish(7, Some(release.clone()), terms, true, true)
+            .unwrap();
+        let forced = wishes.get(7).unwrap().desired.clone();
+        assert_eq!((forced.settings, forced.force), (Some(settings(1)), true));
+        // Not heard of yet: still forced. Heard of: never again.
+        for (n, heard, force) in [(2, forced.revision - 1, true), (3, u64::MAX, false)] {
+            wishes.set(7, Some(settings(n)), heard).unwrap();
+            let desired = &wishes.get(7).unwrap().desired;
+            assert_eq!(
+                (desired.release.as_ref(), desired.force),
+                (Some(&release), force)
+            );
+            assert!(desired.revision > forced.revision && wishes.is_pinned(7));
+        }
+        assert!(wishes.set(7, None, 0).is_some() && !wishes.have_settings());
     }
 }

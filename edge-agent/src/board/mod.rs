@@ -29,6 +29,8 @@ use tokio::time::Instant;
 /// Triggers that wait to be taken. A source that is slower than its trigger for longer misses parts, and
 /// that is counted.
 const TRIGGERS: usize = 16;
+/// The thread ends at once when it is told to.
+const RELEASE: Duration = Duration::from_secs(1);
 
 /// Why the board could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -189,6 +191,17 @@ impl BoardHandle {
             triggers: get(&self.shared.triggers),
             triggers_dropped: get(&self.shared.triggers_dropped),
             presses: get(&self.shared.presses),
+        }
+    }
+
+    /// Lets go of the board, and waits until its lines are free for whoever starts it anew. Other handles must be gone.
+    pub(crate) async fn release(self) {
+        let Self { shared, wake } = self;
+        drop(wake);
+        let end = Instant::now() + RELEASE;
+        // The thread has the other one.
+        while Arc::strong_count(&shared) > 1 && Instant::now() < end {
+            tokio::time::sleep(RELEASE / 50).await;
         }
     }
 

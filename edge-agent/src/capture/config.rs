@@ -8,6 +8,8 @@ use serde::Deserialize;
 use super::scene::SceneConfig;
 use crate::gate::GateConfig;
 
+/// Below one frame a day, and small enough for a clock to count the time between two.
+const MIN_FPS: f64 = 0.00001;
 /// A camera that gives more does not fit the boards.
 const MAX_FPS: f64 = 1_000.0;
 
@@ -79,9 +81,9 @@ impl SourceConfig {
             "must be a name, `_` is the device itself",
         );
         must(
-            (0.0..=MAX_FPS).contains(&self.fps),
+            self.fps == 0.0 || (MIN_FPS..=MAX_FPS).contains(&self.fps),
             "fps",
-            "must lie between 0 and 1000",
+            "must be 0 (as fast as possible), or lie between 0.00001 (one a day) and 1000",
         );
         must(
             self.kind != SourceKind::Folder || self.path.is_some(),

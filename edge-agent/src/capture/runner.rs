@@ -1,12 +1,16 @@
 //! Runs one source: when to shoot, what to number it, where to go on.
 
 use std::{
+    collections::BTreeSet,
     fs::{File, OpenOptions},
     io::Write,
     path::Path,
     sync::mpsc::{Receiver, RecvTimeoutError, SyncSender},
     time::Duration,
 };
+
+use mesh_core::Name;
+use tokio::sync::watch;
 
 use super::{Frame, Shot, Source, SourceConfig};
 use crate::{clock::WallClock, counters::Counters};
@@ -31,6 +35,8 @@ pub struct Start {
     pub clock: WallClock,
     /// What is counted.
     pub counters: Counters,
+    /// Sources that work: they gave a picture, came to their end, or wait for their trigger.
+    pub works: watch::Sender<BTreeSet<Name>>,
 }
 
 /// How often a waiting source looks whether it should stop.
@@ -48,6 +54,9 @@ pub fn run(mut start: Start) {
         .and_then(|path| open_journal(path, &name));
     let period = (start.config.fps > 0.0 && !start.config.trigger)
         .then(|| Duration::from_secs_f64(1.0 / start.config.fps));
+    if start.trigger.is_some() {
+        start.works();
+    }
     let mut due = tokio::time::Instant::now();
     let mut number = start.first;
     tracing::debug!(source = %name, number, "capture starts");
@@ -72,6 +81,7 @@ pub fn run(mut start: Start) {
                 truth,
             } => {
                 start.counters.frames.add(1);
+                start.works();
                 if let Some(journal) = &mut journal
                     && let Err(error) = journal.write_all(format!("{number}\n").as_bytes())
                 {
@@ -100,10 +110,22 @@ pub fn run(mut start: Start) {
         }
         number += 1;
     }
+    start.works();
     tracing::info!(source = %name, frames = number, "the source has ended");
 }
 
 impl Start {
+    fn works(&self) {
+        let name = &self.config.name;
+        self.works.send_if_modified(|works| {
+            let is_new = !works.contains(name);
+            if is_new {
+                works.insert(name.clone());
+            }
+            is_new
+        });
+    }
+
     /// Waits for the next moment to shoot; false when the agent stops.
     fn wait(&self, due: tokio::time::Instant) -> bool {
         if let Some(trigger) = &self.trigger {

@@ -58,7 +58,7 @@ impl DiskError {
     }
 }
 
-fn cannot(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DiskError {
+pub(crate) fn cannot(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DiskError {
     let path = path.to_owned();
     move |source| DiskError {
         operation,
@@ -199,14 +199,10 @@ impl Disk {
             factory: self.remembered,
             saved: saved.clone(),
         };
-        let path = self.models.join(STATE);
-        let fresh = self.models.join(format!("{STATE}.new"));
         let bytes = serde_json::to_vec(&state)
             .map_err(io::Error::other)
-            .map_err(cannot("write", &path))?;
-        write(&fresh, |file| file.write_all(&bytes))?;
-        change(|| fs::rename(&fresh, &path)).map_err(cannot("replace", &path))?;
-        sync_folder(&self.models)
+            .map_err(cannot("write", &self.models.join(STATE)))?;
+        replace(&self.models, STATE, &bytes)
     }
 
     /// Where the bundle of a release is, or will be.
@@ -428,6 +424,14 @@ pub(super) fn write(
     .map_err(cannot("write", path))
 }
 
+/// Replaces a file of a folder, durably: it is the old one or the new one, whenever the power goes.
+pub(crate) fn replace(folder: &Path, name: &str, bytes: &[u8]) -> Result<(), DiskError> {
+    let (path, fresh) = (folder.join(name), folder.join(format!("{name}.new")));
+    write(&fresh, |file| file.write_all(bytes))?;
+    change(|| fs::rename(&fresh, &path)).map_err(cannot("replace", &path))?;
+    sync_folder(folder)
+}
+
 fn sync_folder(folder: &Path) -> Result<(), DiskError> {
     change(|| File::open(folder)?.sync_all()).map_err(cannot("make durable", folder))
 }
@@ -456,7 +460,7 @@ fn remove(path: &Path) -> Result<(), DiskError> {
     }
 }
 
-fn read_bounded(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+pub(crate) fn read_bounded(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     File::open(path)?.take(limit + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > limit {

@@ -7,10 +7,10 @@ use std::{
     collections::BTreeMap,
     fs::File,
     io::{self, BufReader},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
-use mesh_core::{Digest, Release};
+use mesh_core::{Digest, Failure, Reason, Release, Settings};
 use models::{
     ReleaseDocument, ReleaseFile,
     chunks::{Assembly, listed},
@@ -25,6 +25,7 @@ use super::{
     registry::{Registry, Source},
     worker::Watchful,
 };
+use crate::{config::Config, counters::Counters};
 
 /// Left free for readings: the outbox writes on while a model comes.
 const RESERVE_BYTES: u64 = 32 << 20;
@@ -42,15 +43,7 @@ pub(super) fn document(
     now_ms: i64,
 ) -> Result<Vec<u8>, UpdateError> {
     let mut registry = Registry::new(pinned, disk.registry(), source)?;
-    // The library is asynchronous; this thread has nothing else to do.
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| UpdateError::Start {
-            what: "the registry's client",
-            error,
-        })?;
-    let bytes = runtime.block_on(async {
+    let bytes = alone()?.block_on(async {
         registry.refresh(now_ms).await?;
         let (name, version) = (&release.name, &release.version);
         registry.release(name, version, now_ms).await
@@ -60,6 +53,51 @@ pub(super) fn document(
     } else {
         Err(UpdateError::Other(release.clone()))
     }
+}
+
+/// The document of settings, as the registry has signed it, now. Blocks.
+pub(crate) fn settings(
+    config: &Config,
+    wanted: &Settings,
+    folder: PathBuf,
+    counters: Counters,
+    now_ms: i64,
+) -> Result<Vec<u8>, Failure> {
+    let coordinator = config.coordinator().ok_or(UpdateError::NoCoordinator)?;
+    let pinned = pinned(config.update.root.as_deref())?;
+    let client = Client::new(coordinator, counters)?;
+    let made = Registry::new(&pinned, folder, client.registry());
+    let mut registry = made.map_err(UpdateError::from)?;
+    let fetched = alone()?.block_on(async {
+        registry.refresh(now_ms).await?;
+        registry.settings(wanted.version, now_ms).await
+    });
+    let bytes = fetched.map_err(UpdateError::from)?;
+    if digest_of(&bytes) == wanted.digest {
+        return Ok(bytes);
+    }
+    let what = "the registry has other settings of this version than those that are wished for";
+    Err(Failure::new(Reason::Metadata, what))
+}
+
+/// The root of trust.
+pub(super) fn pinned(root: Option<&Path>) -> Result<Vec<u8>, UpdateError> {
+    let root = root.ok_or(UpdateError::NoRoot)?;
+    std::fs::read(root).map_err(|error| UpdateError::Root {
+        path: root.display().to_string(),
+        error,
+    })
+}
+
+/// The library is asynchronous; its threads here have nothing else to do.
+fn alone() -> Result<tokio::runtime::Runtime, UpdateError> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| UpdateError::Start {
+            what: "the registry's client",
+            error,
+        })
 }
 
 /// Reads a document and checks that it is of this release.
@@ -136,7 +174,7 @@ impl Fetch<'_> {
         &self,
         file: &ReleaseFile,
         from: Option<&PathBuf>,
-        to: &std::path::Path,
+        to: &Path,
     ) -> Result<bool, UpdateError> {
         let Some(mut source) = from.and_then(|path| File::open(path).ok()) else {
             return Ok(false);

@@ -41,6 +41,7 @@ pub use config::UpdateConfig;
 use disk::{Disk, DiskError, Opened};
 use driver::Driver;
 pub use engines::{Engines, Wanted};
+pub(crate) use fetch::settings;
 pub(crate) use status::{doctor, status};
 use worker::{Slot, Worker};
 

@@ -8,7 +8,7 @@ use super::{
     disk::Disk,
     registry::{Http, Registry, VerifyError},
 };
-use crate::{clock::WallClock, config::Config, samples::base_url};
+use crate::{clock::WallClock, config::Config, samples::base_url, settings};
 
 /// What `edge-agent model status` prints. Reads only what is on the disk, so that it can be asked while the agent runs.
 #[must_use]
@@ -18,6 +18,9 @@ pub(crate) fn status(config: &Config) -> String {
         // Writing to a string cannot fail.
         let _ = writeln!(text, "{what:<12}{value}");
     };
+    if let Some(known) = settings::status(&config.data) {
+        line("settings", &known);
+    }
     let Some(saved) = Disk::look(&config.data) else {
         let factory = match &config.model.bundle {
             Some(bundle) => format!("the factory model in {}", bundle.display()),

@@ -243,11 +243,7 @@ impl Worker {
             .coordinator
             .as_ref()
             .ok_or(UpdateError::NoCoordinator)?;
-        let root = self.root.as_ref().ok_or(UpdateError::NoRoot)?;
-        let pinned = std::fs::read(root).map_err(|error| UpdateError::Root {
-            path: root.display().to_string(),
-            error,
-        })?;
+        let pinned = fetch::pinned(self.root.as_deref())?;
         let client = Client::new(coordinator, self.counters.clone())?;
         let now_ms = self.clock.now_ms();
         let document = fetch::document(release, &pinned, &self.disk, client.registry(), now_ms)?;

@@ -10,6 +10,7 @@ mod outbox;
 mod peer;
 mod rollout;
 mod swarm;
+mod update_kill;
 mod weights;
 mod wire;
 
@@ -22,7 +23,7 @@ pub(crate) use deliver::{DELTA_APPLY, delta_apply};
 pub(crate) use outbox::{OUTBOX_LOAD, outbox_load};
 
 /// Each benchmark and what it is about.
-const ALL: [(&str, &str); 7] = [
+const ALL: [(&str, &str); 8] = [
     (
         "outbox",
         "durable commits, space and start of the outbox, against SQLite in WAL mode",
@@ -48,6 +49,10 @@ const ALL: [(&str, &str); 7] = [
         "rollout",
         "a bad model and a good one to 10,000 simulated devices on a real coordinator (--devices N)",
     ),
+    (
+        "update-kill",
+        "SIGKILL of a device at random moments of updates: always one whole model (--kills N)",
+    ),
 ];
 
 /// Runs the benchmark that was asked for. Says whether every goal was reached.
@@ -57,7 +62,7 @@ const ALL: [(&str, &str); 7] = [
 pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<bool> {
     if args.list {
         for (name, about) in ALL {
-            println!("{name:<8} {about}");
+            println!("{name:<12} {about}");
         }
         return Ok(true);
     }
@@ -71,6 +76,7 @@ pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<bool> {
         "kill" => kill::run(args, &mut results).await?,
         "deliver" => deliver::run(args, &mut results).await?,
         "rollout" => rollout::run(args, &mut results).await?,
+        "update-kill" => update_kill::run(args, &mut results).await?,
         other => bail!("no benchmark {other:?}; `fleet bench --list` names them"),
     }
     println!("\n{results}");

@@ -385,7 +385,7 @@ fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
 }
 
 /// As an operator would: on the command line.
-async fn push(program: &Program, site: &Site, dir: &Path) -> anyhow::Result<()> {
+pub(super) async fn push(program: &Program, site: &Site, dir: &Path) -> anyhow::Result<()> {
     let pushed = Command::new(&program.0)
         .args(["cloud-coordinator", "model", "--http"])
         .arg(site.http().to_string())

@@ -56,6 +56,7 @@ impl Update {
                 Phase::Shadowing | Phase::Watching => self.judge.evidence(),
                 _ => self.evidence.clone(),
             },
+            settings: None,
         }
     }
 

@@ -45,6 +45,7 @@ fn desired(revision: u64, n: u8, force: bool) -> Desired {
             watch_s_max: 90,
         },
         force,
+        settings: None,
     }
 }
 

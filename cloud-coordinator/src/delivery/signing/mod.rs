@@ -147,6 +147,29 @@ impl Signing {
         now_ms: i64,
     ) -> Result<Published, SigningError> {
         let target = target_name(name, version)?;
+        self.publish_target(target, document, now_ms).await
+    }
+
+    /// Adds settings with this number.
+    ///
+    /// # Errors
+    /// As [`Signing::publish`].
+    pub async fn publish_settings(
+        &self,
+        version: u64,
+        document: &[u8],
+        now_ms: i64,
+    ) -> Result<Published, SigningError> {
+        let target = format!("settings/v1/{version}.json");
+        self.publish_target(target, document, now_ms).await
+    }
+
+    async fn publish_target(
+        &self,
+        target: String,
+        document: &[u8],
+        now_ms: i64,
+    ) -> Result<Published, SigningError> {
         if document.len() > MAX_DOCUMENT_BYTES {
             return Err(SigningError::TooLarge {
                 what: target,

@@ -221,6 +221,20 @@ impl Registry {
         version: &str,
         now_ms: i64,
     ) -> Result<Vec<u8>, VerifyError> {
+        self.target(&target_name(name, version)?, now_ms).await
+    }
+
+    /// Fetches the document of settings with this number, as the last refresh knows it.
+    ///
+    /// # Errors
+    /// As [`Registry::release`].
+    pub async fn settings(&self, version: u64, now_ms: i64) -> Result<Vec<u8>, VerifyError> {
+        let target = format!("settings/v1/{version}.json");
+        let target = TargetName::new(&*target).map_err(|_| VerifyError::Name(target))?;
+        self.target(&target, now_ms).await
+    }
+
+    async fn target(&self, target: &TargetName, now_ms: i64) -> Result<Vec<u8>, VerifyError> {
         let repository = self.verified.as_ref().ok_or(VerifyError::NotVerified)?;
         let now_ms = self.at(now_ms);
         if let Some((role, expires_ms)) = expiries_of(repository)
@@ -229,19 +243,18 @@ impl Registry {
         {
             return Err(VerifyError::Expired { role, expires_ms });
         }
-        let target = target_name(name, version)?;
         let unknown = || VerifyError::UnknownTarget(target.raw().to_owned());
         // Only what the targets role itself has signed: delegations are not used.
         let entry = repository
             .targets()
             .signed
             .targets
-            .get(&target)
+            .get(target)
             .ok_or_else(unknown)?;
         if entry.length > MAX_DOCUMENT_BYTES {
             return Err(VerifyError::TooLarge(target.raw().to_owned()));
         }
-        let stream = repository.read_target(&target).await?.ok_or_else(unknown)?;
+        let stream = repository.read_target(target).await?.ok_or_else(unknown)?;
         Ok(stream.into_vec().await?)
     }
 
