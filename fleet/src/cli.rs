@@ -26,8 +26,8 @@ struct Cli {
 enum Command {
     /// Shows devices at work, pulls a plug, and counts that nothing was lost (the default).
     Demo(DemoArgs),
-    /// Devices see a folder of images, the queue is labelled from the folders' names, a better model is trained
-    /// and judged.
+    /// Devices see a folder of images, the queue is labelled from the folders' names, a better model is trained,
+    /// judged, and brought to every device while all of them go on looking.
     Loop(LoopArgs),
     /// Measures, each time in turns with its peer.
     Bench(BenchArgs),
@@ -40,7 +40,7 @@ pub struct LoopArgs {
     #[arg(long, value_name = "DIR")]
     pub images: PathBuf,
     /// Labelled images of each class to begin with.
-    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u16).range(2..))]
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(2..))]
     pub per_class: u16,
     /// Labels that may be asked for after that. Default: 20 for each class.
     #[arg(long)]

@@ -148,6 +148,9 @@ pub struct Plan {
     pub ageing: Option<Ageing>,
     /// The devices take models from the coordinator.
     pub updates: bool,
+    /// Share of the frames that the devices keep by lot, beside those worth learning from; without one they keep none. An
+    /// `ageing` has its own.
+    pub kept: Option<f64>,
 }
 
 impl Plan {
@@ -176,6 +179,7 @@ impl Plan {
             mqtt: None,
             ageing: None,
             updates: false,
+            kept: None,
         }
     }
 }
@@ -343,10 +347,14 @@ impl Site {
                 max_bytes: plan.outbox_bytes,
             },
             report: ReportPart { every_s: 2 },
-            samples: plan.ageing.map(|ageing| SamplesPart {
-                random: ageing.kept,
-                ..SamplesPart::everything(format!("http://{}", self.http))
-            }),
+            samples: plan
+                .ageing
+                .map(|ageing| ageing.kept)
+                .or(plan.kept)
+                .map(|random| SamplesPart {
+                    random,
+                    ..SamplesPart::everything(format!("http://{}", self.http))
+                }),
             drift: plan.ageing.map(|ageing| DriftPart {
                 frames: ageing.window,
             }),

@@ -22,6 +22,8 @@ use crate::{
 
 /// A delta that saves less than this share of the file is not worth its computing on the device.
 const WORTH: f64 = 0.9;
+/// Deltas that are kept: from the last ten versions of a few dozen models.
+const MAX_DELTAS: usize = 256;
 
 /// Why a model is not published, or a piece of it not there.
 #[derive(Debug, thiserror::Error)]
@@ -253,7 +255,7 @@ impl Releases {
         if let Some(known) = known(&path) {
             return Ok(Some(known).filter(|delta| !delta.is_empty()));
         }
-        let catalog = self.catalog.clone();
+        let (catalog, deltas) = (self.catalog.clone(), self.deltas.clone());
         let delta = spawn_blocking(move || {
             let old = catalog
                 .bundle(&old)?
@@ -270,6 +272,7 @@ impl Releases {
                 .filter(worth)
                 .unwrap_or_default();
             write(&path, &delta)?;
+            forget_oldest(&deltas);
             Ok::<_, ReleaseError>(delta)
         })
         .await??;
@@ -294,6 +297,22 @@ impl Releases {
         }
         let path = self.signing.repository().join(path);
         tokio::fs::read(path).await.ok().map(Bytes::from)
+    }
+}
+
+/// Keeps the newest [`MAX_DELTAS`]; one that is gone is made again when somebody asks. Failing costs space.
+fn forget_oldest(folder: &Path) {
+    let Ok(entries) = fs::read_dir(folder) else {
+        return;
+    };
+    let mut files: Vec<_> = entries
+        .flatten()
+        .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
+        .collect();
+    files.sort_unstable();
+    let surplus = files.len().saturating_sub(MAX_DELTAS);
+    for (_, path) in files.into_iter().take(surplus) {
+        let _ = fs::remove_file(path);
     }
 }
 
