@@ -68,7 +68,7 @@ pub(crate) struct ModelImport {
     /// Where it was trained, which says how its pictures are prepared.
     #[arg(long, value_enum)]
     like: Family,
-    /// A folder of sample pictures, best DIR/<label>/*.jpg: some of them become the cases that each device tries.
+    /// A folder of sample pictures, best `DIR/<label>/*.jpg`: some of them become the cases that each device tries.
     #[arg(long, value_name = "DIR")]
     images: Option<PathBuf>,
     /// Where the bundle goes, a new folder; without it NAME-VERSION.

@@ -18,8 +18,8 @@ pub(crate) enum SettingsCommand {
     ///
     /// Example: cloud-coordinator settings push night.toml --site plant-3
     Push {
-        /// A TOML file with any of: [broker] (without url), [drift], [outbox], [publish], [reject], [report], [samples]
-        /// (without coordinator), and [[source]] with the name of the source that it changes.
+        /// A TOML file with any of: `[broker]` (without url), `[drift]`, `[outbox]`, `[publish]`, `[reject]`, `[report]`,
+        /// `[samples]` (without coordinator), and `[[source]]` with the name of the source that it changes.
         file: PathBuf,
         #[command(flatten)]
         whom: Scope,
