@@ -78,6 +78,9 @@ pub struct Count {
     pub kept: usize,
     /// Exposed devices on which it failed.
     pub failed: usize,
+    /// Exposed devices that can be reached, and of which neither is known yet.
+    #[serde(default)]
+    pub trying: usize,
 }
 
 impl Rollout {
@@ -307,7 +310,9 @@ impl Rollout {
                 };
             }
             self.expose(outputs);
-            if !(self.is_running() && self.is_ripe() && self.ripe_ms >= stage.soak_ms()) {
+            if !(self.is_running() && self.is_ripe() && self.ripe_ms >= stage.soak_ms())
+                || self.waits_for_the_last()
+            {
                 return;
             }
             if self.stage == self.plan.last() {
@@ -381,6 +386,12 @@ impl Rollout {
         kept > 0 && kept as f32 >= keep * heard as f32
     }
 
+    /// Those that are still trying it get as long again as the others took: a model may be good on most devices and take
+    /// longer to show that it is bad on some.
+    fn waits_for_the_last(&self) -> bool {
+        self.count.trying > 0 && self.ripe_ms < self.stage_ms.saturating_sub(self.ripe_ms)
+    }
+
     fn release_for<'a>(&'a self, member: &'a Member) -> Option<&'a Release> {
         let aborted = matches!(self.status, Status::Aborted(_));
         if member.exposed && !aborted {
@@ -413,20 +424,34 @@ impl Rollout {
 impl Count {
     /// Changes a member and keeps the numbers true.
     fn recount(&mut self, member: &mut Member, change: impl FnOnce(&mut Member)) {
-        let numbers = |member: &Member| {
+        /// What one member adds to the numbers.
+        struct One {
+            heard: bool,
+            kept: bool,
+            failed: bool,
+            trying: bool,
+        }
+        let one = |member: &Member| {
             let kept = member.exposed && member.outcome == Outcome::Kept;
-            let failed = member.exposed && matches!(member.outcome, Outcome::Failed(_));
-            (kept || (member.exposed && member.reachable), kept, failed)
+            let reached = member.exposed && member.reachable;
+            One {
+                heard: kept || reached,
+                kept,
+                failed: member.exposed && matches!(member.outcome, Outcome::Failed(_)),
+                trying: reached && member.outcome == Outcome::Trying,
+            }
         };
-        let (heard, kept, failed) = numbers(member);
-        self.heard -= usize::from(heard);
-        self.kept -= usize::from(kept);
-        self.failed -= usize::from(failed);
+        let before = one(member);
         change(member);
-        let (heard, kept, failed) = numbers(member);
-        self.heard += usize::from(heard);
-        self.kept += usize::from(kept);
-        self.failed += usize::from(failed);
+        let after = one(member);
+        for (count, before, after) in [
+            (&mut self.heard, before.heard, after.heard),
+            (&mut self.kept, before.kept, after.kept),
+            (&mut self.failed, before.failed, after.failed),
+            (&mut self.trying, before.trying, after.trying),
+        ] {
+            *count = *count + usize::from(after) - usize::from(before);
+        }
     }
 }
 

@@ -395,6 +395,47 @@ fn too_slow_a_stage_pauses_and_the_clock_cannot_hurry_it() {
 }
 
 #[test]
+fn who_takes_longer_to_fail_is_waited_for() {
+    let plan = || Plan {
+        stages: [50.0, 100.0]
+            .map(|percent| Stage {
+                percent,
+                soak_s: 0,
+                ..Stage::default()
+            })
+            .to_vec(),
+        ..Plan::default()
+    };
+    let begun = || {
+        let mut rollout = Rollout::new(1, release_target(), plan());
+        (0..20).for_each(|n| drop(rollout.step(joined(n, true), 0)));
+        let exposed = (0..20)
+            .map(name)
+            .filter(|device| rollout.setting(device) == Some(Some(&release_target())));
+        let exposed: Vec<Name> = exposed.collect();
+        assert_eq!(exposed.len(), 10);
+        // Nine of ten keep it within five seconds.
+        for device in &exposed[1..] {
+            rollout.step(Input::Report(device.clone(), Outcome::Kept), 5_000);
+        }
+        rollout.step(Input::Tick, 9_000);
+        assert_eq!((rollout.stage(), rollout.count().trying), (0, 1));
+        (rollout, exposed[0].clone())
+    };
+    let (mut rollout, last) = begun();
+    rollout.step(Input::Report(last, Outcome::Failed(Reason::Latency)), 9_500);
+    assert!(matches!(rollout.status(), Status::Aborted(_)));
+    assert_eq!(rollout.count().exposed, 10);
+    // Nobody is waited for without end, nor for a device that cannot be reached.
+    let (mut rollout, _) = begun();
+    rollout.step(Input::Tick, 10_000);
+    assert_eq!(rollout.stage(), 1);
+    let (mut rollout, last) = begun();
+    rollout.step(Input::Left(last), 9_000);
+    assert_eq!(rollout.stage(), 1);
+}
+
+#[test]
 fn the_newest_rollout_wins_and_remembers_what_was_proven() {
     let mut old = Rollout::new(1, release_target(), fast());
     (0..4).for_each(|n| drop(old.step(joined(n, true), 0)));
