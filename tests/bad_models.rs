@@ -435,7 +435,7 @@ async fn a_model_that_crashes_its_agent_later_is_given_up() {
         json!({"share": 1.0, "shadow_frames": 10, "watch_frames": 100_000, "watch_s_max": 600});
     let path = scene.roll_out(same, lenient(), trial).await;
     let at = scene.one_in(&["watching"], "2.2.1").await;
-    for _ in 0..20 {
+    for _ in 0..40 {
         scene.site.devices[at].agent.kill().await.unwrap();
         scene.site.devices[at].agent.start().unwrap();
         tokio::time::sleep(Duration::from_millis(1_500)).await;

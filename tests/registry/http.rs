@@ -55,7 +55,10 @@ fn answer(
     };
     match (trick, bytes) {
         (Trick::None, None) => {
-            stream.write_all(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")
+            // It says that it closes the connection, or the next request may be sent into one that is being closed.
+            stream.write_all(
+                b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
+            )
         }
         (Trick::None, Some(bytes)) => {
             stream.write_all(head(length).as_bytes())?;
@@ -78,10 +81,14 @@ fn answer(
         }
         (Trick::Redirect, _) => {
             let to = request.split(' ').nth(1).unwrap();
-            let head = format!("HTTP/1.1 302 Found\r\nlocation: {to}\r\ncontent-length: 0\r\n\r\n");
+            let head = format!(
+                "HTTP/1.1 302 Found\r\nlocation: {to}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+            );
             stream.write_all(head.as_bytes())
         }
-        (Trick::Fails, _) => stream.write_all(b"HTTP/1.1 500 Oh\r\ncontent-length: 0\r\n\r\n"),
+        (Trick::Fails, _) => {
+            stream.write_all(b"HTTP/1.1 500 Oh\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+        }
         (Trick::Hangs, _) => stream.read_exact(&mut [0]),
         (Trick::Drips, _) => {
             stream.write_all(head(1000).as_bytes())?;
