@@ -14,6 +14,7 @@ use models::{
     delta::{DeltaError, Wanted, apply, make},
     digest_of,
 };
+use std::io::Cursor;
 
 struct Counting;
 
@@ -39,18 +40,20 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
-/// What the module promises beside the old and the new file, without the list of spans.
-const BESIDES: usize = 512 << 10;
+/// What the module promises beside the list of spans and the literals.
+const BESIDES: usize = 768 << 10;
 
 fn peak(old: &[u8], delta: &[u8], wanted: &Wanted) -> (Result<Vec<u8>, DeltaError>, usize) {
+    let mut made = Vec::with_capacity(wanted.length as usize);
     let before = NOW.load(Relaxed);
     PEAK.store(before, Relaxed);
-    let made = apply(old, delta, wanted);
-    (made, PEAK.load(Relaxed) - before)
+    let applied = apply(&mut Cursor::new(old), delta, wanted, &mut made);
+    let peak = PEAK.load(Relaxed) - before;
+    (applied.map(|()| made), peak)
 }
 
 #[test]
-fn twice_the_model_and_no_more() {
+fn little_and_not_more_for_a_larger_model() {
     let layers: Vec<Vec<f32>> = (1..40).map(|n| weights(n, 400 * n as usize)).collect();
     let file = |layers: &[Vec<f32>]| {
         let tensor = |(at, layer): (usize, &Vec<f32>)| (format!("layer{at}"), 1, raw(layer));
@@ -72,14 +75,13 @@ fn twice_the_model_and_no_more() {
         let (made, peak) = self::peak(&old, &delta, &wanted);
         assert!(made.unwrap() == new);
         println!(
-            "{name}: {} bytes, delta {}, peak new + {}",
+            "{name}: {} bytes, delta {}, peak {peak}",
             new.len(),
-            delta.len(),
-            peak as i64 - new.len() as i64
+            delta.len()
         );
-        assert!(peak <= new.len() + BESIDES, "{name}: {peak}");
+        assert!(peak <= BESIDES, "{name}: {peak}");
 
-        // Lies cost a long list of spans and, where all is called literal, as much again at the most.
+        // Lies cost a long list of spans and, where all is called literal, the file in two forms and the old one.
         let places = (72..100).chain((100..delta.len()).step_by(delta.len() / 60));
         for at in places {
             for byte in [0, 0x7f, 0xff] {
@@ -87,7 +89,7 @@ fn twice_the_model_and_no_more() {
                 lie[at] = byte;
                 let (_, peak) = self::peak(&old, &lie, &wanted);
                 assert!(
-                    peak <= 2 * new.len() + BESIDES + (1 << 20),
+                    peak <= 3 * new.len() + BESIDES + (1 << 20),
                     "{name}, byte {at}: {peak}"
                 );
             }

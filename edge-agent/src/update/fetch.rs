@@ -6,7 +6,7 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::{self, BufReader},
+    io::{self, BufReader, BufWriter, Write},
     path::{Path, PathBuf},
 };
 
@@ -217,8 +217,7 @@ impl Fetch<'_> {
         };
         if file.path == MODEL && !self.without_delta && !assembly.is_complete() {
             for old in self.candidates(installed) {
-                if let Some(new) = self.by_delta(old, &wanted)? {
-                    write(&to, |to| io::Write::write_all(to, &new))?;
+                if self.by_delta(old, &wanted, &to)? {
                     return Ok(stage.drop_chunks()?);
                 }
             }
@@ -278,34 +277,46 @@ impl Fetch<'_> {
             .map(|(_, file, path)| (file, path))
     }
 
-    /// The file made from an old one; nothing if there is no delta, or none that works.
+    /// Makes the file from an old one; false if there is no delta, or none that works.
     fn by_delta(
         &self,
         (old, path): (&ReleaseFile, PathBuf),
         wanted: &Wanted,
-    ) -> Result<Option<Vec<u8>>, UpdateError> {
+        to: &Path,
+    ) -> Result<bool, UpdateError> {
         self.watch()?;
         let (from, to) = (old.sha256, wanted.sha256);
         let delta = self.client.delta(from, to, wanted.length, self.watchful)?;
-        let Some(delta) = delta else {
-            return Ok(None);
+        let (Some(delta), Ok(mut old)) = (delta, File::open(&path)) else {
+            return Ok(false);
         };
-        // The document says how long it is, so it cannot be beyond what a model may be.
-        let Ok(bytes) = std::fs::read(&path) else {
-            return Ok(None);
-        };
-        match delta::apply(&bytes, BufReader::new(delta), wanted) {
-            Ok(new) => Ok(Some(new)),
-            Err(DeltaError::Read(error)) => {
+        let mut trouble = None;
+        let written = write(to, |to| {
+            let mut to = BufWriter::new(to);
+            let applied = delta::apply(&mut old, BufReader::new(delta), wanted, &mut to);
+            match applied.and_then(|()| to.flush().map_err(DeltaError::Write)) {
+                Ok(()) => Ok(()),
+                // A full disk is for whoever writes the file to tell.
+                Err(DeltaError::Write(error)) => Err(error),
+                Err(error) => {
+                    let words = error.to_string();
+                    trouble = Some(error);
+                    Err(io::Error::other(words))
+                }
+            }
+        });
+        match trouble {
+            None => Ok(written.map(|()| true)?),
+            Some(DeltaError::Read(error)) => {
                 self.watch()?;
                 Err(UpdateError::Answer {
-                    what: format!("delta to {to}"),
+                    what: format!("delta to {}", wanted.sha256),
                     why: error.to_string(),
                 })
             }
-            Err(error) => {
+            Some(error) => {
                 tracing::warn!(%error, "a delta is of no use; the file comes whole");
-                Ok(None)
+                Ok(false)
             }
         }
     }

@@ -3,7 +3,7 @@
 use std::{
     ffi::OsString,
     fs::File,
-    io::BufReader,
+    io::{BufReader, BufWriter, Write},
     path::{Path, PathBuf},
     process::{ExitCode, Stdio},
 };
@@ -41,7 +41,7 @@ const SEED: u64 = 1;
 /// What a delta of a new head may be of the file, and one of all weights, in percent.
 const HEAD_PERCENT: f64 = 4.0;
 const FULL_PERCENT: f64 = 50.0;
-/// What applying one may take, the old and the new file included, in sizes of the model.
+/// What applying one may take, in sizes of the model.
 const TIMES: f64 = 2.0;
 
 /// One version of a model, made from another.
@@ -208,18 +208,18 @@ fn wanted(length: &OsString, sha256: &OsString) -> anyhow::Result<Wanted> {
     })
 }
 
-/// As the agent does it: the old file is read, the delta is a stream, the new file is written. Neither that nor
-/// the copy waits for the disk.
+/// As the agent does it: the old file, the delta and the new file are streams. Neither that nor the copy waits for
+/// the disk.
 fn apply([old, delta, made]: [&Path; 3], wanted: &Wanted) -> anyhow::Result<Value> {
     let me = std::process::id();
     let before = usage(me)?.rss;
     let start = Instant::now();
-    let old = std::fs::read(old)?;
-    let new = delta::apply(&old, BufReader::new(File::open(delta)?), wanted)?;
-    std::fs::write(made, &new)?;
+    let delta = BufReader::new(File::open(delta)?);
+    let mut new = BufWriter::new(File::create(made)?);
+    delta::apply(&mut File::open(old)?, delta, wanted, &mut new)?;
+    new.flush()?;
     let ms = start.elapsed().as_secs_f64() * 1_000.0;
     let memory = usage(me)?.peak_rss.saturating_sub(before);
-    drop((old, new));
 
     let start = Instant::now();
     let whole = std::fs::read(made)?;

@@ -76,7 +76,9 @@ fn encode(old: &[u8], new: &[u8], spans: &[Span]) -> Result<Vec<u8>, DeltaError>
         }
     }
     literals.extend_from_slice(rest);
-    let literals = pack_literals(old, &literals)?;
+    // Who applies it reads the old file as a stream wherever there are spans.
+    let prefix = if spans.is_empty() { old } else { &[] };
+    let literals = pack_literals(prefix, &literals)?;
     let part = |what, length: usize| {
         let bytes = length as u64;
         u32::try_from(length).map_err(|_| DeltaError::TooLarge { what, bytes })
@@ -103,13 +105,13 @@ fn put_varint(list: &mut Vec<u8>, mut number: usize) {
     list.push(number as u8);
 }
 
-/// One frame, in which all of the old file can be referred to.
-fn pack_literals(old: &[u8], literals: &[u8]) -> Result<Vec<u8>, DeltaError> {
+/// One frame, in which all of the prefix can be referred to.
+fn pack_literals(prefix: &[u8], literals: &[u8]) -> Result<Vec<u8>, DeltaError> {
     let failed = |code| DeltaError::Compress(zstd_safe::get_error_name(code).to_owned());
     let mut packed = Vec::with_capacity(zstd_safe::compress_bound(literals.len()));
     let mut context = CCtx::try_create().ok_or(DeltaError::Memory(literals.len()))?;
     // At least the smallest window of zstd; at most 2^29, for two files of 256 MiB.
-    let reach = (old.len() + literals.len())
+    let reach = (prefix.len() + literals.len())
         .max(1 << 10)
         .next_power_of_two();
     for parameter in [
@@ -119,7 +121,7 @@ fn pack_literals(old: &[u8], literals: &[u8]) -> Result<Vec<u8>, DeltaError> {
     ] {
         context.set_parameter(parameter).map_err(failed)?;
     }
-    context.ref_prefix(old).map_err(failed)?;
+    context.ref_prefix(prefix).map_err(failed)?;
     context.compress2(&mut packed, literals).map_err(failed)?;
     Ok(packed)
 }

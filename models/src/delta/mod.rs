@@ -4,16 +4,16 @@
 //! A delta says how the new file is put together from *literals*, bytes that it carries, and *spans*,
 //! tensors of the old file with a difference added to each number (see `numbers.rs`). It knows nothing of
 //! ONNX: only [`make()`] does, so whoever applies one parses four small lists. Where nothing is shared,
-//! or it does not help, everything is literal; those are compressed with the old file as what came
+//! or it does not help, everything is literal; those are then compressed with the old file as what came
 //! before, so pieces that merely moved cost little.
 //!
 //! ```text
-//! magic "LWDELTA", version 1                         8 bytes
+//! magic "LWDELTA", version 2                         8 bytes
 //! SHA-256 of the old file, of the new file          64
 //! length of the new file, of the span list,
 //!     of the compressed literals                    12      three u32, little-endian
 //! spans: literal, from, length, width                       varints; the list ends with its last span
-//! literals: one zstd frame, prefix = the old file
+//! literals: one zstd frame; without spans, prefix = the old file
 //! differences: one zstd frame, window <= 64 KiB             up to the end of the delta
 //! ```
 //!
@@ -24,29 +24,29 @@
 //!
 //! # Memory
 //!
-//! [`apply()`] allocates the new file, the span list (ten bytes a tensor, at most 1 MiB) and less than
-//! 512 KiB; with the old file, which it only reads, that is twice the model. Literals are unpacked at the
-//! end of the new file and moved forward as it grows; compressed, they lie where tensors will be. Only
-//! where they are more than the tensors (nothing in common, no ONNX) they take their compressed length
-//! besides, at most the new file's; the delta is nearly as long then, and better left for the file's
-//! chunks. The delta is read as a stream. No damaged or hostile one takes more than this: all lengths in it
-//! are checked against the length that the caller wants.
+//! [`apply()`] reads the old file and the delta and writes the new file as streams. It holds the span list
+//! (ten bytes a tensor, at most 1 MiB), the literals, unpacked and until then packed, and less than 768 KiB,
+//! whatever the size of the model. Only a delta without spans (nothing in common, no ONNX) takes the old file,
+//! the new one and the packed one at once; it is nearly as long as the new file, and better left for the file's
+//! chunks. No damaged or hostile one takes more than this: all lengths in it are checked against the length that
+//! the caller wants.
 
 mod make;
 mod numbers;
 mod tensors;
 
-use std::io::{self, BufRead, Read};
+use std::io::{self, BufRead, Read, Seek, SeekFrom, Write};
 
+use sha2::{Digest as _, Sha256};
 use zstd::{stream::read::Decoder, zstd_safe};
 
 use self::numbers::{Kind, restore};
-use crate::{Digest, MAX_MODEL_BYTES, digest_of, wire};
+use crate::{Digest, MAX_MODEL_BYTES, wire};
 
 pub use self::make::make;
 
 /// What a delta begins with; the last byte is the version of the format.
-const MAGIC: [u8; 8] = *b"LWDELTA\x01";
+const MAGIC: [u8; 8] = *b"LWDELTA\x02";
 /// Magic, two digests, three lengths.
 const HEADER_BYTES: usize = 8 + 2 * 32 + 3 * 4;
 /// Held while applying. A plane of f32 is then 32 KiB, for which a table costs a five-hundredth.
@@ -80,6 +80,12 @@ pub enum DeltaError {
     /// The delta cannot be read.
     #[error("cannot read the delta: {0}")]
     Read(#[source] io::Error),
+    /// The old file cannot be read.
+    #[error("cannot read the old file: {0}")]
+    ReadOld(#[source] io::Error),
+    /// The new file cannot be written.
+    #[error("cannot write the new file: {0}")]
+    Write(#[source] io::Error),
     /// Something else, or a version of the format that is not known.
     #[error("not a delta of a version that is known")]
     Unknown,
@@ -112,8 +118,8 @@ pub enum DeltaError {
         /// Digest of what was asked for.
         wanted: Digest,
     },
-    /// No memory for the new file.
-    #[error("no memory for {0} bytes of the new file")]
+    /// No memory for what a delta carries.
+    #[error("no memory for {0} bytes of a file")]
     Memory(usize),
     /// The compressor failed.
     #[error("cannot compress the delta: {0}")]
@@ -133,7 +139,7 @@ struct Span {
 #[derive(Clone)]
 struct Spans<'a> {
     list: &'a [u8],
-    old: usize,
+    old: u64,
 }
 
 impl Spans<'_> {
@@ -141,7 +147,7 @@ impl Spans<'_> {
         let mut number = || usize::try_from(wire::varint(&mut self.list)?).ok();
         let (literal, from, length) = (number()?, number()?, number()?);
         let kind = Kind::of_width(wire::varint(&mut self.list)?)?;
-        let fits = from.checked_add(length)? <= self.old;
+        let fits = from.checked_add(length)? as u64 <= self.old;
         (fits && length > 0 && length.is_multiple_of(kind.width())).then_some(Span {
             literal,
             from,
@@ -193,7 +199,7 @@ impl Header {
     }
 
     /// Is it for these files, and within all limits?
-    fn check(&self, old: &[u8], wanted: &Wanted) -> Result<(), DeltaError> {
+    fn check(&self, wanted: &Wanted) -> Result<(), DeltaError> {
         if self.new != wanted.sha256 || u64::from(self.length) != wanted.length {
             return Err(DeltaError::OtherNew {
                 makes: self.new,
@@ -209,13 +215,6 @@ impl Header {
         }
         if self.spans as usize > MAX_SPANS_BYTES {
             return Err(DeltaError::Damaged("a list of spans beyond 1 MiB"));
-        }
-        let found = digest_of(old);
-        if self.old != found {
-            return Err(DeltaError::OtherOld {
-                needs: self.old,
-                found,
-            });
         }
         Ok(())
     }
@@ -239,37 +238,70 @@ impl Header {
     }
 }
 
-/// Makes the new file from the old one and a delta. What it returns has the length and the digest that
-/// were asked for; see the module about memory.
+/// Makes the new file from the old one and a delta. What it has written when it returns has the length and the
+/// digest that were asked for; after an error it is of no use. See the module about memory.
 ///
 /// # Errors
-/// When the delta is for other files, is damaged or cannot be read; see [`DeltaError`].
-pub fn apply(old: &[u8], mut delta: impl BufRead, wanted: &Wanted) -> Result<Vec<u8>, DeltaError> {
+/// When the delta is for other files, is damaged, or something cannot be read or written; see [`DeltaError`].
+pub fn apply(
+    old: &mut (impl Read + Seek),
+    mut delta: impl BufRead,
+    wanted: &Wanted,
+    new: &mut impl Write,
+) -> Result<(), DeltaError> {
     let header = Header::read(&mut delta)?;
-    header.check(old, wanted)?;
+    header.check(wanted)?;
+    let (found, old_length) = digest_from(old)?;
+    if found != header.old {
+        let needs = header.old;
+        return Err(DeltaError::OtherOld { needs, found });
+    }
     let mut list = zeros(header.spans as usize)?;
     delta.read_exact(&mut list).map_err(broken)?;
     let spans = Spans {
         list: &list,
-        old: old.len(),
+        old: old_length,
     };
-    let length = header.length as usize;
-    let tensors = tensor_bytes(spans.clone(), length)?;
-
-    let mut new = zeros(length)?;
-    let packed = header.literals as usize;
-    unpack_literals(&mut new, tensors, old, &mut delta, packed)?;
-    unpack_tensors(&mut new, tensors, old, delta, spans)?;
-
-    let found = digest_of(&new);
-    if found == wanted.sha256 {
-        Ok(new)
+    let literals = header.length as usize - tensor_bytes(spans.clone(), header.length as usize)?;
+    let prefix = if list.is_empty() {
+        whole(old, old_length)?
     } else {
-        Err(DeltaError::Wrong {
-            found,
-            wanted: wanted.sha256,
-        })
+        Vec::new()
+    };
+    let literals = unpack_literals(&mut delta, header.literals as usize, literals, &prefix)?;
+    drop(prefix);
+
+    let mut new = Digesting::new(new);
+    write_new(old, delta, spans, &literals, &mut new)?;
+    let found = new.digest();
+    if found == wanted.sha256 {
+        Ok(())
+    } else {
+        let wanted = wanted.sha256;
+        Err(DeltaError::Wrong { found, wanted })
     }
+}
+
+/// The digest and the length of a file, from its beginning.
+fn digest_from(file: &mut (impl Read + Seek)) -> Result<(Digest, u64), DeltaError> {
+    let mut sum = Digesting::new(io::sink());
+    let read = file.rewind().and_then(|()| io::copy(file, &mut sum));
+    let length = read.map_err(DeltaError::ReadOld)?;
+    Ok((sum.digest(), length))
+}
+
+/// A whole file of that length, in memory.
+fn whole(file: &mut (impl Read + Seek), length: u64) -> Result<Vec<u8>, DeltaError> {
+    let too_large = || DeltaError::TooLarge {
+        what: "an old file",
+        bytes: length,
+    };
+    let small = usize::try_from(length).ok();
+    let small = small.filter(|_| length <= MAX_MODEL_BYTES);
+    let mut bytes = zeros(small.ok_or_else(too_large)?)?;
+    let read = file.rewind().and_then(|()| file.read_exact(&mut bytes));
+    read.map_err(DeltaError::ReadOld)?;
+    Ok(bytes)
 }
 
 /// Bytes that the spans make; the literals before them must fit besides.
@@ -286,32 +318,71 @@ fn tensor_bytes(spans: Spans<'_>, length: usize) -> Result<usize, DeltaError> {
     Ok(tensors)
 }
 
-/// Makes the tensors, and moves the literals before each to their place. Literals wait from `waiting` on,
-/// never before `end`: the gap is what spans still have to fill.
-fn unpack_tensors(
-    new: &mut [u8],
-    mut waiting: usize,
-    old: &[u8],
+/// The literals, of which there are `length` bytes.
+fn unpack_literals(
+    delta: &mut impl Read,
+    packed: usize,
+    length: usize,
+    prefix: &[u8],
+) -> Result<Vec<u8>, DeltaError> {
+    const WRONG: DeltaError = DeltaError::Damaged("literals that zstd cannot unpack");
+    if packed > zstd_safe::compress_bound(length) {
+        return Err(DeltaError::Damaged(
+            "literals longer than any frame of them",
+        ));
+    }
+    let mut frame = zeros(packed)?;
+    delta.read_exact(&mut frame).map_err(broken)?;
+    // One frame and nothing else; unpacked in one go, so its window takes no memory.
+    if zstd_safe::find_frame_compressed_size(&frame) != Ok(packed) {
+        return Err(WRONG);
+    }
+    let mut literals = zeros(length)?;
+    let mut context = zstd_safe::DCtx::try_create().ok_or(DeltaError::Memory(length))?;
+    context.ref_prefix(prefix).map_err(|_| WRONG)?;
+    match context.decompress(&mut literals[..], &frame) {
+        Ok(unpacked) if unpacked == length => Ok(literals),
+        _ => Err(WRONG),
+    }
+}
+
+/// Writes the literals and the tensors in turn.
+fn write_new(
+    old: &mut (impl Read + Seek),
     delta: impl BufRead,
     spans: Spans<'_>,
+    mut literals: &[u8],
+    new: &mut impl Write,
 ) -> Result<(), DeltaError> {
     let mut decoder = Decoder::with_buffer(delta).map_err(broken)?.single_frame();
     decoder.window_log_max(WINDOW_LOG).map_err(broken)?;
-    let mut planes = zeros(BLOCK_BYTES)?;
-    let mut end = 0;
+    let (mut planes, mut was, mut is) = (
+        zeros(BLOCK_BYTES)?,
+        zeros(BLOCK_BYTES)?,
+        zeros(BLOCK_BYTES)?,
+    );
     for span in spans {
         let span = span?;
-        new.copy_within(waiting..waiting + span.literal, end);
-        (end, waiting) = (end + span.literal, waiting + span.literal);
-        let old = &old[span.from..span.from + span.length];
-        let new = &mut new[end..end + span.length];
-        for (old, new) in old.chunks(BLOCK_BYTES).zip(new.chunks_mut(BLOCK_BYTES)) {
-            let planes = &mut planes[..new.len()];
+        // Their sum was checked.
+        let (before, after) = literals
+            .split_at_checked(span.literal)
+            .ok_or(DeltaError::Damaged("literals that end too early"))?;
+        new.write_all(before).map_err(DeltaError::Write)?;
+        literals = after;
+        old.seek(SeekFrom::Start(span.from as u64))
+            .map_err(DeltaError::ReadOld)?;
+        let mut left = span.length;
+        while left > 0 {
+            let length = left.min(BLOCK_BYTES);
+            let (planes, was, is) = (&mut planes[..length], &mut was[..length], &mut is[..length]);
             decoder.read_exact(planes).map_err(unpacked)?;
-            restore(span.kind, old, planes, new);
+            old.read_exact(was).map_err(DeltaError::ReadOld)?;
+            restore(span.kind, was, planes, is);
+            new.write_all(is).map_err(DeltaError::Write)?;
+            left -= length;
         }
-        end += span.length;
     }
+    new.write_all(literals).map_err(DeltaError::Write)?;
     let surplus = decoder.read(&mut [0]).map_err(unpacked)?;
     let after = decoder.finish().fill_buf().map_err(broken)?.len();
     if surplus + after > 0 {
@@ -328,38 +399,31 @@ fn unpacked(error: io::Error) -> DeltaError {
     }
 }
 
-/// Unpacks the literals to the end of the new file, behind the room for the tensors.
-fn unpack_literals(
-    new: &mut [u8],
-    room: usize,
-    old: &[u8],
-    delta: &mut impl Read,
-    packed: usize,
-) -> Result<(), DeltaError> {
-    let (room, literals) = new.split_at_mut(room);
-    if packed > zstd_safe::compress_bound(literals.len()) {
-        return Err(DeltaError::Damaged(
-            "literals longer than any frame of them",
-        ));
+/// Passes bytes on and takes their digest.
+struct Digesting<W> {
+    hash: Sha256,
+    to: W,
+}
+
+impl<W: Write> Digesting<W> {
+    fn new(to: W) -> Self {
+        let hash = Sha256::new();
+        Self { hash, to }
     }
-    let mut besides;
-    let packed = match room.get_mut(..packed) {
-        Some(room) => room,
-        None => {
-            besides = zeros(packed)?;
-            &mut besides[..]
-        }
-    };
-    delta.read_exact(packed).map_err(broken)?;
-    let unpacked = zstd_safe::DCtx::try_create().and_then(|mut context| {
-        // One frame and nothing else; unpacked in place, so its window takes no memory.
-        let whole = zstd_safe::find_frame_compressed_size(packed) == Ok(packed.len());
-        context.ref_prefix(old).ok().filter(|_| whole)?;
-        context.decompress(literals, packed).ok()
-    });
-    if unpacked == Some(literals.len()) {
-        Ok(())
-    } else {
-        Err(DeltaError::Damaged("literals that zstd cannot unpack"))
+
+    fn digest(self) -> Digest {
+        Digest(self.hash.finalize().into())
+    }
+}
+
+impl<W: Write> Write for Digesting<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.to.write(bytes)?;
+        self.hash.update(&bytes[..written]);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.to.flush()
     }
 }
