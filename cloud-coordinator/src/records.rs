@@ -1,7 +1,8 @@
-//! The database of samples, labels and datasets, `<data>/learning.db`.
+//! The databases beside that of the readings: samples, labels and datasets in `<data>/learning.db`, and who may do
+//! what in `<data>/trust.db`.
 //!
-//! It is not the database of the readings: SQLite lets one connection write at a time, and a person who
-//! labels must never make ingest wait. Each of `samples`, `labels` and `datasets` has its own SQL.
+//! SQLite lets one connection write at a time: a person who labels must never make ingest wait, nor a training
+//! somebody who logs in. Each of `samples`, `labels`, `datasets` and so on has its own SQL.
 
 use std::{
     path::{Path, PathBuf},
@@ -21,7 +22,7 @@ const BUSY: Duration = Duration::from_secs(10);
 /// The write-ahead log is cut back to this after a burst, in bytes.
 const WAL_LIMIT: &str = "67108864";
 
-/// What can go wrong with the database of the samples.
+/// What can go wrong with such a database.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
     /// It cannot be opened.
@@ -95,7 +96,22 @@ impl Records {
     /// # Errors
     /// If the file cannot be opened or brought up to date.
     pub async fn open(data: &Path) -> Result<Self, RecordError> {
-        let path = data.join("learning.db");
+        Self::at(
+            data.join("learning.db"),
+            sqlx::migrate!("migrations/learning"),
+        )
+        .await
+    }
+
+    /// Opens or makes `<data>/trust.db`.
+    ///
+    /// # Errors
+    /// If the file cannot be opened or brought up to date.
+    pub async fn trust(data: &Path) -> Result<Self, RecordError> {
+        Self::at(data.join("trust.db"), sqlx::migrate!("migrations/trust")).await
+    }
+
+    async fn at(path: PathBuf, steps: sqlx::migrate::Migrator) -> Result<Self, RecordError> {
         let options = SqliteConnectOptions::new()
             .filename(&path)
             .create_if_missing(true)
@@ -114,7 +130,7 @@ impl Records {
         let mut writer = SqliteConnection::connect_with(&options)
             .await
             .map_err(open)?;
-        sqlx::migrate!("migrations/learning")
+        steps
             .run(&mut writer)
             .await
             .map_err(|error| RecordError::Migrate {
@@ -149,7 +165,7 @@ impl Records {
             .execute(&mut *writer)
             .await
         {
-            tracing::debug!(%error, "the log of the samples stays for the next start");
+            tracing::debug!(%error, "the log of a database stays for the next start");
         }
     }
 }
