@@ -98,6 +98,9 @@ pub(crate) enum RolloutCommand {
         /// Only to devices on this board.
         #[arg(long)]
         board: Option<String>,
+        /// Only to devices with this tag.
+        #[arg(long)]
+        tag: Option<String>,
         /// Percent of the devices in each stage.
         #[arg(long, value_delimiter = ',', default_value = "1,10,50,100")]
         stages: Vec<f32>,
@@ -329,6 +332,7 @@ pub(crate) async fn rollout(place: &Where, command: RolloutCommand) -> anyhow::R
             model,
             site,
             board,
+            tag,
             stages,
             soak,
             timeout,
@@ -339,7 +343,7 @@ pub(crate) async fn rollout(place: &Where, command: RolloutCommand) -> anyhow::R
                 |percent: &f32| json!({"percent": percent, "soak_s": soak, "timeout_s": timeout});
             let stages: Vec<Value> = stages.iter().map(stage).collect();
             let start = json!({
-                "model": model, "group": {"site": site, "board": board}, "plan": {"stages": stages},
+                "model": model, "group": {"site": site, "board": board, "tag": tag}, "plan": {"stages": stages},
                 "force": force, "author": who.author,
             });
             show(&place.ask(Method::POST, "/rollouts", Some(start)).await?);

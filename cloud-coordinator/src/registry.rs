@@ -147,6 +147,9 @@ pub(crate) struct View {
     /// Its processor's architecture.
     #[serde(skip_serializing_if = "Option::is_none")]
     arch: Option<String>,
+    /// What people sort their devices by, separated by commas.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tags: Option<String>,
     /// Its cameras and sensors, separated by commas.
     #[serde(skip_serializing_if = "Option::is_none")]
     sources: Option<String>,
@@ -398,6 +401,7 @@ impl Device {
             name: self.name.clone(),
             online: self.status == Some(Status::Online),
             board: self.info.as_ref().map(|info| info.board.clone()),
+            tags: self.info.as_ref().map_or(String::new(), |i| i.tags.clone()),
             model: match (&self.model, &self.reported) {
                 (Some(model), _) => Some(model.name.clone()),
                 // It has none in memory now, and is on its way to one.
@@ -420,6 +424,11 @@ impl Device {
             agent: self.info.as_ref().map(|i| i.agent.clone()),
             board: self.info.as_ref().map(|i| i.board.clone()),
             arch: self.info.as_ref().map(|i| i.arch.clone()),
+            tags: self
+                .info
+                .as_ref()
+                .map(|i| i.tags.clone())
+                .filter(|tags| !tags.is_empty()),
             sources: self.info.as_ref().map(|i| i.sources.clone()),
             epoch: self.info.as_ref().map(|i| i.epoch),
             model: self.model.as_ref().map(ModelView::from),
@@ -453,6 +462,8 @@ pub(crate) struct Standing {
     pub(crate) name: Name,
     pub(crate) online: bool,
     pub(crate) board: Option<String>,
+    /// What people sort it by, separated by commas.
+    pub(crate) tags: String,
     /// The name of the model that it runs, or that it is to run if it has none.
     pub(crate) model: Option<String>,
     pub(crate) reported: Option<Arc<Reported>>,

@@ -38,6 +38,11 @@ fn config_with(data: &Path) -> Config {
 
 /// The conveyor's bundle as a tar, with its manifest changed.
 fn tar(change: impl Fn(String) -> String) -> Vec<u8> {
+    tar_of(&std::fs::read(bundle().join("model.onnx")).unwrap(), change)
+}
+
+/// As [`tar`], with that model.
+fn tar_of(model: &[u8], change: impl Fn(String) -> String) -> Vec<u8> {
     let mut tar = tar::Builder::new(Vec::new());
     let manifest = std::fs::read_to_string(bundle().join("manifest.toml")).unwrap();
     let mut add = |path: &str, bytes: &[u8]| {
@@ -47,10 +52,7 @@ fn tar(change: impl Fn(String) -> String) -> Vec<u8> {
         tar.append_data(&mut header, path, bytes).unwrap();
     };
     add("manifest.toml", change(manifest).as_bytes());
-    add(
-        "model.onnx",
-        &std::fs::read(bundle().join("model.onnx")).unwrap(),
-    );
+    add("model.onnx", model);
     for n in 1..=6 {
         let path = format!("golden/{n}.png");
         add(&path, &std::fs::read(bundle().join(&path)).unwrap());
@@ -379,5 +381,65 @@ async fn a_model_comes_to_the_devices_and_back() {
         let (_, message) = client.next().await;
         assert_eq!(Desired::decode(&message).ok(), wish, "{name}");
     }
+    handle.stop().await;
+}
+
+/// A device may run what was never published, as it came with it: what it has is not sent again all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_delta_begins_at_any_model_of_that_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let handle = Coordinator::start(config_with(dir.path())).await.unwrap();
+    let http = handle.http;
+    let file = std::fs::read(bundle().join("model.onnx")).unwrap();
+    let factory = models::digest_of(&file);
+    // Another producer's name (field 2) at the end: other bytes, the same answers.
+    let versions = ["1.4.0", "1.5.0"].map(|number| {
+        let name = format!("made for {number}");
+        let head = [0x12, u8::try_from(name.len()).unwrap()];
+        let model = [&file[..], &head, name.as_bytes()].concat();
+        (number, models::digest_of(&model), model)
+    });
+    for (number, digest, model) in &versions {
+        let manifest =
+            |m: String| version(number)(m).replace(&factory.to_string(), &digest.to_string());
+        let tar = tar_of(model, manifest);
+        let (status, said) = bring(http, "POST /api/v1/catalog", "application/x-tar", &tar).await;
+        assert_eq!(status, 200, "{said}");
+    }
+    let [(_, old, from), (_, new, to)] = &versions;
+    let path = |from, to| format!("/api/v1/deltas/{from}/{to}");
+    assert_eq!(
+        fetch(http, &path(old, new)).await.0,
+        404,
+        "nothing is published"
+    );
+
+    let said = json!({"model": "conveyor@1.5.0", "author": "ada"});
+    assert_eq!(say(http, "POST /api/v1/releases", said).await.0, 200);
+    for (digest, file) in [(old, from), (&factory, &file)] {
+        let (status, delta) = fetch(http, &path(digest, new)).await;
+        assert_eq!(status, 200);
+        assert!(delta.len() < to.len() / 50, "{}", delta.len());
+        let wanted = models::delta::Wanted {
+            length: to.len() as u64,
+            sha256: *new,
+        };
+        let mut made = Vec::new();
+        models::delta::apply(
+            &mut std::io::Cursor::new(file),
+            &delta[..],
+            &wanted,
+            &mut made,
+        )
+        .unwrap();
+        assert!(made == *to);
+    }
+    assert_eq!(
+        fetch(http, &path(new, old)).await.0,
+        404,
+        "the other way leads to what is not published"
+    );
+    let unknown = models::digest_of(b"unknown");
+    assert_eq!(fetch(http, &path(&unknown, new)).await.0, 404);
     handle.stop().await;
 }

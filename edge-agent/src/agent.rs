@@ -12,7 +12,7 @@
 
 use std::{collections::BTreeSet, ffi::OsString, sync::mpsc, thread::JoinHandle, time::Duration};
 
-use mesh_core::{Info, SampleReason, VERSION};
+use mesh_core::{Info, Name, SampleReason, VERSION};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -197,12 +197,8 @@ impl Agent {
                 agent: env!("CARGO_PKG_VERSION").into(),
                 board: config.board.name.clone(),
                 arch: std::env::consts::ARCH.into(),
-                sources: config
-                    .source
-                    .iter()
-                    .map(|s| s.name.as_str())
-                    .collect::<Vec<_>>()
-                    .join(","),
+                sources: joined(config.source.iter().map(|s| &s.name)),
+                tags: joined(&config.tags),
                 epoch: outbox.epoch(),
             },
             engines: ends.engines.clone(),
@@ -351,6 +347,11 @@ fn start_samples(config: &Config, epoch: u64, counters: &Counters) -> Option<Sam
     )
     .map_err(|why| tracing::error!("no frames are kept to learn from: {why}"))
     .ok()
+}
+
+fn joined<'a>(names: impl IntoIterator<Item = &'a Name>) -> String {
+    let names: Vec<_> = names.into_iter().map(Name::as_str).collect();
+    names.join(",")
 }
 
 async fn join(threads: Vec<JoinHandle<()>>) {

@@ -19,6 +19,8 @@ use crate::{
 
 /// More cameras and sensors than this do not fit a small board.
 const MAX_SOURCES: usize = 16;
+/// They stand in one short message.
+const MAX_TAGS: usize = 8;
 /// The outbox keeps several segments, so that it can drop the oldest one.
 const MIN_OUTBOX_BYTES: u64 = 4 * 1024 * 1024;
 
@@ -30,6 +32,8 @@ pub struct Config {
     pub site: Name,
     /// The device's name, unique in its site. Default: the host's name.
     pub device: Name,
+    /// What it is sorted by besides: a rollout can go to all devices with a tag. At most 8.
+    pub tags: Vec<Name>,
     /// The folder for everything that must survive a restart.
     pub data: PathBuf,
     /// Where readings go.
@@ -98,6 +102,7 @@ impl Default for Config {
         Self {
             site: default_name("home"),
             device: host_name(),
+            tags: Vec::new(),
             data: PathBuf::from("/var/lib/lacewing"),
             broker: BrokerConfig::default(),
             source: Vec::new(),
@@ -237,6 +242,11 @@ impl Config {
             self.device != Name::itself(),
             "device",
             "must be a name, `_` is reserved",
+        );
+        must(
+            self.tags.len() <= MAX_TAGS && !self.tags.contains(&Name::itself()),
+            "tags",
+            "at most 8 names, `_` is reserved",
         );
         if let Err(why) = self.broker.address() {
             must(false, "broker.url", &why);

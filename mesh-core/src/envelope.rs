@@ -182,6 +182,9 @@ pub struct Info {
     pub arch: String,
     /// The cameras and sensors, separated by commas.
     pub sources: String,
+    /// What people sort their devices by, separated by commas.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub tags: String,
     /// The life of the device's outbox.
     pub epoch: u64,
 }

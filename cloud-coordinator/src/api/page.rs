@@ -23,6 +23,10 @@ pub(super) fn router() -> Router<State> {
         "text/javascript; charset=utf-8",
         include_str!("../page/learning.js"),
     );
+    let rollouts = file(
+        "text/javascript; charset=utf-8",
+        include_str!("../page/rollouts.js"),
+    );
     let label = file(
         "text/html; charset=utf-8",
         include_str!("../page/label.html"),
@@ -40,4 +44,5 @@ pub(super) fn router() -> Router<State> {
         .route("/page.css", get(css))
         .route("/page.js", get(js))
         .route("/learning.js", get(learning))
+        .route("/rollouts.js", get(rollouts))
 }

@@ -70,6 +70,9 @@ pub(crate) struct Group {
     pub(crate) site: Option<Name>,
     /// Only on this board.
     pub(crate) board: Option<String>,
+    /// Only with this tag.
+    #[schema(value_type = Option<String>)]
+    pub(crate) tag: Option<Name>,
 }
 
 impl Group {
@@ -79,6 +82,10 @@ impl Group {
                 .board
                 .as_ref()
                 .is_none_or(|board| device.board.as_ref() == Some(board))
+            && self
+                .tag
+                .as_ref()
+                .is_none_or(|tag| device.tags.split(',').any(|has| has == tag.as_str()))
             && device.model.as_deref() == Some(model)
     }
 }
@@ -609,5 +616,46 @@ impl Standing {
     /// What it runs, as far as it is a release.
     fn loaded(&self) -> Option<Release> {
         self.reported.as_ref()?.loaded.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_is_all_that_fits_everything_it_says() {
+        let device = Standing {
+            id: 1,
+            site: "plant-3".parse().unwrap(),
+            name: "d1".parse().unwrap(),
+            online: true,
+            board: Some("raspberry-pi-5".into()),
+            tags: "line-3,night".into(),
+            model: Some("steel".into()),
+            reported: None,
+            fresh: false,
+        };
+        let has = |json: &str| {
+            let group: Group = serde_json::from_str(json).unwrap();
+            group.has(&device, "steel")
+        };
+        for inside in [
+            "{}",
+            r#"{"site":"plant-3"}"#,
+            r#"{"tag":"line-3"}"#,
+            r#"{"site":"plant-3","board":"raspberry-pi-5","tag":"night"}"#,
+        ] {
+            assert!(has(inside), "{inside}");
+        }
+        for outside in [
+            r#"{"site":"plant-4"}"#,
+            r#"{"board":"raspberry-pi-4"}"#,
+            r#"{"tag":"line"}"#,
+            r#"{"site":"plant-3","tag":"line-4"}"#,
+        ] {
+            assert!(!has(outside), "{outside}");
+        }
+        assert!(!Group::default().has(&device, "conveyor"));
     }
 }

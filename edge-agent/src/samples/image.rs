@@ -55,18 +55,22 @@ pub(super) fn make(material: &Material, config: &SamplesConfig) -> Result<Vec<u8
     let [left, top, wide, high] = config.crop;
     let (x, cut_width) = part(cut_width, left, wide);
     let (y, cut_height) = part(cut_height, top, high);
-    let image = imageops::crop_imm(&image, x, y, cut_width, cut_height).to_image();
+    let view = imageops::crop_imm(&image, x, y, cut_width, cut_height);
     // The decoder may have made it smaller; its proportions are those of the full picture.
     let (mut to_width, mut to_height) = fit(
         part(width, left, wide).1,
         part(height, top, high).1,
         config.max_side,
     );
+    if to_width > cut_width || to_height > cut_height {
+        (to_width, to_height) = (cut_width, cut_height);
+    }
     loop {
-        let small = if (to_width, to_height) == image.dimensions() {
-            image.clone()
+        // Averages of pixels, straight from the picture: a better filter needs several times its memory.
+        let small = if (to_width, to_height) == (cut_width, cut_height) {
+            view.to_image()
         } else {
-            imageops::resize(&image, to_width, to_height, imageops::FilterType::Triangle)
+            imageops::thumbnail(&*view, to_width, to_height)
         };
         let small = if config.blur > 0.0 {
             imageops::fast_blur(&small, config.blur)
@@ -86,7 +90,7 @@ pub(super) fn make(material: &Material, config: &SamplesConfig) -> Result<Vec<u8
 }
 
 /// The pixels, and the size of the full picture that they show. A large JPEG comes back at a half, a quarter or an
-/// eighth, never below what is asked for: the full photograph would not fit a small board's memory.
+/// eighth, little below what is asked for at the least: the full photograph would not fit a small board's memory.
 fn decode(material: &Material, config: &SamplesConfig) -> Result<(Picture, u32, u32), MakeError> {
     let bytes = match material {
         Material::Pixels(picture) => {
@@ -113,7 +117,9 @@ fn decode(material: &Material, config: &SamplesConfig) -> Result<(Picture, u32, 
     drop(decoder);
     let [_, _, wide, high] = config.crop;
     let side = part(width, 0.0, wide).1.max(part(height, 0.0, high).1);
-    let factor = [8, 4, 2].into_iter().find(|f| side / f >= config.max_side);
+    // 1080p at a half is 960 across: hardly less than 1,024, for a quarter of the memory.
+    let enough = config.max_side / 4 * 3;
+    let factor = [8, 4, 2].into_iter().find(|f| side / f >= enough);
     let picture = match factor {
         // A decoder that is told twice the factor keeps twice the size: see `Picture::decode_for`.
         Some(f) => Picture::decode_for(bytes, (width / (2 * f)).max(1), (height / (2 * f)).max(1)),
@@ -184,6 +190,16 @@ mod tests {
             let seen = Picture::decode(&made).unwrap();
             assert_eq!((seen.width(), seen.height()), fit(width, height, 320));
         }
+    }
+
+    #[test]
+    fn a_photograph_that_is_nearly_small_enough_is_halved() {
+        let config = config("max_side = 1024");
+        let material = Material::File(jpeg(&flag(1_920, 1_080)));
+        let (picture, ..) = decode(&material, &config).unwrap();
+        assert_eq!((picture.width(), picture.height()), (960, 540));
+        let seen = Picture::decode(&make(&material, &config).unwrap()).unwrap();
+        assert_eq!((seen.width(), seen.height()), (960, 540));
     }
 
     #[test]

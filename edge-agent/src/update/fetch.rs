@@ -282,7 +282,7 @@ impl Fetch<'_> {
         &self,
         (old, path): (&ReleaseFile, PathBuf),
         wanted: &Wanted,
-        to: &Path,
+        file: &Path,
     ) -> Result<bool, UpdateError> {
         self.watch()?;
         let (from, to) = (old.sha256, wanted.sha256);
@@ -291,7 +291,7 @@ impl Fetch<'_> {
             return Ok(false);
         };
         let mut trouble = None;
-        let written = write(to, |to| {
+        let written = write(file, |to| {
             let mut to = BufWriter::new(to);
             let applied = delta::apply(&mut old, BufReader::new(delta), wanted, &mut to);
             match applied.and_then(|()| to.flush().map_err(DeltaError::Write)) {

@@ -319,6 +319,7 @@ impl Device {
             board: "simulated".into(),
             arch: std::env::consts::ARCH.into(),
             sources: "cam0".into(),
+            tags: String::new(),
             epoch: 1,
         };
         let state = State {

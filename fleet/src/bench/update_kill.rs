@@ -26,11 +26,17 @@ const MODEL: &str = "conveyor";
 const VERSIONS: [&str; 2] = ["8.0.1", "8.0.2"];
 /// So little that they agree on what they see.
 const NOISE: f32 = 1e-4;
-/// The device is killed within this after its start: loading takes some of it, an update the rest.
-const LIFE_MS: usize = 3_000;
-/// One kill in so many comes late, so that updates also come to their end.
-const LATE: usize = 4;
+/// One kill in so many comes at any moment after the start …
+const ANY: usize = 5;
+const ANY_MS: usize = 5_000;
+/// … and one in so many so late that updates also come to their end. The others come soon after the device has said
+/// that it is about an update.
+const LATE: usize = 5;
 const LATE_MS: usize = 9_000;
+const SOON_MS: usize = 1_500;
+/// How long it has to say so, in steps of [`LOOK`].
+const LOOKS: usize = 40;
+const LOOK: Duration = Duration::from_millis(100);
 /// How long the device may take to be at rest in the end.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -92,9 +98,15 @@ async fn play(
             rollout = Some(begin(&api, VERSIONS.get(next % 2).unwrap_or(&VERSIONS[0])).await?);
             next += 1;
         }
-        let late = dice.below(LATE) == 0;
-        let life = dice.below(if late { LATE_MS } else { LIFE_MS }) as u64;
-        tokio::time::sleep(Duration::from_millis(life)).await;
+        let life = if dice.below(ANY) == 0 {
+            dice.below(ANY_MS)
+        } else if dice.below(LATE) == 0 {
+            dice.below(LATE_MS)
+        } else {
+            is_about_it(&api).await?;
+            dice.below(SOON_MS)
+        };
+        tokio::time::sleep(Duration::from_millis(life as u64)).await;
         let devices = get(&api, "/devices".into()).await?;
         let phase = devices["items"][0]["update"]["phase"]
             .as_str()
@@ -143,6 +155,19 @@ async fn play(
         Goal::None,
     );
     results.add("… not stored", lost, "", None, Goal::AtMost(0.0));
+    Ok(())
+}
+
+/// Waits for a while until the device says that it is about an update.
+async fn is_about_it(api: &Api) -> anyhow::Result<()> {
+    for _ in 0..LOOKS {
+        tokio::time::sleep(LOOK).await;
+        let devices = get(api, "/devices".into()).await?;
+        let device = &devices["items"][0];
+        if device["online"] == true && device["update"]["phase"] != "settled" {
+            break;
+        }
+    }
     Ok(())
 }
 
