@@ -1,15 +1,27 @@
 //! Walks the bytes of an ONNX file without building anything, so that a small file which would unfold
 //! into gigabytes of parsed messages, or nest without end, is refused first.
 
+use std::mem::size_of;
+
+use tract_onnx::pb::{
+    AttributeProto, FunctionProto, GraphProto, NodeProto, SparseTensorProto,
+    StringStringEntryProto, TensorAnnotation, TensorProto, TensorShapeProto, TrainingInfoProto,
+    TypeProto, ValueInfoProto, tensor_shape_proto::Dimension, type_proto,
+};
+
 /// Fields of all messages together. A model of 20,000 operators has about half as many.
 const MAX_FIELDS: usize = 1 << 20;
+/// Memory of all parsed messages, without the texts and weights that are in the file as they are. 20,000 operators with
+/// six attributes each take half of it.
+const MAX_PARSED_BYTES: usize = 256 << 20;
 /// Bytes of numbers stored one by one with a variable length, each of which becomes eight bytes.
 /// Weights are stored raw; only shapes and indices look like this.
 const MAX_VARINT_BYTES: usize = 16 << 20;
 /// Messages within messages. A graph with its deepest tensor needs six.
 const MAX_DEPTH: usize = 16;
 
-/// The messages of ONNX that contain others.
+/// The messages of ONNX. Each that contains others is known exactly: a field that the parser takes for a message
+/// and this walk does not would not be counted.
 #[derive(Clone, Copy)]
 enum Message {
     Model,
@@ -17,7 +29,15 @@ enum Message {
     Node,
     Attribute,
     Tensor,
-    /// Anything else: all its length-delimited fields are taken for messages where that is possible.
+    Sparse,
+    Value,
+    Type,
+    TensorType,
+    Shape,
+    Annotation,
+    Function,
+    Training,
+    /// Contains none.
     Leaf,
 }
 
@@ -25,15 +45,51 @@ impl Message {
     /// The message in a field of this one, by the field's number in onnx.proto.
     fn child(self, field: u64) -> Option<Self> {
         match (self, field) {
-            (Self::Model, 7) | (Self::Attribute, 6 | 11) => Some(Self::Graph),
-            (Self::Graph, 1) => Some(Self::Node),
+            (Self::Model, 7) | (Self::Attribute, 6 | 11) | (Self::Training, 1 | 2) => {
+                Some(Self::Graph)
+            }
+            (Self::Model, 20) => Some(Self::Training),
+            (Self::Model, 25) => Some(Self::Function),
+            (Self::Graph, 1) | (Self::Function, 7) => Some(Self::Node),
             (Self::Node, 5) => Some(Self::Attribute),
-            (Self::Graph, 5) | (Self::Attribute, 5 | 10) => Some(Self::Tensor),
-            (Self::Model, 8 | 14 | 20 | 25)
-            | (Self::Graph, 11..=15)
-            | (Self::Attribute, 14 | 15 | 22 | 23)
-            | (Self::Tensor, 13) => Some(Self::Leaf),
+            (Self::Graph, 5) | (Self::Attribute, 5 | 10) | (Self::Sparse, 1 | 2) => {
+                Some(Self::Tensor)
+            }
+            (Self::Graph, 15) | (Self::Attribute, 22 | 23) => Some(Self::Sparse),
+            (Self::Graph, 11..=13) => Some(Self::Value),
+            (Self::Graph, 14) => Some(Self::Annotation),
+            (Self::Value, 2) | (Self::Attribute, 14 | 15) => Some(Self::Type),
+            // Sequences, maps and the like nest types in types; the engine knows tensors only.
+            (Self::Type, 1) => Some(Self::TensorType),
+            (Self::TensorType, 2) => Some(Self::Shape),
+            (Self::Shape, 1)
+            | (Self::Model, 8 | 14)
+            | (Self::Tensor, 3 | 13)
+            | (Self::Function, 9)
+            | (Self::Annotation, 2)
+            | (Self::Training, 3 | 4) => Some(Self::Leaf),
             _ => None,
+        }
+    }
+
+    /// What the parser takes for one of these, even for an empty one.
+    fn size(self) -> usize {
+        match self {
+            // There is one.
+            Self::Model => 0,
+            Self::Graph => size_of::<GraphProto>(),
+            Self::Node => size_of::<NodeProto>(),
+            Self::Attribute => size_of::<AttributeProto>(),
+            Self::Tensor => size_of::<TensorProto>(),
+            Self::Sparse => size_of::<SparseTensorProto>(),
+            Self::Value => size_of::<ValueInfoProto>(),
+            Self::Type => size_of::<TypeProto>(),
+            Self::TensorType => size_of::<type_proto::Tensor>(),
+            Self::Shape => size_of::<TensorShapeProto>(),
+            Self::Annotation => size_of::<TensorAnnotation>(),
+            Self::Function => size_of::<FunctionProto>(),
+            Self::Training => size_of::<TrainingInfoProto>(),
+            Self::Leaf => size_of::<Dimension>().max(size_of::<StringStringEntryProto>()),
         }
     }
 
@@ -41,7 +97,7 @@ impl Message {
     fn packed(self, field: u64) -> bool {
         matches!(
             (self, field),
-            (Self::Attribute, 8) | (Self::Tensor, 1 | 5 | 7 | 11)
+            (Self::Attribute, 8) | (Self::Tensor, 1 | 5 | 7 | 11) | (Self::Sparse, 3)
         )
     }
 }
@@ -49,6 +105,7 @@ impl Message {
 #[derive(Default)]
 struct Count {
     fields: usize,
+    parsed_bytes: usize,
     varint_bytes: usize,
 }
 
@@ -81,6 +138,10 @@ fn walk(
     if depth > MAX_DEPTH {
         return Err("messages nested deeper than 16");
     }
+    count.parsed_bytes += message.size();
+    if count.parsed_bytes > MAX_PARSED_BYTES {
+        return Err("its messages would take more than 256 MiB");
+    }
     while !bytes.is_empty() {
         count.fields += 1;
         if count.fields > MAX_FIELDS {
@@ -105,12 +166,6 @@ fn walk(
                     }
                 } else if let Some(child) = message.child(field) {
                     walk(inner, child, depth + 1, count)?;
-                } else if matches!(message, Message::Leaf) {
-                    // A text or a message: as a message it costs at most what its fields count.
-                    let _ = walk(inner, Message::Leaf, depth + 1, count);
-                    if count.fields > MAX_FIELDS {
-                        return Err("more than 1048576 fields");
-                    }
                 }
             }
             5 => {

@@ -371,6 +371,66 @@ fn too_much_of_anything_is_refused() {
     assert!(text.contains("fields"), "{text}");
 }
 
+/// A field with a message in it, as it stands in a file.
+fn field(number: u32, content: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let kind = prost::encoding::WireType::LengthDelimited;
+    prost::encoding::encode_key(number, kind, &mut bytes);
+    prost::encoding::encode_varint(content.len() as u64, &mut bytes);
+    bytes.extend(content);
+    bytes
+}
+
+fn refused_file(file: &[u8]) -> String {
+    let (_dir, bundle) = bundle_of(MANIFEST, file);
+    Engine::load(&bundle.unwrap())
+        .expect_err("must be refused")
+        .to_string()
+}
+
+#[test]
+fn messages_that_unfold_are_refused_wherever_they_stand() {
+    // A shape of a million sizes, behind something that only a careless reader stops at: an empty group.
+    let dims = [&[0x7b, 0x7c][..], &field(1, &[]).repeat(1_100_000)].concat();
+    let input = field(2, &field(1, &field(2, &dims)));
+    let text = refused_file(&field(7, &field(11, &input)));
+    assert!(
+        text.contains("not a whole ONNX file") || text.contains("fields"),
+        "{text}"
+    );
+    let text = refused_file(&field(
+        7,
+        &field(11, &field(2, &field(1, &field(2, &dims[2..])))),
+    ));
+    assert!(text.contains("fields"), "{text}");
+    // Two bytes each in the file, a thousand and more in memory.
+    let attributes = field(5, &[]).repeat(400_000);
+    let text = refused_file(&field(7, &field(1, &attributes)));
+    assert!(text.contains("256 MiB"), "{text}");
+    let functions = field(25, &field(7, &field(5, &[]).repeat(400_000)));
+    assert!(refused_file(&functions).contains("256 MiB"));
+}
+
+#[test]
+fn types_in_types_are_not_followed() {
+    // Sequences of sequences, ten thousand deep, as the type of the input and of an attribute.
+    let mut kind = Vec::new();
+    for _ in 0..10_000 {
+        kind = field(4, &field(1, &kind));
+    }
+    for graph in [
+        field(11, &field(2, &kind)),
+        field(1, &field(5, &field(14, &kind))),
+        field(1, &field(5, &field(15, &kind))),
+    ] {
+        let mut bytes = model().encode_to_vec();
+        bytes.extend(field(7, &graph));
+        let (_dir, bundle) = bundle_of(MANIFEST, &bytes);
+        // Whatever it says: the stack is not the measure.
+        let _ = Engine::load(&bundle.unwrap());
+    }
+}
+
 #[test]
 fn circles_and_loose_ends_are_refused() {
     let text = refusal(|model| graph(model).node[0].input[0] = "embedding".into());
