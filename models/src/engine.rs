@@ -12,9 +12,9 @@ use crate::{
     bundle::{Bundle, BundleError},
     image::{ImageError, Picture},
     manifest::{Manifest, Task},
+    memory::of_this_process,
     onnx::{self, OnnxError},
     outcome::{self, Outcome, OutcomeError},
-    selftest::resident_kib,
     tensor::{Input, Preprocess, Scratch},
 };
 
@@ -140,6 +140,7 @@ impl Engine {
     /// # Errors
     /// Those of [`Engine::load`].
     pub fn new(manifest: Manifest, model: Vec<u8>) -> Result<Self, EngineError> {
+        let resident_kib = || of_this_process("VmRSS").map(|bytes| bytes >> 10);
         let before = resident_kib();
         let id = manifest.id();
         if !matches!(manifest.task, Task::Classify | Task::Embed) {

@@ -16,6 +16,7 @@
 #![forbid(unsafe_code)]
 
 mod analyse;
+mod bare;
 mod bundle;
 pub mod chunks;
 pub mod delta;
@@ -24,11 +25,13 @@ mod fields;
 mod image;
 mod jpeg;
 mod manifest;
+mod memory;
 mod onnx;
 mod outcome;
 mod read;
 mod reference;
 mod release;
+pub mod sandbox;
 mod selftest;
 mod sketch;
 mod tensor;
@@ -36,6 +39,7 @@ mod trial;
 mod wire;
 mod write;
 
+pub use bare::bare;
 pub use bundle::{Bundle, BundleError};
 pub use engine::{Engine, EngineError};
 pub use fields::FieldError;
@@ -53,7 +57,8 @@ pub use selftest::{GoldenResult, SelfTest, self_test};
 pub use sketch::{Port, Sketch};
 pub use tensor::Input;
 pub use trial::{
-    Fault, TRY_MODEL, Trial, ask_process, bound_memory, this_program, try_bundle, try_here,
+    Fault, TRY_MODEL, Trial, ask_process, bound_memory, bound_time, this_program, try_bundle,
+    try_here,
 };
 pub use write::{Draft, WriteError};
 

@@ -215,12 +215,3 @@ fn median_ms(run: impl Fn() -> bool) -> Option<f32> {
     times.sort_by(f32::total_cmp);
     times.get(TIMED_RUNS / 2).copied()
 }
-
-/// The process's resident memory, where the system tells it the way Linux does.
-pub(crate) fn resident_kib() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse().ok()
-}

@@ -1,5 +1,5 @@
-//! A model that nobody knows yet is tried in a process of its own, with bounds on its memory and its time: whatever
-//! it does there, it does to nobody else.
+//! A model that nobody knows yet is tried in a process of its own, shut in and with bounds on its memory and its time:
+//! whatever it does there, it does to nobody else.
 //!
 //! The program that asks starts itself again with [`TRY_MODEL`] and the bundle's folder, and that process prints
 //! what it found as one line of JSON.
@@ -8,7 +8,7 @@ use std::{
     ffi::{OsStr, OsString},
     io::Read,
     path::Path,
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     sync::mpsc,
     time::Duration,
 };
@@ -16,7 +16,9 @@ use std::{
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use crate::{bundle::Bundle, engine::Engine, selftest::self_test};
+use crate::{
+    bundle::Bundle, engine::Engine, memory::of_this_process, sandbox, selftest::self_test,
+};
 
 /// The first argument of a process that tries a model; the second is the bundle's folder.
 pub const TRY_MODEL: &str = "try-model";
@@ -28,6 +30,22 @@ const BESIDES: u64 = 96 << 20;
 const LOADING: u64 = 4;
 /// The report and the last words of a process are shorter than this.
 const MAX_OUTPUT: u64 = 64 * 1024;
+/// Seconds of the processor's time after which a process ends, also if nobody is left who would end it: as long as the
+/// most patient caller waits.
+const MAX_CPU_S: u64 = 600;
+/// A process that has said everything is given so long to end.
+const ENDING: Duration = Duration::from_secs(5);
+/// Between two looks whether it has.
+const LOOK: Duration = Duration::from_millis(2);
+/// What a process gets of this one's environment: what loading it may need. The rest may hold secrets, and is nothing
+/// for who reads foreign files.
+const ENVIRONMENT: [&str; 5] = [
+    "PATH",
+    "LD_LIBRARY_PATH",
+    "QEMU_LD_PREFIX",
+    "RUST_BACKTRACE",
+    "TMPDIR",
+];
 
 /// What is wrong with a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +75,9 @@ pub struct Trial {
     pub latency_ms: Option<f32>,
     /// By how many MiB the process grew at most while it loaded and ran the model.
     pub memory_mib: Option<f32>,
+    /// How the process was shut in, for people; empty if it did not come so far as to say.
+    #[serde(default)]
+    pub sandbox: String,
 }
 
 impl Trial {
@@ -66,6 +87,7 @@ impl Trial {
             detail: detail.into(),
             latency_ms: None,
             memory_mib: None,
+            sandbox: String::new(),
         }
     }
 }
@@ -104,7 +126,12 @@ pub fn ask_process<T: DeserializeOwned>(
     let (file, first) = program
         .split_first()
         .ok_or_else(|| std::io::Error::other("no program tries models"))?;
+    let kept = ENVIRONMENT
+        .iter()
+        .filter_map(|name| Some((name, std::env::var_os(name)?)));
     let mut child = Command::new(file)
+        .env_clear()
+        .envs(kept)
         .args(first)
         .args(arguments)
         .stdin(Stdio::null())
@@ -123,7 +150,7 @@ pub fn ask_process<T: DeserializeOwned>(
         let detail = format!("it took longer than {} s", limit.as_secs());
         return Ok(Err((Fault::Crash, detail)));
     };
-    let status = child.wait()?;
+    let status = ended(&mut child)?;
     if let (true, Ok(answer)) = (status.success(), serde_json::from_str(report.trim())) {
         return Ok(Ok(answer));
     }
@@ -145,6 +172,20 @@ fn text_of(pipe: Option<impl Read>) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
+/// Waits for a process that has closed its output, and ends it if it does not do so itself.
+fn ended(child: &mut Child) -> std::io::Result<ExitStatus> {
+    // Nobody says anything there: only its patience is of use.
+    let (_said, never) = mpsc::channel::<()>();
+    for _ in 0..ENDING.as_millis() / LOOK.as_millis() {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status);
+        }
+        let _ = never.recv_timeout(LOOK);
+    }
+    let _ = child.kill();
+    child.wait()
+}
+
 fn end(child: &mut Child) {
     // It may have ended by itself in the meantime.
     let _ = child.kill();
@@ -153,8 +194,14 @@ fn end(child: &mut Child) {
 
 /// The other side: tries the bundle in `dir` in this process and prints what it found.
 pub fn try_here(dir: &Path) {
+    bound_time();
+    let sandbox = sandbox::enter(&[dir], None).to_string();
+    let trial = Trial {
+        sandbox,
+        ..look(dir)
+    };
     // Without a line the other side knows enough.
-    if let Ok(line) = serde_json::to_string(&look(dir)) {
+    if let Ok(line) = serde_json::to_string(&trial) {
         println!("{line}");
     }
 }
@@ -191,31 +238,34 @@ fn look(dir: &Path) -> Trial {
         },
         latency_ms: test.latency_ms,
         memory_mib: peak_mib().zip(before).map(|(after, before)| after - before),
+        sandbox: String::new(),
     }
 }
 
-/// From here on an allocation beyond `bytes` more than now fails, and ends the process.
+/// From here on an allocation beyond `bytes` more than now fails, and ends the process. The bound is for good.
 pub fn bound_memory(bytes: u64) {
-    let used = memory_of("VmData:").unwrap_or_default();
-    let before = getrlimit(Resource::Data);
-    let bound = Rlimit {
-        current: Some(used + bytes),
-        ..before
+    let used = of_this_process("VmData").unwrap_or_default();
+    bound(Resource::Data, used.saturating_add(bytes));
+}
+
+/// From here on the process ends after some minutes of the processor's time, and leaves no image of its memory behind.
+pub fn bound_time() {
+    bound(Resource::Cpu, MAX_CPU_S);
+    bound(Resource::Core, 0);
+}
+
+fn bound(resource: Resource, most: u64) {
+    let most = most.min(getrlimit(resource).maximum.unwrap_or(u64::MAX));
+    let narrow = Rlimit {
+        current: Some(most),
+        maximum: Some(most),
     };
-    // Where it cannot be set the time is bounded still.
-    let _ = setrlimit(Resource::Data, bound);
+    // Where one cannot be set the others and whoever waits are there still.
+    let _ = setrlimit(resource, narrow);
 }
 
 /// The most that this process has had in memory, in MiB.
 fn peak_mib() -> Option<f32> {
     #[expect(clippy::cast_precision_loss, reason = "a size for people")]
-    memory_of("VmHWM:").map(|bytes| bytes as f32 / (1 << 20) as f32)
-}
-
-/// A line of proc(5), in bytes.
-fn memory_of(field: &str) -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib << 10)
+    of_this_process("VmHWM").map(|bytes| bytes as f32 / (1 << 20) as f32)
 }

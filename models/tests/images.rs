@@ -12,7 +12,7 @@ use std::io::Cursor;
 
 use common::{MANIFEST, bundle_of, model};
 use image::{DynamicImage, ImageFormat, Rgb, RgbImage, codecs::jpeg::JpegEncoder};
-use models::{Engine, ImageError, Picture};
+use models::{Engine, ImageError, Picture, bare};
 use proptest::prelude::*;
 use prost::Message;
 
@@ -217,6 +217,97 @@ fn a_cut_jpeg_is_an_error_wherever_it_is_cut() {
         message.contains("400×240") && message.contains("cut off"),
         "{message}"
     );
+}
+
+#[test]
+fn a_small_jpeg_is_an_error_at_every_single_byte_that_it_is_cut_at() {
+    let bytes = with_orientation(&jpeg(&drawing(24, 16)), 6);
+    for length in 0..bytes.len() {
+        let cut = &bytes[..length];
+        assert!(Picture::decode(cut).is_err(), "cut at {length}");
+        assert!(Picture::decode_for(cut, 2, 2).is_err(), "cut at {length}");
+        assert!(bare(cut, usize::MAX).is_err(), "cut at {length}");
+        let _ = Picture::decode(&[cut, &[0xff, 0xd9]].concat());
+    }
+}
+
+/// A chunk of a PNG; decoders pass over those that they do not know, whatever their checksum is.
+fn png_chunk(kind: &[u8; 4], content: &[u8]) -> Vec<u8> {
+    let mut crc = u32::MAX;
+    for byte in kind.iter().chain(content) {
+        crc ^= u32::from(*byte);
+        for _ in 0..8 {
+            crc = (crc >> 1) ^ if crc & 1 == 1 { 0xEDB8_8320 } else { 0 };
+        }
+    }
+    let length = u32::try_from(content.len()).unwrap().to_be_bytes();
+    [&length[..], kind, content, &(!crc).to_be_bytes()].concat()
+}
+
+#[test]
+fn nothing_stays_beside_the_pixels() {
+    const SECRET: &[u8] = b"47.3769 N 8.5417 E";
+    let holds = |bytes: &[u8], what: &[u8]| bytes.windows(what.len()).any(|part| part == what);
+    let segment = |marker: u8, content: &[u8]| {
+        let length = u16::try_from(content.len() + 2).unwrap().to_be_bytes();
+        [&[0xff, marker], &length[..], content].concat()
+    };
+    let plain = jpeg(&drawing(64, 48));
+    let kept = bare(&plain, usize::MAX).unwrap();
+    assert_eq!(&*kept, plain, "a bare file stays as it is");
+    let scan = plain.windows(2).position(|p| p == [0xff, 0xda]).unwrap();
+    let (head, data) = plain.split_at(scan);
+    let mut marked: Vec<Vec<u8>> = (0xe0..=0xef)
+        .chain([0xfe])
+        .map(|marker| [&plain[..2], &segment(marker, SECRET), &plain[2..]].concat())
+        .collect();
+    // With the right name and more than belongs there, late, and after the end.
+    let named = [&b"JFIF\0\x01\x01\0\0\x01\0\x01\x01\x01"[..], SECRET].concat();
+    marked.push([&plain[..2], &segment(0xe0, &named), &plain[2..]].concat());
+    marked.push([head, &segment(0xe1, SECRET), data].concat());
+    marked.push([&plain[..], SECRET].concat());
+    marked.push([&plain[..], &with_app1(&plain, SECRET)].concat());
+    marked.push(with_app1(&with_orientation(&plain, 6), SECRET));
+    for file in &marked {
+        let made = bare(file, usize::MAX).unwrap();
+        assert!(!holds(&made, SECRET), "{:x?}", &file[..40]);
+        for marker in 0xe1..=0xef {
+            assert!(!made.windows(4).take(600).any(|p| p[..2] == [0xff, marker]));
+        }
+        let (seen, was) = (
+            Picture::decode(&made).unwrap(),
+            Picture::decode(file).unwrap(),
+        );
+        assert_eq!((seen.width(), seen.height()), (was.width(), was.height()));
+        assert!(mean_difference(seen.rgb(), was.rgb()) < 4.0);
+        assert_eq!(&*bare(&made, usize::MAX).unwrap(), &*made);
+    }
+    let turned = bare(&marked[marked.len() - 1], usize::MAX).unwrap();
+    let turned = Picture::decode(&turned).unwrap();
+    assert_eq!((turned.width(), turned.height()), (48, 64), "it is upright");
+
+    let plain = encoded(&drawing(20, 10), ImageFormat::Png);
+    assert_eq!(&*bare(&plain, usize::MAX).unwrap(), plain);
+    for kind in [b"eXIf", b"tEXt", b"zTXt", b"iTXt", b"prVt"] {
+        let (head, rest) = plain.split_at(8 + 25);
+        // A keyword, no compression, no language, the text.
+        let content = [&b"Comment\0\0\0\0\0"[..], SECRET].concat();
+        let file = [head, &png_chunk(kind, &content), rest].concat();
+        let made = bare(&file, usize::MAX).unwrap();
+        assert!(!holds(&made, SECRET) && !holds(&made, kind), "{kind:?}");
+        assert_eq!(
+            Picture::decode(&made).unwrap().rgb(),
+            drawing(20, 10).as_raw()
+        );
+    }
+    let file = [&plain[..], SECRET].concat();
+    assert!(!holds(&bare(&file, usize::MAX).unwrap(), SECRET));
+    // What comes out is bounded too.
+    let noise = RgbImage::from_fn(200, 200, |x, y| {
+        Rgb([0, 8, 16].map(|shift| ((x * 200 + y).wrapping_mul(2_654_435_761) >> shift) as u8))
+    });
+    let file = [&encoded(&noise, ImageFormat::Png)[..], SECRET].concat();
+    assert!(bare(&file, 20_000).unwrap().len() <= 20_000);
 }
 
 #[test]

@@ -30,6 +30,11 @@ impl Catalog {
                 .map_err(|error| unusable(&error))?;
             let trial = models::try_bundle(&program, folder.path(), TRIAL)
                 .map_err(|error| unusable(&error))?;
+            tracing::info!(
+                model = bundle.id(),
+                sandbox = trial.sandbox,
+                "tried a model"
+            );
             match trial.fault {
                 Some(_) => Err(CatalogError::Unusable(trial.detail)),
                 None => Ok(folder),

@@ -314,6 +314,7 @@ impl Worker {
             what: "the self-test",
             error,
         })?;
+        tracing::info!(%release, sandbox = trial.sandbox, "tried a model");
         match trial.fault {
             None => Ok(()),
             Some(fault) => Err(Failure::new(reason(fault), &trial.detail)),

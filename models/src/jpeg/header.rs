@@ -83,6 +83,48 @@ pub(crate) fn is_whole(bytes: &[u8]) -> bool {
         .is_some_and(|data| data.windows(2).rev().any(|pair| pair == [0xff, 0xd9]))
 }
 
+/// Where the data of a scan ends: at the next marker that is no mark within it.
+fn scan_end(bytes: &[u8], start: usize) -> Option<usize> {
+    let within = |marker: u8| matches!(marker, 0 | 0xd0..=0xd7 | 0xff);
+    let data = bytes.get(start..)?;
+    data.windows(2)
+        .position(|pair| pair[0] == 0xff && !within(pair[1]))
+        .map(|at| start + at)
+}
+
+/// Is there nothing in the file but what one picture is decoded from: no notes of a camera, no comment, no colour
+/// profile, no second picture, nothing after the end?
+pub(crate) fn is_bare(bytes: &[u8]) -> bool {
+    if !bytes.starts_with(&[0xff, 0xd8]) {
+        return false;
+    }
+    let mut at = 2;
+    loop {
+        if bytes.get(at..) == Some(&[0xff, 0xd9][..]) {
+            return true;
+        }
+        let Some((marker, content, next)) = (Segments { bytes, at }).next() else {
+            return false;
+        };
+        // Without a picture of its own in it.
+        let is_jfif = marker == 0xe0 && content.starts_with(b"JFIF\0") && content.len() == 14;
+        let is_adobe = marker == 0xee && content.starts_with(b"Adobe") && content.len() == 12;
+        let is_coded = matches!(marker, 0xc0..=0xcf | 0xda | 0xdb | 0xdd);
+        if !(is_jfif || is_adobe || is_coded) {
+            return false;
+        }
+        at = if marker == START_OF_SCAN {
+            let end = scan_start(bytes, content).and_then(|start| scan_end(bytes, start));
+            match end {
+                Some(end) => end,
+                None => return false,
+            }
+        } else {
+            next
+        };
+    }
+}
+
 struct Component {
     id: u8,
     across: usize,

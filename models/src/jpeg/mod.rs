@@ -15,7 +15,7 @@ use crate::image::{ImageError, check_size};
 use bits::Bits;
 use block::Transform;
 use header::Header;
-pub(crate) use header::{is_whole, size};
+pub(crate) use header::{is_bare, is_whole, size};
 
 /// A picture whose sides are whole fractions of the encoded one's.
 pub(crate) struct Small {
