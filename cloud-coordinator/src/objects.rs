@@ -3,7 +3,7 @@
 //! The store is reached through one interface and found by an address, so that a bucket can take the place
 //! of the folder. What is in it has been looked at: whole, of its digest, an image within bounds.
 
-use std::{path::Path, sync::Arc};
+use std::{borrow::Cow, path::Path, sync::Arc};
 
 use bytes::Bytes;
 use mesh_core::MAX_SAMPLE_IMAGE_BYTES;
@@ -87,12 +87,22 @@ pub fn digest(bytes: &[u8]) -> String {
     models::digest_of(bytes).to_string()
 }
 
-/// Looks at an image as the store takes it: size, digest where one was announced, format, every pixel.
-/// Takes a while: not for a thread that others wait for. Says the digest.
+/// An image as it is stored: whole, within bounds, and without anything that a camera wrote beside the pixels.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Inspected {
+    /// What it is stored under.
+    pub sha256: String,
+    /// The file.
+    pub bytes: Bytes,
+}
+
+/// Looks at an image as the store takes it: size, digest where one was announced, format, every pixel. What is beside
+/// the pixels is taken away.
+/// Takes a while: not for a thread that others wait for.
 ///
 /// # Errors
 /// The first thing that is wrong.
-pub fn inspect(bytes: &[u8], wanted: Option<&str>) -> Result<String, NotAnImage> {
+pub fn inspect(bytes: &Bytes, wanted: Option<&str>) -> Result<Inspected, NotAnImage> {
     if bytes.len() as u64 > MAX_SAMPLE_IMAGE_BYTES {
         return Err(NotAnImage::TooLarge);
     }
@@ -106,8 +116,17 @@ pub fn inspect(bytes: &[u8], wanted: Option<&str>) -> Result<String, NotAnImage>
     if kind_of(bytes).is_none() {
         return Err(NotAnImage::Format);
     }
-    match models::Picture::decode(bytes) {
-        Ok(_) => Ok(found),
+    // 8 MiB.
+    let most = usize::try_from(MAX_SAMPLE_IMAGE_BYTES).unwrap_or(usize::MAX);
+    match models::bare(bytes, most) {
+        Ok(Cow::Borrowed(_)) => Ok(Inspected {
+            sha256: found,
+            bytes: bytes.clone(),
+        }),
+        Ok(Cow::Owned(bare)) => Ok(Inspected {
+            sha256: digest(&bare),
+            bytes: bare.into(),
+        }),
         Err(error) => Err(NotAnImage::Content(error.to_string())),
     }
 }
@@ -244,7 +263,7 @@ impl Objects {
         &self,
         bytes: Bytes,
         wanted: Option<String>,
-    ) -> Result<String, NotAnImage> {
+    ) -> Result<Inspected, NotAnImage> {
         let place = self.decoding.clone().acquire_owned().await;
         let done = tokio::task::spawn_blocking(move || {
             let _place = place;
@@ -295,15 +314,16 @@ mod tests {
     #[test]
     fn what_is_no_image() {
         let svg = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>";
-        assert_eq!(inspect(svg, None), Err(NotAnImage::Format));
-        assert_eq!(inspect(b"", None), Err(NotAnImage::Format));
-        let wrong = inspect(svg, Some("00")).unwrap_err();
+        let svg = Bytes::from_static(svg);
+        assert_eq!(inspect(&svg, None), Err(NotAnImage::Format));
+        assert_eq!(inspect(&Bytes::new(), None), Err(NotAnImage::Format));
+        let wrong = inspect(&svg, Some("00")).unwrap_err();
         assert!(matches!(wrong, NotAnImage::Digest { .. }));
         // A PNG header of 60,000 × 60,000 pixels.
         let mut bomb =
             b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\xea\x60\0\0\xea\x60\x08\x02\0\0\0".to_vec();
         bomb.extend([0; 64]);
-        let error = inspect(&bomb, None).unwrap_err().to_string();
+        let error = inspect(&bomb.into(), None).unwrap_err().to_string();
         assert!(error.contains("60000×60000"), "{error}");
     }
 }

@@ -123,6 +123,7 @@ impl From<SampleError> for Problem {
             SampleError::Deleted => Self::new(410, "Gone", detail),
             SampleError::Offset(here) => Self::new(409, "Another offset", detail).at(here),
             SampleError::Invalid(_) => Self::invalid(detail),
+            SampleError::Kind(_) => Self::new(415, "Unsupported Media Type", detail),
             SampleError::Full(_) => Self::new(507, "Full", detail),
         }
     }

@@ -75,6 +75,7 @@ pub(super) async fn announce(
         (status = 404, description = "No such sample", content_type = "application/problem+json", body = Problem),
         (status = 409, description = "It begins elsewhere; `offset` says where", content_type = "application/problem+json", body = Problem),
         (status = 410, description = "The sample was deleted", content_type = "application/problem+json", body = Problem),
+        (status = 415, description = "It is neither JPEG nor PNG", content_type = "application/problem+json", body = Problem),
         (status = 422, description = "The image is refused, or longer than announced", content_type = "application/problem+json", body = Problem),
         (status = 507, description = "Too many images are on their way", content_type = "application/problem+json", body = Problem),
     )

@@ -26,7 +26,7 @@ pub(crate) use store::{ImageRow, SampleFilter, SampleRow, WITH_LABEL, note_task}
 use crate::{
     clock,
     config::SamplesConfig,
-    objects::{NotAnImage, ObjectError, Objects},
+    objects::{Inspected, NotAnImage, ObjectError, Objects},
     records::{RecordError, Records},
 };
 use staging::Staging;
@@ -51,6 +51,8 @@ pub(crate) enum SampleError {
     Offset(u64),
     #[error("{0}")]
     Invalid(String),
+    #[error("{0}")]
+    Kind(String),
     #[error("{0}")]
     Full(String),
 }
@@ -220,7 +222,7 @@ impl Samples {
             return Ok(bytes);
         }
         match self.finish(&known).await {
-            Ok(()) | Err(SampleError::Invalid(_)) => Ok(bytes),
+            Ok(()) | Err(SampleError::Invalid(_) | SampleError::Kind(_)) => Ok(bytes),
             Err(error) => Err(error),
         }
     }
@@ -261,22 +263,28 @@ impl Samples {
     /// Looks at a whole image and stores or refuses it. Hold its lock.
     async fn finish(&self, row: &ImageRow) -> Result<(), SampleError> {
         let bytes = self.staging.read(row.id).await?;
-        let looked = self.objects.inspect(bytes.clone(), row.sha256.clone());
+        let looked = self.objects.inspect(bytes, row.sha256.clone());
         match looked.await {
-            Ok(sha256) => {
+            Ok(Inspected { sha256, bytes }) => {
+                let length = bytes.len() as u64;
                 let _shared = self.objects.shared().await;
                 self.objects.put(&sha256, bytes).await?;
-                self.records.settle_image(row.id, None).await?;
+                self.records.keep_image(row.id, &sha256, length).await?;
+                self.removed(row.bytes.unsigned_abs());
+                self.room.bytes.fetch_add(length, Ordering::Relaxed);
                 self.staging.remove(row.id).await?;
                 Ok(())
             }
-            Err(why) => {
-                let why = refusal(&why);
+            Err(refused) => {
+                let why = refusal(&refused);
                 tracing::warn!(sample = row.id, why, "an image was refused");
-                self.records.settle_image(row.id, Some(&why)).await?;
+                self.records.refuse_image(row.id, &why).await?;
                 self.removed(row.bytes.unsigned_abs());
                 self.staging.remove(row.id).await?;
-                Err(SampleError::Invalid(why))
+                Err(match refused {
+                    NotAnImage::Format => SampleError::Kind(why),
+                    _ => SampleError::Invalid(why),
+                })
             }
         }
     }

@@ -91,7 +91,7 @@ const COLUMNS: &str = "SELECT s.id, s.task, s.origin, s.device, s.source, s.epoc
     s.received_ms, s.label, s.score, s.margin, s.entropy, s.novelty, s.model, s.file, s.sha256, s.bytes, \
     s.image, s.refused, s.holdout, l.kind AS labelled, c.name AS class, l.author ";
 
-/// What an upload needs to know.
+/// What an upload needs to know. Digest and length are those that were announced.
 #[derive(Clone, Debug, sqlx::FromRow)]
 pub(crate) struct ImageRow {
     pub(crate) id: i64,
@@ -163,8 +163,8 @@ impl Records {
         seq: i64,
     ) -> Result<Option<ImageRow>, RecordError> {
         sqlx::query_as(
-            "SELECT id, sha256, bytes, image, refused, deleted_ms FROM samples \
-             WHERE device = ? AND epoch = ? AND seq = ?",
+            "SELECT id, coalesce(announced_sha256, sha256) AS sha256, coalesce(announced_bytes, bytes) AS bytes, \
+             image, refused, deleted_ms FROM samples WHERE device = ? AND epoch = ? AND seq = ?",
         )
         .bind(device)
         .bind(epoch)
@@ -253,25 +253,43 @@ impl Records {
         Ok(id)
     }
 
-    /// The image of a sample is here (`None`), or was refused and why.
-    pub(crate) async fn settle_image(
+    /// The image of a sample is here; under this digest, which may be another than was announced.
+    pub(crate) async fn keep_image(
         &self,
         id: i64,
-        refused: Option<&str>,
+        sha256: &str,
+        bytes: u64,
     ) -> Result<(), RecordError> {
         let mut writer = self.writer().await;
         let mut tx = writer.begin().await?;
-        sqlx::query("UPDATE samples SET image = ?, refused = ? WHERE id = ? AND image = 'waiting'")
-            .bind(if refused.is_some() {
-                "refused"
-            } else {
-                "stored"
-            })
-            .bind(refused)
-            .bind(id)
-            .execute(&mut *tx)
-            .await
-            .map_err(RecordError::sql("write what became of an image"))?;
+        // All of the right side is from before.
+        sqlx::query(
+            "UPDATE samples SET image = 'stored', sha256 = ?1, bytes = ?2, \
+             announced_sha256 = CASE WHEN sha256 <> ?1 THEN sha256 END, \
+             announced_bytes = CASE WHEN sha256 <> ?1 THEN bytes END \
+             WHERE id = ?3 AND image = 'waiting'",
+        )
+        .bind(sha256)
+        .bind(bytes.cast_signed())
+        .bind(id)
+        .execute(&mut *tx)
+        .await
+        .map_err(RecordError::sql("write that an image is here"))?;
+        commit(tx).await
+    }
+
+    /// The image of a sample was refused, and why.
+    pub(crate) async fn refuse_image(&self, id: i64, why: &str) -> Result<(), RecordError> {
+        let mut writer = self.writer().await;
+        let mut tx = writer.begin().await?;
+        sqlx::query(
+            "UPDATE samples SET image = 'refused', refused = ? WHERE id = ? AND image = 'waiting'",
+        )
+        .bind(why)
+        .bind(id)
+        .execute(&mut *tx)
+        .await
+        .map_err(RecordError::sql("write that an image was refused"))?;
         commit(tx).await
     }
 
