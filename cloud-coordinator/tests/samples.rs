@@ -185,32 +185,31 @@ async fn hostile_images_are_refused() {
     let mut huge = good.clone();
     huge[16..24].copy_from_slice(&[0, 0, 0xea, 0x60, 0, 0, 0xea, 0x60]);
     let bmp = [b"BM".as_slice(), &[0; 100]].concat();
+    let html = b"<!DOCTYPE html><html><script>alert(1)</script></html>".to_vec();
     let hostile = [
-        b"no image".to_vec(),
-        svg,
-        huge,
-        bmp,
-        good[..good.len() - 30].to_vec(),
+        (b"no image".to_vec(), 415),
+        (svg, 415),
+        (html, 415),
+        (bmp, 415),
+        (huge, 422),
+        (good[..good.len() - 30].to_vec(), 422),
     ];
-    for (seq, bytes) in (1..).zip(&hostile) {
+    for (seq, (bytes, expected)) in (1..).zip(&hostile) {
         let announced = sample(seq, Some(bytes));
         assert_eq!(
             say(http, "POST /api/v1/samples", announced.clone()).await.0,
             201
         );
         let (status, problem) = piece(http, seq, 0, bytes).await;
-        assert_eq!(status, 422, "{problem}");
+        assert_eq!(status, *expected, "{problem}");
         // The device has nothing better to send.
         let again = say(http, "POST /api/v1/samples", announced).await;
         assert_eq!(again, (200, json!({ "offset": bytes.len() })));
         let (_, row) = ask(http, &format!("GET /api/v1/samples/{seq}")).await;
         assert_eq!(row["image"], "refused");
-        assert_eq!(
-            ask(http, &format!("GET /api/v1/samples/{seq}/image"))
-                .await
-                .0,
-            404
-        );
+        let line = format!("GET /api/v1/samples/{seq}/image");
+        let (status, head, _) = send(http, &line, "", b"").await;
+        assert!(status == 404 && head.contains("nosniff"), "{head}");
     }
     // Other bytes than were announced.
     say(http, "POST /api/v1/samples", sample(50, Some(&good))).await;
@@ -253,6 +252,143 @@ async fn hostile_images_are_refused() {
     assert_eq!(piece(http, 61, 0, b"x").await.0, 422);
     say(http, "POST /api/v1/samples", sample(62, Some(&png(9, 1)))).await;
     assert_eq!(piece(http, 62, 0, &vec![0; 300_000]).await.0, 413);
+    handle.stop().await;
+}
+
+/// What a camera wrote beside the pixels: a place, as EXIF has it.
+const PLACE: &[u8] =
+    b"Exif\0\0MM\0\x2a\0\0\0\x08\0\x01\x88\x25\0\x04\0\0\0\x01\0\0\0\x1aGPS 47.3769 N 8.5417 E";
+
+/// A picture as a camera may write it, JPEG and PNG.
+fn photographs() -> [Vec<u8>; 2] {
+    let picture =
+        image::RgbImage::from_fn(40, 20, |x, y| image::Rgb([x as u8 * 6, y as u8 * 12, 99]));
+    let mut jpeg = Vec::new();
+    image::codecs::jpeg::JpegEncoder::new(&mut jpeg)
+        .encode_image(&picture)
+        .unwrap();
+    let length = u16::try_from(PLACE.len() + 2).unwrap().to_be_bytes();
+    let jpeg = [&jpeg[..2], &[0xff, 0xe1], &length, PLACE, &jpeg[2..]].concat();
+    let plain = png(24, 3);
+    // After the signature and the header.
+    let (head, rest) = plain.split_at(8 + 25);
+    let png = [head, &chunk(b"eXIf", &PLACE[6..]), rest].concat();
+    [jpeg, png]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_a_picture_was_taken_is_never_stored() {
+    let dir = tempfile::tempdir().unwrap();
+    let handle = start(dir.path()).await;
+    let http = handle.http;
+    let photographs = photographs();
+    for (seq, photograph) in (1..).zip(&photographs) {
+        let id = bring(http, seq, photograph).await;
+        // The device may ask again, and hears that all it had is here.
+        let again = say(http, "POST /api/v1/samples", sample(seq, Some(photograph))).await;
+        assert_eq!(again, (200, json!({ "offset": photograph.len() })));
+        let here = piece(http, seq, photograph.len(), b"").await;
+        assert_eq!(here, (200, json!({ "offset": photograph.len() })));
+        let (_, _, stored) = send(http, &format!("GET /api/v1/samples/{id}/image"), "", b"").await;
+        let (_, row) = ask(http, &format!("GET /api/v1/samples/{id}")).await;
+        assert_eq!(row["sha256"], digest(&stored).as_str());
+        assert_eq!(row["bytes"], stored.len());
+        assert!(image::load_from_memory(&stored).is_ok());
+    }
+    let named = |end: &str| format!("set/ok/photograph.{end}");
+    let set: Vec<(String, Vec<u8>)> = ["jpg", "png"]
+        .map(named)
+        .into_iter()
+        .zip(photographs)
+        .collect();
+    let set: Vec<(&str, Vec<u8>)> = set
+        .iter()
+        .map(|(name, bytes)| (name.as_str(), bytes.clone()))
+        .collect();
+    let (status, report) = bring_in(http, "steel", "folder", "", &tar_of(&set)).await;
+    assert_eq!((status, &report["imported"]), (200, &json!(2)), "{report}");
+    let out = take_out(http, "steel", "folder").await;
+    handle.stop().await;
+    let holds = |bytes: &[u8]| {
+        let has = |what: &[u8]| bytes.windows(what.len()).any(|part| part == what);
+        has(b"GPS 47") || has(b"Exif\0\0") || has(b"eXIf")
+    };
+    assert!(holds(PLACE) && !holds(&out));
+    let mut folders = vec![dir.path().to_owned()];
+    let mut files = 0;
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                files += 1;
+                assert!(!holds(&std::fs::read(&path).unwrap()), "{}", path.display());
+            }
+        }
+    }
+    assert!(files > 2, "{files}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_names_in_a_tar_are_bounded() {
+    let dir = tempfile::tempdir().unwrap();
+    let handle = start(dir.path()).await;
+    let http = handle.http;
+    // Too long for a header: in an entry of its own, as GNU's tar does it.
+    let long = format!("set/{}/{}.png", "ok", "x".repeat(150));
+    let tar = tar_of(&[(long.as_str(), png(8, 1))]);
+    let (status, report) = bring_in(http, "steel", "folder", "", &tar).await;
+    assert_eq!((status, &report["labelled"]), (200, &json!(1)), "{report}");
+    // As Python's does it.
+    let path = format!("set/hole/{}.png", "y".repeat(150));
+    let record = format!("{} path={path}\n", path.len() + 10);
+    let extended = tar::EntryType::XHeader;
+    let entry = |kind, path: &str, bytes: &[u8], claimed: u64| {
+        let mut header = tar::Header::new_ustar();
+        header.set_entry_type(kind);
+        header.set_path(path).unwrap();
+        header.set_size(claimed);
+        header.set_cksum();
+        let mut entry = [&header.as_bytes()[..], bytes].concat();
+        entry.resize(entry.len().next_multiple_of(512), 0);
+        entry
+    };
+    let image = png(8, 2);
+    let about = entry(extended, "about", record.as_bytes(), record.len() as u64);
+    let file = entry(
+        tar::EntryType::Regular,
+        "short.png",
+        &image,
+        image.len() as u64,
+    );
+    let (status, report) = bring_in(
+        http,
+        "steel",
+        "folder",
+        "",
+        &[&about[..], &file, &[0; 1024]].concat(),
+    )
+    .await;
+    assert_eq!((status, &report["labelled"]), (200, &json!(1)), "{report}");
+    // Eight gigabytes of name, of which the first bytes come.
+    for kind in [extended, tar::EntryType::GNULongName] {
+        let (status, problem) = bring_in(
+            http,
+            "steel",
+            "folder",
+            "",
+            &entry(kind, "about", b"x", 8_000_000_000),
+        )
+        .await;
+        assert_eq!(status, 422, "{problem}");
+        assert!(
+            problem["detail"].as_str().unwrap().contains("64 KiB"),
+            "{problem}"
+        );
+    }
+    let twice = [about.clone(), about, file].concat();
+    assert_eq!(bring_in(http, "steel", "folder", "", &twice).await.0, 422);
     handle.stop().await;
 }
 

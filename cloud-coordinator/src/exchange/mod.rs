@@ -6,6 +6,7 @@
 
 mod client;
 mod export;
+mod names;
 mod plan;
 mod read;
 mod store;
@@ -23,6 +24,8 @@ use crate::{labels::LabelError, samples::SampleError};
 pub(crate) const MAX_IMPORT_BYTES: u64 = 16 << 30;
 /// Files of one import.
 const MAX_FILES: usize = 100_000;
+/// Entries of its tar: each file may have two more about its name.
+const MAX_ENTRIES: usize = 3 * MAX_FILES;
 /// Bytes of one file that names classes, and of all of them.
 const MAX_TEXT: u64 = 32 << 20;
 const MAX_TEXTS: u64 = 64 << 20;

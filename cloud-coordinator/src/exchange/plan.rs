@@ -3,13 +3,13 @@
 //! A model that classifies has one answer for an image, so an image has one class here.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fmt::Write,
 };
 
 use serde::Deserialize;
 
-use super::Format;
+use super::{Format, NAMED};
 
 /// How images are marked that are only ever measured with: by a folder above those of the classes, in the column
 /// `split`, or in the field `split` of an image.
@@ -28,8 +28,10 @@ pub(super) struct Plan {
     pub(super) labels: BTreeMap<String, String>,
     /// Paths of images that are only to be measured with.
     pub(super) holdout: BTreeSet<String>,
-    /// What cannot be used: where, and why.
+    /// What cannot be used: where, and why. The first of them.
     pub(super) errors: Vec<(String, String)>,
+    /// How many there are beyond those.
+    pub(super) more_errors: usize,
 }
 
 /// A path as it is used here: relative, with `/`, never upwards.
@@ -53,24 +55,45 @@ fn base(path: &str) -> &str {
     path.rsplit_once('/').map_or(path, |(_, base)| base)
 }
 
-/// The image that a file in `at` means by `name`: beside it, from the top, or the only one of this name.
-fn find<'a>(images: &'a BTreeSet<String>, at: &str, name: &str) -> Option<&'a String> {
-    let name = clean(name)?;
-    let beside = if at.is_empty() {
-        name.clone()
-    } else {
-        format!("{at}/{name}")
-    };
-    if let Some(found) = images.get(&beside).or_else(|| images.get(&name)) {
-        return Some(found);
+/// The images, found by what a file calls them. Files may have millions of lines: none of them is a walk over all images.
+struct Finder<'a> {
+    images: &'a BTreeSet<String>,
+    /// The image of each name without its folders; nothing where several have it.
+    by_base: HashMap<&'a str, Option<&'a String>>,
+}
+
+impl<'a> Finder<'a> {
+    fn new(images: &'a BTreeSet<String>) -> Self {
+        let mut by_base = HashMap::new();
+        for image in images {
+            by_base
+                .entry(base(image))
+                .and_modify(|same| *same = None)
+                .or_insert(Some(image));
+        }
+        Self { images, by_base }
     }
-    let mut same = images.iter().filter(|i| base(i) == base(&name));
-    same.next().filter(|_| same.next().is_none())
+
+    /// The image that a file in `at` means by `name`: beside it, from the top, or the only one of this name.
+    fn find(&self, at: &str, name: &str) -> Option<&'a String> {
+        let name = clean(name)?;
+        let beside = if at.is_empty() {
+            name.clone()
+        } else {
+            format!("{at}/{name}")
+        };
+        let exact = self.images.get(&beside).or_else(|| self.images.get(&name));
+        exact.or_else(|| self.by_base.get(base(&name)).copied().flatten())
+    }
 }
 
 impl Plan {
     fn error(&mut self, path: &str, why: impl Into<String>) {
-        self.errors.push((path.to_owned(), why.into()));
+        if self.errors.len() < NAMED {
+            self.errors.push((path.to_owned(), why.into()));
+        } else {
+            self.more_errors += 1;
+        }
     }
 
     /// Notes the class of an image; one that has another already has none, and an error.
@@ -176,6 +199,7 @@ pub(super) fn quoted(field: &str) -> String {
 
 fn csv(plan: &mut Plan, images: &BTreeSet<String>, texts: &BTreeMap<String, String>) {
     let mut unclear = BTreeSet::new();
+    let finder = Finder::new(images);
     for (file, text) in texts.iter().filter(|(file, _)| file.ends_with(".csv")) {
         let mut split = None;
         for (number, line) in text.trim_start_matches('\u{feff}').lines().enumerate() {
@@ -192,7 +216,7 @@ fn csv(plan: &mut Plan, images: &BTreeSet<String>, texts: &BTreeMap<String, Stri
                     continue;
                 }
             };
-            match find(images, folder(file), path) {
+            match finder.find(folder(file), path) {
                 None => plan.error(&format!("{file}:{}", number + 1), "there is no such image"),
                 // Known, but nobody said what it is.
                 Some(_) if class.is_empty() => {}
@@ -238,6 +262,7 @@ struct CocoCategory {
 
 fn coco(plan: &mut Plan, images: &BTreeSet<String>, texts: &BTreeMap<String, String>) {
     let mut unclear = BTreeSet::new();
+    let finder = Finder::new(images);
     for (file, text) in texts.iter().filter(|(file, _)| file.ends_with(".json")) {
         let mut coco: Coco = match serde_json::from_str(text) {
             Ok(coco) => coco,
@@ -255,7 +280,7 @@ fn coco(plan: &mut Plan, images: &BTreeSet<String>, texts: &BTreeMap<String, Str
         let names: BTreeMap<_, _> = coco.categories.iter().map(|c| (c.id, &c.name)).collect();
         let mut found = BTreeMap::new();
         for image in &coco.images {
-            match find(images, folder(file), &image.file_name) {
+            match finder.find(folder(file), &image.file_name) {
                 Some(path) => {
                     if image.split.as_deref() == Some(HOLDOUT) {
                         plan.holdout.insert(path.clone());
@@ -293,6 +318,7 @@ fn yaml_names(text: &str) -> Vec<String> {
             .split(',')
             .map(bare)
             .filter(|n| !n.is_empty())
+            .take(MAX_NAMES)
             .collect();
     }
     lines
@@ -394,6 +420,20 @@ pub(super) fn folders_of(classes: &[String]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Millions of lines about a hundred thousand images: no work and no memory beyond what the lines themselves take.
+    #[test]
+    fn many_wrong_lines_are_counted_not_kept() {
+        let images: BTreeSet<String> = (0..100_000).map(|n| format!("a/{n}.png")).collect();
+        let text = "nowhere.png,ok\n".repeat(1_000_000);
+        let plan = plan(
+            Format::Csv,
+            &images,
+            &[("labels.csv".to_owned(), text)].into(),
+        );
+        assert_eq!(plan.errors.len() + plan.more_errors, 1_000_000);
+        assert_eq!(plan.errors.len(), NAMED);
+    }
 
     fn set(paths: &[&str]) -> BTreeSet<String> {
         paths.iter().map(|p| (*p).to_owned()).collect()

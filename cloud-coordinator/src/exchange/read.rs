@@ -9,15 +9,16 @@ use bytes::Bytes;
 use tokio::runtime::Handle;
 
 use super::{
-    ExchangeError, Format, ImportReport, Kind, MAX_FILES, MAX_IMPORT_BYTES, MAX_PATH, MAX_TEXTS,
-    kind,
+    ExchangeError, Format, ImportReport, Kind, MAX_ENTRIES, MAX_FILES, MAX_IMPORT_BYTES, MAX_PATH,
+    MAX_TEXTS, kind,
+    names::Names,
     plan::{clean, plan},
     store::Import,
 };
 use crate::{
     clock,
     labels::check_classes,
-    objects::inspect,
+    objects::{Inspected, inspect},
     samples::{SampleError, Samples},
 };
 
@@ -58,15 +59,18 @@ pub(crate) fn import(
     let mut seen = Seen::default();
     let broken = |error: std::io::Error| ExchangeError::Broken(format!("not a whole tar: {error}"));
     let mut archive = tar::Archive::new(tar.take(MAX_IMPORT_BYTES));
-    for (count, entry) in archive.entries().map_err(broken)?.enumerate() {
+    let (mut names, mut files) = (Names::default(), 0);
+    for (count, entry) in archive.entries().map_err(broken)?.raw(true).enumerate() {
         let mut entry = entry.map_err(broken)?;
-        if count >= MAX_FILES {
+        let named = names.of(&mut entry).map_err(broken)?;
+        files += usize::from(named.is_some());
+        if files > MAX_FILES || count >= MAX_ENTRIES {
             let why = format!("more than {MAX_FILES} files: import the rest on its own");
             return Err(ExchangeError::Broken(why));
         }
+        let Some(raw) = named else { continue };
         let size = entry.size();
         let is_file = entry.header().entry_type().is_file();
-        let raw = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
         if entry.header().entry_type().is_dir() {
             continue;
         }
@@ -119,8 +123,8 @@ impl Seen {
         path: String,
         bytes: Bytes,
     ) -> Result<(), ExchangeError> {
-        let sha256 = match inspect(&bytes, None) {
-            Ok(sha256) => sha256,
+        let Inspected { sha256, bytes } = match inspect(&bytes, None) {
+            Ok(inspected) => inspected,
             Err(why) => {
                 self.report.error(&path, why.to_string());
                 return Ok(());
@@ -170,6 +174,7 @@ impl Seen {
         for (path, why) in &plan.errors {
             self.report.error(path, why.as_str());
         }
+        self.report.failed += plan.more_errors;
         let now = clock::now_ms();
         let mut classes = records
             .classes(&wanted.task)
