@@ -321,9 +321,10 @@ async fn where_a_picture_was_taken_is_never_stored() {
             let path = entry.unwrap().path();
             if path.is_dir() {
                 folders.push(path);
-            } else {
+            } else if let Ok(bytes) = std::fs::read(&path) {
+                // What the database removes as it closes may be gone meanwhile.
                 files += 1;
-                assert!(!holds(&std::fs::read(&path).unwrap()), "{}", path.display());
+                assert!(!holds(&bytes), "{}", path.display());
             }
         }
     }
@@ -337,7 +338,12 @@ async fn the_names_in_a_tar_are_bounded() {
     let http = handle.http;
     // Too long for a header: in an entry of its own, as GNU's tar does it.
     let long = format!("set/{}/{}.png", "ok", "x".repeat(150));
-    let tar = tar_of(&[(long.as_str(), png(8, 1))]);
+    let image = png(8, 1);
+    let mut header = tar::Header::new_gnu();
+    header.set_size(image.len() as u64);
+    let mut tar = tar::Builder::new(Vec::new());
+    tar.append_data(&mut header, &long, &image[..]).unwrap();
+    let tar = tar.into_inner().unwrap();
     let (status, report) = bring_in(http, "steel", "folder", "", &tar).await;
     assert_eq!((status, &report["labelled"]), (200, &json!(1)), "{report}");
     // As Python's does it.

@@ -217,7 +217,16 @@ fn look(dir: &Path) -> Trial {
     let before = peak_mib();
     let engine = match Engine::load(&bundle) {
         Ok(engine) => engine,
-        Err(error) => return Trial::failed(Fault::Load, error.to_string()),
+        Err(error) => {
+            let detail = error.to_string();
+            // As the engine says it where it notices itself.
+            let fault = if detail.contains("failed to allocate") {
+                Fault::Memory
+            } else {
+                Fault::Load
+            };
+            return Trial::failed(fault, detail);
+        }
     };
     let test = self_test(&bundle, &engine);
     let wrong = test.golden.iter().find(|case| !case.problems.is_empty());
