@@ -400,8 +400,11 @@ async fn a_delta_begins_at_any_model_of_that_name() {
         (number, models::digest_of(&model), model)
     });
     for (number, digest, model) in &versions {
-        let manifest =
-            |m: String| version(number)(m).replace(&factory.to_string(), &digest.to_string());
+        let manifest = |m: String| {
+            version(number)(m)
+                .replace(&factory.to_string(), &digest.to_string())
+                .replace(&file.len().to_string(), &model.len().to_string())
+        };
         let tar = tar_of(model, manifest);
         let (status, said) = bring(http, "POST /api/v1/catalog", "application/x-tar", &tar).await;
         assert_eq!(status, 200, "{said}");

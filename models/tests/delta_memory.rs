@@ -40,8 +40,8 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
-/// What the module promises beside the list of spans and the literals.
-const BESIDES: usize = 768 << 10;
+/// What the module promises, with the literals of these models.
+const BESIDES: usize = 1 << 20;
 
 fn peak(old: &[u8], delta: &[u8], wanted: &Wanted) -> (Result<Vec<u8>, DeltaError>, usize) {
     let mut made = Vec::with_capacity(wanted.length as usize);

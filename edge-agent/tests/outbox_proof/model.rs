@@ -216,13 +216,17 @@ fn what_is_refused_is_as_if_never_tried() {
 #[test]
 fn full_segments_give_back_all_that_they_took() {
     let mut dice = Dice::new("full_segments_give_back_all_that_they_took");
-    for round in 0..4 {
+    // Groups of up to so many, of up to so many bytes each.
+    for (round, (group, largest)) in [(400, 700), (100, 900), (100, 100), (1, 1_500)]
+        .into_iter()
+        .enumerate()
+    {
         let dir = scratch();
         let options = Options::new(dir.path(), 256 * 1024 * 1024);
         let mut outbox = Outbox::open(options.clone()).unwrap().outbox;
-        while outbox.pending() < 40_000 {
-            let count = 1 + dice.below(if round % 2 == 0 { 1_000 } else { 100 }) as usize;
-            append(&mut outbox, count, 700).unwrap();
+        while outbox.pending() < 50_000 {
+            let count = 1 + dice.below(group) as usize;
+            append(&mut outbox, count, largest).unwrap();
         }
         let last = outbox.next_seq() - 1;
         for reopened in [false, true] {
@@ -243,7 +247,7 @@ fn full_segments_give_back_all_that_they_took() {
                 );
                 for (seq, bytes) in got {
                     assert_eq!(seq, next, "round {round}");
-                    assert_eq!(bytes, reading(seq, 700));
+                    assert_eq!(bytes, reading(seq, largest));
                     next += 1;
                 }
             }
