@@ -5,6 +5,7 @@ pub mod web;
 
 use std::{
     path::{Path, PathBuf},
+    process::Command,
     time::Duration,
 };
 
@@ -33,6 +34,32 @@ pub fn plan(node: &str, root: &Path) -> Plan {
     };
     plan.fps = 25.0;
     plan
+}
+
+/// A small file system of its own, for as long as this lives.
+#[derive(Debug)]
+pub struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    /// One of so many MiB at a folder, which is made; nothing if this user may not mount one.
+    #[must_use]
+    pub fn mount(at: &Path, mib: u32) -> Option<Self> {
+        std::fs::create_dir_all(at).ok()?;
+        let size = format!("size={mib}m");
+        let mount = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &size, "tmpfs"])
+            .arg(at)
+            .output()
+            .ok()?;
+        mount.status.success().then(|| Self(at.to_owned()))
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Lazily: a process that was killed a moment ago may still hold it.
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
 }
 
 /// Says what is wrong with a count, if anything is.

@@ -1,11 +1,7 @@
 //! The promise itself: whatever dies, whenever it dies, every frame is stored exactly once, or its loss is
 //! recorded. An independent witness counts. Seeds are printed.
 
-use std::{
-    path::{Path, PathBuf},
-    process::Command,
-    time::Duration,
-};
+use std::{path::Path, time::Duration};
 
 use fleet::{
     chaos::{self, Chaos},
@@ -14,7 +10,7 @@ use fleet::{
     site::{Broker, Site},
 };
 use mesh_core::Kind;
-use tests::{BOUND, Tap, exactly_once, plan, until};
+use tests::{BOUND, SmallDisk, Tap, exactly_once, plan, until};
 use tokio::sync::Mutex;
 
 /// One site at a time: each is a load of its own.
@@ -68,28 +64,6 @@ async fn kills_with_a_broker_that_forgets_everything() {
     survives_kills(Broker::Mosquitto).await;
 }
 
-/// A small file system of its own, if this user may mount one.
-struct SmallDisk(PathBuf);
-
-impl SmallDisk {
-    fn mount(at: &Path) -> Option<Self> {
-        std::fs::create_dir_all(at).ok()?;
-        let mount = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", "size=16m", "tmpfs"])
-            .arg(at)
-            .output()
-            .ok()?;
-        mount.status.success().then(|| Self(at.to_owned()))
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        // Lazily: a process that was killed a moment ago may still hold it.
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
-}
-
 fn has_gap(outbox: &Path) -> bool {
     let entries = std::fs::read_dir(outbox).into_iter().flatten().flatten();
     entries
@@ -106,7 +80,7 @@ async fn a_full_disk_is_recorded() {
     let dir = tempfile::tempdir().unwrap();
     let mut plan = plan(env!("CARGO_BIN_EXE_node"), dir.path());
     let at = dir.path().join("small");
-    let disk = SmallDisk::mount(&at);
+    let disk = SmallDisk::mount(&at, 16);
     if disk.is_some() {
         println!("on a tmpfs of 16 MiB");
         std::fs::write(at.join("taken"), vec![1; TAKEN]).unwrap();
