@@ -17,12 +17,12 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    about::About,
     board::{Board, BoardHandle, Meaning, State as BoardState},
     cameras::{self, Cameras},
     clock::WallClock,
     config::Config,
     counters::Counters,
-    identity::Identity,
     outbox::{Opened, Options, Outbox, OutboxError},
     pipeline::{Drifts, Pipeline},
     samples::{Samples, desk::Desk},
@@ -191,7 +191,7 @@ impl Agent {
             ends.engines.clone(),
         )?;
 
-        let identity = Identity {
+        let about = About {
             info: Info {
                 v: VERSION,
                 agent: env!("CARGO_PKG_VERSION").into(),
@@ -257,7 +257,7 @@ impl Agent {
         let pins = board.clone();
         let uplink = Uplink::new(Start {
             config,
-            identity,
+            about,
             pending,
             gaps,
             store: to_store,

@@ -19,13 +19,13 @@ use tokio::sync::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    about::About,
     board::{BoardHandle, State as BoardState},
     clock::{Monotonic, WallClock},
     config::Config,
     connection::{Connection, News},
     counters::{Counter, Counters, resident_bytes},
     dice,
-    identity::Identity,
     outbox::GapRecord,
     pipeline::Drifts,
     samples::desk::Marked,
@@ -57,7 +57,7 @@ enum Event {
 /// The uplink's state.
 pub(crate) struct Uplink {
     config: Config,
-    identity: Identity,
+    about: About,
     epoch: u64,
     delivery: Delivery,
     /// Live readings whose bytes are still in memory, so that they need not be read back.
@@ -108,7 +108,7 @@ pub(crate) struct Start {
     /// The agent's configuration.
     pub(crate) config: Config,
     /// What it says about itself.
-    pub(crate) identity: Identity,
+    pub(crate) about: About,
     /// What the outbox holds.
     pub(crate) pending: mesh_core::RangeSet,
     /// What it had to drop.
@@ -141,7 +141,7 @@ impl Uplink {
     pub(crate) fn new(start: Start) -> Self {
         let Start {
             config,
-            identity,
+            about,
             pending,
             gaps,
             store,
@@ -156,7 +156,7 @@ impl Uplink {
             wall,
         } = start;
         Self {
-            epoch: identity.info.epoch,
+            epoch: about.info.epoch,
             delivery: Delivery::new(Pace::default(), pending),
             live: BTreeMap::new(),
             gaps,
@@ -171,14 +171,14 @@ impl Uplink {
             settings,
             reported_said: None,
             connected,
-            said: (identity.model(), identity.state()),
+            said: (about.model(), about.state()),
             marks,
             connection: None,
             up: false,
             backoff: Backoff::new(BACKOFF_MS, u64::from(config.broker.max_backoff_s) * 1_000),
             to_free: None,
             config,
-            identity,
+            about,
             store,
             board,
             counters,
@@ -205,7 +205,7 @@ impl Uplink {
                     drifts,
                     reported,
                     settings,
-                    identity,
+                    about,
                     up,
                     ..
                 } = &mut self;
@@ -236,7 +236,7 @@ impl Uplink {
                     // The same of the models.
                     Ok(()) = reported.changed() => Event::News,
                     Ok(()) = settings.changed() => Event::News,
-                    () = identity.changed() => Event::News,
+                    () = about.changed() => Event::News,
                 }
             };
             match event {
@@ -317,7 +317,7 @@ impl Uplink {
                 self.drifts_said.clear();
                 self.reported_said = None;
                 self.gaps_said_ms = None;
-                self.said = (self.identity.model(), self.identity.state());
+                self.said = (self.about.model(), self.about.state());
                 self.greetings = self.greet();
                 self.delivery.connected();
                 self.board.set_state(self.board_state());
@@ -612,7 +612,7 @@ impl Uplink {
 
     /// What is said at the start of each connection, the last first.
     fn greet(&self) -> Vec<Said> {
-        let info = self.identity.info.encode().unwrap_or_default();
+        let info = self.about.info.encode().unwrap_or_default();
         let mut said = vec![self.state(), self.retained(Kind::Info, info)];
         said.extend(self.said.0.as_ref().map(|_| self.model()));
         said.push(self.retained(Kind::Status, Status::Online.as_str().into()));
@@ -637,7 +637,7 @@ impl Uplink {
 
     /// Another model may be in memory, or the device be in another state: it is said anew.
     fn renew(&mut self) {
-        let (model, state) = (self.identity.model(), self.identity.state());
+        let (model, state) = (self.about.model(), self.about.state());
         let (old_model, old_state) = &self.said;
         let is_new_model = model != *old_model;
         let is_new_state = (&state.health, &state.detail) != (&old_state.health, &old_state.detail);
