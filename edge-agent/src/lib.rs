@@ -17,6 +17,7 @@ mod doctor;
 pub mod drift;
 pub mod gate;
 mod http;
+pub mod identity;
 pub mod outbox;
 mod pipeline;
 pub mod samples;

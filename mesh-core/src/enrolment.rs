@@ -206,8 +206,10 @@ impl Enrolment {
             actions: Vec::new(),
         };
         machine.failures = machine.patience();
-        // A whole site that gets its power back does not ask in one moment.
-        machine.earliest_ms += machine.dice() % WAIT_MS;
+        if machine.certificate.is_some() {
+            // A whole site that gets its power back does not ask in one moment. Where there is none yet, somebody waits.
+            machine.earliest_ms += machine.dice() % WAIT_MS;
+        }
         let actions = machine.step(Input::Tick, now);
         (machine, actions)
     }
