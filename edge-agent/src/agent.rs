@@ -17,12 +17,13 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    about::About,
     board::{Board, BoardHandle, Meaning, State as BoardState},
     cameras::{self, Cameras},
     clock::WallClock,
     config::Config,
     counters::Counters,
-    identity::Identity,
+    identity::{self, IdentityError, Keeper, Tls},
     outbox::{Opened, Options, Outbox, OutboxError},
     pipeline::{Drifts, Pipeline},
     samples::{Samples, desk::Desk},
@@ -59,6 +60,9 @@ pub enum AgentError {
     /// The outbox.
     #[error(transparent)]
     Outbox(#[from] OutboxError),
+    /// Who the device is.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
     /// The folder of models, or what takes care of them.
     #[error(transparent)]
     Update(#[from] StartError),
@@ -85,6 +89,8 @@ pub struct AgentHandle {
     /// What follows the coordinator's settings, if anything does.
     settings: Option<tokio::task::JoinHandle<()>>,
     settings_stop: CancellationToken,
+    /// What keeps the device's certificate, if it has one or is to get one.
+    identity: Option<tokio::task::JoinHandle<()>>,
     again: CancellationToken,
 }
 
@@ -140,6 +146,8 @@ impl Agent {
             path: config.data.clone(),
             error,
         })?;
+        let keeper = Keeper::open(&config, clock.clone())?;
+        let tls = keeper.as_ref().map_or_else(Tls::none, Keeper::tls);
         let mut broken = Vec::new();
         let (board, mut triggers) = Board::start(&config.board).unwrap_or_else(|error| {
             tracing::error!("{error}; the device goes on without its pins");
@@ -158,8 +166,14 @@ impl Agent {
         let cursor: Cursor = cursor
             .and_then(|note| serde_json::from_slice(&note).ok())
             .unwrap_or_default();
-        let (updates, ends) =
-            Updates::start(&config, clock.clone(), counters.clone(), program).await?;
+        let (updates, ends) = Updates::start(
+            &config,
+            clock.clone(),
+            counters.clone(),
+            tls.clone(),
+            program,
+        )
+        .await?;
         let (to_store, commands) = tokio::sync::mpsc::channel(COMMANDS);
         let (to_uplink, stored) = tokio::sync::mpsc::channel(STORED);
         let (to_pipeline, frames) = mpsc::sync_channel(FRAMES);
@@ -174,6 +188,7 @@ impl Agent {
             works,
             reported: answer,
             again: again.clone(),
+            tls: tls.clone(),
             counters: counters.clone(),
         };
         let cameras = Cameras::start(
@@ -191,7 +206,7 @@ impl Agent {
             ends.engines.clone(),
         )?;
 
-        let identity = Identity {
+        let about = About {
             info: Info {
                 v: VERSION,
                 agent: env!("CARGO_PKG_VERSION").into(),
@@ -211,7 +226,7 @@ impl Agent {
             .iter()
             .map(|s| (s.name.clone(), s.gate))
             .collect::<Vec<_>>();
-        let samples = start_samples(&config, outbox.epoch(), &counters);
+        let samples = start_samples(&config, outbox.epoch(), &counters, &tls);
         let (tray, sample_writer, sample_sender) = match samples {
             Some(samples) => (Some(samples.tray), Some(samples.writer), samples.sender),
             None => (None, None, None),
@@ -257,7 +272,7 @@ impl Agent {
         let pins = board.clone();
         let uplink = Uplink::new(Start {
             config,
-            identity,
+            about,
             pending,
             gaps,
             store: to_store,
@@ -265,6 +280,7 @@ impl Agent {
             desired: ends.desired,
             reported: ends.reported,
             settings: answered,
+            tls,
             connected: link,
             marks: mark,
             board,
@@ -273,6 +289,7 @@ impl Agent {
         });
         let uplink = tokio::spawn(uplink.run(stored, stop.clone()));
         let settings_stop = CancellationToken::new();
+        let identity = keeper.map(|keeper| tokio::spawn(identity::run(keeper, stop.clone())));
         let settings = life.map(|life| {
             let driver = settings::Driver::new(life, settings_ends);
             tokio::spawn(driver.run(settings_stop.clone()))
@@ -290,6 +307,7 @@ impl Agent {
             board: pins,
             settings,
             settings_stop,
+            identity,
             again,
         })
     }
@@ -314,6 +332,9 @@ impl AgentHandle {
         self.updates.stop().await;
         self.stop.cancel();
         let _ = self.uplink.await;
+        if let Some(identity) = self.identity {
+            let _ = identity.await;
+        }
         join(
             std::iter::once(self.store)
                 .chain(self.sample_writer)
@@ -333,7 +354,7 @@ impl AgentHandle {
 }
 
 /// A device that cannot keep samples does everything else.
-fn start_samples(config: &Config, epoch: u64, counters: &Counters) -> Option<Samples> {
+fn start_samples(config: &Config, epoch: u64, counters: &Counters, tls: &Tls) -> Option<Samples> {
     if !config.samples.enabled {
         return None;
     }
@@ -344,6 +365,7 @@ fn start_samples(config: &Config, epoch: u64, counters: &Counters) -> Option<Sam
         config.device.clone(),
         epoch,
         counters,
+        tls,
     )
     .map_err(|why| tracing::error!("no frames are kept to learn from: {why}"))
     .ok()

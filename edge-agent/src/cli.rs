@@ -11,8 +11,8 @@ use crate::{
     Agent,
     capture::scene::{Drift, SceneConfig, draw},
     clock::WallClock,
-    config::{Config, Layers},
-    doctor,
+    config::{Config, Layers, TOKEN},
+    doctor, identity,
     settings::Home,
     update,
 };
@@ -53,6 +53,17 @@ enum Command {
     Config(ConfigCommand),
     /// Try everything that the configuration names and say in plain words what works and what does not.
     Doctor(Configured),
+    /// Ask the coordinator for the device's certificate, once, and say what happened. The running agent does it by itself;
+    /// this is for people who want to see it.
+    ///
+    /// Example: edge-agent enrol --config base.toml --config site.toml --token eyJ…
+    Enrol {
+        #[command(flatten)]
+        configured: Configured,
+        /// The enrolment token, instead of the configuration's.
+        #[arg(long, value_name = "TOKEN")]
+        token: Option<String>,
+    },
     /// Work with the device's models.
     #[command(subcommand)]
     Model(ModelCommand),
@@ -82,7 +93,8 @@ enum ModelCommand {
 #[derive(Debug, Args)]
 struct Configured {
     /// Configuration file (TOML). Several are layered, a later one over an earlier one; LACEWING_SITE,
-    /// LACEWING_DEVICE, LACEWING_DATA, LACEWING_BROKER_URL, LACEWING_MODEL_BUNDLE, LACEWING_SAMPLES_COORDINATOR,
+    /// LACEWING_DEVICE, LACEWING_DATA, LACEWING_COORDINATOR_URL, LACEWING_COORDINATOR_TOKEN,
+    /// LACEWING_COORDINATOR_TOKEN_FILE, LACEWING_BROKER_URL, LACEWING_MODEL_BUNDLE, LACEWING_SAMPLES_COORDINATOR,
     /// LACEWING_UPDATE_COORDINATOR and LACEWING_UPDATE_ROOT override them.
     #[arg(long = "config", value_name = "FILE", required = true)]
     files: Vec<PathBuf>,
@@ -163,6 +175,14 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             } else {
                 ExitCode::FAILURE
             })
+        }
+        Command::Enrol { configured, token } => {
+            let environment = |name: &str| {
+                let given = token.clone().filter(|_| name == TOKEN);
+                given.or_else(|| std::env::var(name).ok())
+            };
+            let config = Layers::new(&configured.files, environment).read(None)?;
+            identity::enrol(&config)
         }
         Command::Model(ModelCommand::Status(configured)) => {
             print!("{}", update::status(&configured.load()?));

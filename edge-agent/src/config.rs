@@ -11,9 +11,14 @@ use mesh_core::{
 use serde::Deserialize;
 
 pub use layers::Layers;
+pub(crate) use layers::TOKEN;
 
 use crate::{
-    board::BoardConfig, capture::SourceConfig, drift::DriftConfig, samples::SamplesConfig,
+    board::BoardConfig,
+    capture::SourceConfig,
+    drift::DriftConfig,
+    identity::{self, CoordinatorConfig, IdentityConfig, Named},
+    samples::SamplesConfig,
     update::UpdateConfig,
 };
 
@@ -36,6 +41,11 @@ pub struct Config {
     pub tags: Vec<Name>,
     /// The folder for everything that must survive a restart.
     pub data: PathBuf,
+    /// Whom the device belongs to.
+    pub coordinator: CoordinatorConfig,
+    /// What follows from that and from what is on the disk; nothing where the device has no identity and is to get none.
+    #[serde(skip)]
+    pub identity: Option<IdentityConfig>,
     /// Where readings go.
     pub broker: BrokerConfig,
     /// Cameras.
@@ -64,8 +74,12 @@ pub struct Config {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct BrokerConfig {
-    /// `mqtt://HOST:PORT`.
+    /// `mqtts://HOST:PORT`, or `mqtt://HOST:PORT` in the clear. Default: what the coordinator says, where the device has
+    /// an identity.
     pub url: String,
+    /// Is it the coordinator that says where the broker is?
+    #[serde(skip)]
+    pub by_coordinator: bool,
     /// Seconds between signs of life, 5 to 3600. A dead broker is noticed after about 1.5 of them.
     pub keep_alive_s: u16,
     /// The longest wait between two tries to connect, 1 to 3600 seconds.
@@ -104,6 +118,8 @@ impl Default for Config {
             device: host_name(),
             tags: Vec::new(),
             data: PathBuf::from("/var/lib/lacewing"),
+            coordinator: CoordinatorConfig::default(),
+            identity: None,
             broker: BrokerConfig::default(),
             source: Vec::new(),
             model: ModelConfig::default(),
@@ -123,6 +139,7 @@ impl Default for BrokerConfig {
     fn default() -> Self {
         Self {
             url: "mqtt://127.0.0.1:1883".into(),
+            by_coordinator: false,
             keep_alive_s: 30,
             max_backoff_s: 30,
         }
@@ -200,7 +217,13 @@ impl Config {
 
     /// A key that cannot be read is noted and taken out, so that the next one is seen too.
     fn from_table(mut table: toml::Table, mut mistakes: Vec<String>) -> Result<Self, ConfigErrors> {
-        let config: Self = loop {
+        let named = Named {
+            site: table.contains_key("site"),
+            broker: table
+                .get("broker")
+                .is_some_and(|broker| broker.get("url").is_some()),
+        };
+        let mut config: Self = loop {
             match serde_path_to_error::deserialize(table.clone()) {
                 Ok(config) => break config,
                 Err(error) => {
@@ -213,6 +236,7 @@ impl Config {
             }
         };
         config.check(&mut mistakes);
+        identity::settle(&mut config, named, &mut mistakes);
         if mistakes.is_empty() {
             Ok(config)
         } else {
@@ -323,17 +347,33 @@ impl BrokerConfig {
     /// # Errors
     /// Says what the address should look like.
     pub fn address(&self) -> Result<(String, u16), String> {
-        let wrong = || format!("must be mqtt://HOST:PORT, not {:?}", self.url);
-        let rest = self.url.strip_prefix("mqtt://").ok_or_else(wrong)?;
+        let wrong = || {
+            format!(
+                "must be mqtts://HOST:PORT or mqtt://HOST:PORT, not {:?}",
+                self.url
+            )
+        };
+        let (scheme, rest) = self.url.split_once("://").ok_or_else(wrong)?;
+        let default = match scheme {
+            "mqtt" => 1883,
+            "mqtts" => identity::MQTTS_PORT,
+            _ => return Err(wrong()),
+        };
         let rest = rest.strip_suffix('/').unwrap_or(rest);
         let (host, port) = match rest.rsplit_once(':') {
             Some((host, port)) => (host, port.parse().map_err(|_| wrong())?),
-            None => (rest, 1883),
+            None => (rest, default),
         };
         if host.is_empty() || port == 0 || host.contains(['/', '@', ' ']) {
             return Err(wrong());
         }
         Ok((host.to_owned(), port))
+    }
+
+    /// Is the connection encrypted, and both ends known by their certificates?
+    #[must_use]
+    pub fn is_tls(&self) -> bool {
+        self.by_coordinator || self.url.starts_with("mqtts://")
     }
 }
 

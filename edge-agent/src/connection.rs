@@ -5,12 +5,15 @@
 
 use mesh_core::{Kind, Name, Status, Topic};
 use rumqttc::{
-    AsyncClient, Event, EventLoop, LastWill, MqttOptions, NetworkOptions, Packet, PublishOptions,
-    QoS,
+    AsyncClient, ConnectionError, Event, EventLoop, LastWill, MqttOptions, NetworkOptions, Packet,
+    PublishOptions, QoS, TlsConfiguration, Transport,
 };
 use tokio::sync::mpsc;
 
-use crate::config::{BrokerConfig, Config};
+use crate::{
+    config::Config,
+    identity::{MQTTS_PORT, Tls, is_about_certificates},
+};
 
 /// What a connection tells its owner.
 #[derive(Debug)]
@@ -31,7 +34,12 @@ pub(crate) enum News {
         retained: bool,
     },
     /// It is over.
-    Lost(String),
+    Lost {
+        /// What happened.
+        why: String,
+        /// Is it that the broker does not take the device's certificate, or shows a bad one?
+        doubt: bool,
+    },
 }
 
 /// Messages handed over but not yet written. Small, so that a live reading never queues behind many others.
@@ -60,17 +68,55 @@ pub(crate) struct ConnectError {
     why: String,
 }
 
-fn options(broker: &BrokerConfig, client_id: String) -> Result<MqttOptions, ConnectError> {
-    let BrokerConfig {
-        url, keep_alive_s, ..
-    } = broker;
-    let (host, port) = broker.address().map_err(|why| ConnectError {
-        url: url.clone(),
+/// Where the broker is: as configured, or as the coordinator says.
+fn address(config: &Config, tls: &Tls) -> Result<(String, u16), String> {
+    if !config.broker.by_coordinator {
+        return config.broker.address();
+    }
+    let material = tls.material();
+    let said = material
+        .as_ref()
+        .and_then(|material| material.mqtt.as_ref());
+    let said = said.ok_or("the coordinator names no broker: set broker.url")?;
+    let named = match said.rsplit_once(':') {
+        Some((host, port)) => port.parse().ok().map(|port| (host, port)),
+        None => Some((said.as_str(), MQTTS_PORT)),
+    };
+    match named {
+        Some((host, port)) if !host.is_empty() && port != 0 => Ok((host.to_owned(), port)),
+        _ => Err(format!("the coordinator names {said:?}: set broker.url")),
+    }
+}
+
+/// The broker's address, for people.
+#[must_use]
+pub(crate) fn shown(config: &Config, tls: &Tls) -> String {
+    if !config.broker.by_coordinator {
+        return config.broker.url.clone();
+    }
+    match address(config, tls) {
+        Ok((host, port)) => format!("mqtts://{host}:{port}"),
+        Err(_) => "the coordinator's broker".into(),
+    }
+}
+
+fn options(config: &Config, tls: &Tls, client_id: String) -> Result<MqttOptions, ConnectError> {
+    let wrong = |why: String| ConnectError {
+        url: shown(config, tls),
         why,
-    })?;
+    };
+    // First: before that nobody has said where the broker is.
+    let transport = if config.broker.is_tls() {
+        let config = tls.config().map_err(|why| wrong(why.into()))?;
+        Transport::tls_with_config(TlsConfiguration::Rustls(config))
+    } else {
+        Transport::Tcp
+    };
+    let (host, port) = address(config, tls).map_err(wrong)?;
     let mut options = MqttOptions::new(client_id, (host, port));
     options
-        .set_keep_alive(*keep_alive_s)
+        .set_transport(transport)
+        .set_keep_alive(config.broker.keep_alive_s)
         .set_max_packet_size(MAX_INCOMING, MAX_OUTGOING)
         .set_request_channel_capacity(QUEUE)
         .set_inflight(IN_FLIGHT);
@@ -88,8 +134,8 @@ impl Connection {
     ///
     /// # Errors
     /// If the options make no sense; everything else comes as [`News::Lost`].
-    pub(crate) fn open(config: &Config) -> Result<Self, ConnectError> {
-        let mut options = options(&config.broker, client_id(&config.site, &config.device))?;
+    pub(crate) fn open(config: &Config, tls: &Tls) -> Result<Self, ConnectError> {
+        let mut options = options(config, tls, client_id(&config.site, &config.device))?;
         let status = Topic::of_device(&config.site, &config.device, Kind::Status).to_string();
         options.set_last_will(LastWill::new(
             status,
@@ -97,29 +143,24 @@ impl Connection {
             QoS::AtLeastOnce,
             true,
         ));
-        Self::start(config, options)
+        Self::start(config, tls, options)
     }
 
     /// Starts to connect as a passer-by, which leaves a running agent of the same device alone.
     ///
     /// # Errors
     /// As [`Connection::open`].
-    pub(crate) fn probe(config: &Config) -> Result<Self, ConnectError> {
-        Self::start(
-            config,
-            options(
-                &config.broker,
-                format!("doctor-{}-{}", config.device, std::process::id()),
-            )?,
-        )
+    pub(crate) fn probe(config: &Config, tls: &Tls) -> Result<Self, ConnectError> {
+        let client_id = format!("doctor-{}-{}", config.device, std::process::id());
+        Self::start(config, tls, options(config, tls, client_id)?)
     }
 
-    fn start(config: &Config, options: MqttOptions) -> Result<Self, ConnectError> {
+    fn start(config: &Config, tls: &Tls, options: MqttOptions) -> Result<Self, ConnectError> {
         let (client, mut event_loop) =
             AsyncClient::builder(options)
                 .try_build()
                 .map_err(|error| ConnectError {
-                    url: config.broker.url.clone(),
+                    url: shown(config, tls),
                     why: error.to_string(),
                 })?;
         let mut network = NetworkOptions::new();
@@ -137,10 +178,10 @@ impl Connection {
 
     /// What happens next on it.
     pub(crate) async fn news(&mut self) -> News {
-        self.news
-            .recv()
-            .await
-            .unwrap_or_else(|| News::Lost("the connection was closed".into()))
+        self.news.recv().await.unwrap_or_else(|| News::Lost {
+            why: "the connection was closed".into(),
+            doubt: false,
+        })
     }
 
     /// Hands a message over; false where there is no room just now.
@@ -164,7 +205,7 @@ impl Connection {
     pub(crate) async fn close(mut self, wait: std::time::Duration) {
         let goodbye = async {
             if self.client.disconnect().await.is_ok() {
-                while !matches!(self.news().await, News::Lost(_)) {}
+                while !matches!(self.news().await, News::Lost { .. }) {}
             }
         };
         let _ = tokio::time::timeout(wait, goodbye).await;
@@ -188,9 +229,14 @@ async fn drive(mut event_loop: EventLoop, tell: mpsc::Sender<News>) {
             },
             Ok(Event::Incoming(Packet::PubAck(_))) => News::Taken,
             Ok(_) => News::Progress,
-            Err(error) => News::Lost(error.to_string()),
+            Err(error) => News::Lost {
+                why: error.to_string(),
+                // Who is refused by a broker may be known to it under an older certificate.
+                doubt: is_about_certificates(&error)
+                    || matches!(error, ConnectionError::ConnectionRefused(_)),
+            },
         };
-        let over = matches!(news, News::Lost(_));
+        let over = matches!(news, News::Lost { .. });
         if tell.send(news).await.is_err() || over {
             return;
         }

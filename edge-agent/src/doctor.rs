@@ -8,7 +8,8 @@ use crate::{
     capture::{self, Shot, SourceConfig},
     clock::WallClock,
     config::Config,
-    connection::{Connection, News},
+    connection::{self, Connection, News},
+    identity::{self, Tls},
     samples::{self, SamplesConfig},
     update,
 };
@@ -41,6 +42,8 @@ pub(crate) async fn examine(config: &Config) -> usize {
     let wanted = config.outbox.max_bytes.saturating_add(samples);
     say("disk", disk(&config.data, wanted));
     say("clock", clock(WallClock::system().now_ms()));
+    let (finding, tls) = identity::doctor(config);
+    say("identity", finding);
     if config.source.is_empty() {
         say("source", Err("none is configured; add a [[source]]".into()));
     }
@@ -55,15 +58,15 @@ pub(crate) async fn examine(config: &Config) -> usize {
         "board",
         crate::board::Board::try_pins(&config.board).map_err(|error| error.to_string()),
     );
-    say("broker", broker(config).await);
-    let samples = config.samples.clone();
-    let finding = tokio::task::spawn_blocking(move || samples_reach(&samples)).await;
+    say("broker", broker(config, &tls).await);
+    let (samples, with) = (config.samples.clone(), tls.clone());
+    let finding = tokio::task::spawn_blocking(move || samples_go(&samples, &with)).await;
     say(
         "samples",
         finding.unwrap_or_else(|_| Err("they could not be tried".into())),
     );
     let (copy, what) = (config.clone(), "updates");
-    let finding = tokio::task::spawn_blocking(move || update::doctor(&copy)).await;
+    let finding = tokio::task::spawn_blocking(move || update::doctor(&copy, &tls)).await;
     say(
         what,
         finding.unwrap_or_else(|_| Err("they could not be tried".into())),
@@ -140,10 +143,10 @@ fn model(path: Option<&Path>) -> Finding {
     }
 }
 
-fn samples_reach(config: &SamplesConfig) -> Finding {
+fn samples_go(config: &SamplesConfig, tls: &Tls) -> Finding {
     match &config.coordinator {
         _ if !config.enabled => Ok("none are kept (samples.enabled is false)".into()),
-        Some(url) => samples::probe(url),
+        Some(url) => samples::probe(url, tls),
         None => Ok(format!(
             "up to {} MiB stay on the device (samples.coordinator is not set)",
             config.max_bytes / (1024 * 1024)
@@ -151,14 +154,19 @@ fn samples_reach(config: &SamplesConfig) -> Finding {
     }
 }
 
-async fn broker(config: &Config) -> Finding {
-    let url = &config.broker.url;
-    let mut connection = Connection::probe(config).map_err(|error| error.to_string())?;
+async fn broker(config: &Config, tls: &Tls) -> Finding {
+    let url = &connection::shown(config, tls);
+    let mut connection = Connection::probe(config, tls).map_err(|error| error.to_string())?;
     let answer = async {
         loop {
             match connection.news().await {
                 News::Up => return Ok(format!("{url} answers")),
-                News::Lost(why) => {
+                News::Lost { why, doubt: true } => {
+                    return Err(format!(
+                        "{url}: {why}; one of the two certificates is not taken: see identity"
+                    ));
+                }
+                News::Lost { why, .. } => {
                     return Err(format!(
                         "{url}: {why}; is it running, and is the address right?"
                     ));
@@ -182,6 +190,10 @@ mod tests {
     fn a_clock_that_was_never_set_is_noticed() {
         assert!(clock(0).is_err() && clock(i64::MAX).is_err());
         assert!(clock(YEAR_2026_MS + 1).is_ok());
+    }
+
+    fn samples_reach(config: &SamplesConfig) -> Finding {
+        samples_go(config, &Tls::none())
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //!
 //! [`Agent::start`] wires it all; start reading there.
 
+mod about;
 mod agent;
 pub mod board;
 mod cameras;
@@ -16,7 +17,7 @@ mod doctor;
 pub mod drift;
 pub mod gate;
 mod http;
-mod identity;
+pub mod identity;
 pub mod outbox;
 mod pipeline;
 pub mod samples;

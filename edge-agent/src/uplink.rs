@@ -19,13 +19,14 @@ use tokio::sync::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    about::About,
     board::{BoardHandle, State as BoardState},
     clock::{Monotonic, WallClock},
     config::Config,
-    connection::{Connection, News},
+    connection::{self, Connection, News},
     counters::{Counter, Counters, resident_bytes},
     dice,
-    identity::Identity,
+    identity::Tls,
     outbox::GapRecord,
     pipeline::Drifts,
     samples::desk::Marked,
@@ -36,6 +37,10 @@ use crate::{
 const BACKOFF_MS: u64 = 500;
 /// A gap is said again until it is acknowledged.
 const SAY_GAPS_AGAIN_MS: u64 = 10_000;
+/// A renewed certificate is connected with as soon as nothing waits to be acknowledged, and after this at the latest.
+const RENEWED: Duration = Duration::from_secs(5);
+/// For a goodbye to the broker before the device comes back with another certificate.
+const GOODBYE: Duration = Duration::from_millis(500);
 /// What was made durable in the last moments before a stop still gets out, if the coordinator answers.
 const FAREWELL: Duration = Duration::from_secs(2);
 
@@ -51,13 +56,15 @@ enum Event {
     Report,
     /// Something is to be said: about a source, the models or the device.
     News,
+    /// The device has another certificate than before.
+    Renewed,
     Stop,
 }
 
 /// The uplink's state.
 pub(crate) struct Uplink {
     config: Config,
-    identity: Identity,
+    about: About,
     epoch: u64,
     delivery: Delivery,
     /// Live readings whose bytes are still in memory, so that they need not be read back.
@@ -85,6 +92,9 @@ pub(crate) struct Uplink {
     /// Where marks go.
     marks: std::sync::mpsc::SyncSender<Marked>,
     connection: Option<Connection>,
+    /// What it is made with, and until when it is to be made anew.
+    tls: Tls,
+    renewed: Option<tokio::time::Instant>,
     up: bool,
     backoff: Backoff,
     /// Acknowledged, not yet told to the store because it was busy.
@@ -108,7 +118,7 @@ pub(crate) struct Start {
     /// The agent's configuration.
     pub(crate) config: Config,
     /// What it says about itself.
-    pub(crate) identity: Identity,
+    pub(crate) about: About,
     /// What the outbox holds.
     pub(crate) pending: mesh_core::RangeSet,
     /// What it had to drop.
@@ -123,6 +133,8 @@ pub(crate) struct Start {
     pub(crate) reported: watch::Receiver<Option<Reported>>,
     /// The same about settings, and since when.
     pub(crate) settings: watch::Receiver<Option<(i64, SettingsReport)>>,
+    /// What the connection is made with.
+    pub(crate) tls: Tls,
     /// Is the broker there?
     pub(crate) connected: watch::Sender<bool>,
     /// Where marks go.
@@ -141,7 +153,7 @@ impl Uplink {
     pub(crate) fn new(start: Start) -> Self {
         let Start {
             config,
-            identity,
+            about,
             pending,
             gaps,
             store,
@@ -149,6 +161,7 @@ impl Uplink {
             desired,
             reported,
             settings,
+            tls,
             connected,
             marks,
             board,
@@ -156,7 +169,7 @@ impl Uplink {
             wall,
         } = start;
         Self {
-            epoch: identity.info.epoch,
+            epoch: about.info.epoch,
             delivery: Delivery::new(Pace::default(), pending),
             live: BTreeMap::new(),
             gaps,
@@ -171,14 +184,16 @@ impl Uplink {
             settings,
             reported_said: None,
             connected,
-            said: (identity.model(), identity.state()),
+            said: (about.model(), about.state()),
             marks,
             connection: None,
+            tls,
+            renewed: None,
             up: false,
             backoff: Backoff::new(BACKOFF_MS, u64::from(config.broker.max_backoff_s) * 1_000),
             to_free: None,
             config,
-            identity,
+            about,
             store,
             board,
             counters,
@@ -205,7 +220,9 @@ impl Uplink {
                     drifts,
                     reported,
                     settings,
-                    identity,
+                    about,
+                    tls,
+                    renewed,
                     up,
                     ..
                 } = &mut self;
@@ -236,12 +253,18 @@ impl Uplink {
                     // The same of the models.
                     Ok(()) = reported.changed() => Event::News,
                     Ok(()) = settings.changed() => Event::News,
-                    () = identity.changed() => Event::News,
+                    () = about.changed() => Event::News,
+                    () = tls.changed() => Event::Renewed,
+                    // Looked at below.
+                    () = at(*renewed), if farewell.is_none() => Event::News,
                 }
             };
             match event {
-                Event::Network(News::Lost(why)) => {
+                Event::Network(News::Lost { why, doubt }) => {
                     self.lost(&why);
+                    if doubt {
+                        self.tls.doubt();
+                    }
                     reconnect = Some(self.next_try());
                 }
                 Event::Network(news) => self.network(news),
@@ -251,12 +274,21 @@ impl Uplink {
                 Event::Report => self.report(),
                 // Said below, with everything else.
                 Event::News => self.renew(),
+                Event::Renewed if farewell.is_some() || !self.config.broker.is_tls() => {}
+                Event::Renewed if self.connection.is_some() => {
+                    self.renewed = Some(tokio::time::Instant::now() + RENEWED);
+                }
+                Event::Renewed => reconnect = Some(tokio::time::Instant::now()),
                 Event::Stop => {
                     farewell = Some(tokio::time::Instant::now() + FAREWELL);
                     reconnect = None;
                 }
             }
             self.pump();
+            if farewell.is_none() && self.is_time_to_come_back() {
+                self.come_back().await;
+                reconnect = self.connect();
+            }
             let told =
                 self.delivery.waiting() == 0 && stored.is_empty() && self.counters.is_stored();
             if farewell.is_some() && (told || !self.up) {
@@ -267,7 +299,12 @@ impl Uplink {
     }
 
     fn connect(&mut self) -> Option<tokio::time::Instant> {
-        match Connection::open(&self.config) {
+        if self.config.broker.is_tls() && self.tls.material().is_none() {
+            tracing::debug!("the device is not enrolled yet; readings are kept and sent later");
+            return None;
+        }
+        self.renewed = None;
+        match Connection::open(&self.config, &self.tls) {
             Ok(connection) => {
                 self.connection = Some(connection);
                 None
@@ -279,6 +316,22 @@ impl Uplink {
         }
     }
 
+    /// There is another certificate, and nothing or no more time to wait for.
+    fn is_time_to_come_back(&self) -> bool {
+        let is_over = |at| self.delivery.waiting() == 0 || tokio::time::Instant::now() >= at;
+        self.renewed.is_some_and(is_over)
+    }
+
+    /// Leaves without a last will. What was under way is sent again.
+    async fn come_back(&mut self) {
+        tracing::info!("connecting with the new certificate");
+        let was_up = self.up;
+        if let Some(connection) = self.connection.take().filter(|_| was_up) {
+            connection.close(GOODBYE).await;
+        }
+        self.down();
+    }
+
     fn next_try(&mut self) -> tokio::time::Instant {
         let wait = self.backoff.next(dice::throw());
         tracing::debug!(wait_ms = wait, "next try to connect");
@@ -287,24 +340,29 @@ impl Uplink {
 
     fn lost(&mut self, why: &str) {
         if self.up || self.backoff.ceiling() == BACKOFF_MS {
-            tracing::warn!(broker = %self.config.broker.url, "connection lost: {why}; readings are kept and sent later");
+            tracing::warn!(broker = %connection::shown(&self.config, &self.tls), "connection lost: {why}; readings are kept and sent later");
         }
         if self.up {
             self.counters.reconnects.add(1);
         }
+        self.down();
+        self.board.set_state(self.board_state());
+    }
+
+    /// There is no connection.
+    fn down(&mut self) {
         self.up = false;
         self.connected.send_replace(false);
         self.connection = None;
         self.batch = Batch::None;
         self.live.clear();
         self.delivery.disconnected();
-        self.board.set_state(self.board_state());
     }
 
     fn network(&mut self, news: News) {
         match news {
             News::Up => {
-                tracing::info!(broker = %self.config.broker.url, waiting = self.delivery.waiting(), "connected");
+                tracing::info!(broker = %connection::shown(&self.config, &self.tls), waiting = self.delivery.waiting(), "connected");
                 self.up = true;
                 self.connected.send_replace(true);
                 // The last is asked for first.
@@ -317,7 +375,7 @@ impl Uplink {
                 self.drifts_said.clear();
                 self.reported_said = None;
                 self.gaps_said_ms = None;
-                self.said = (self.identity.model(), self.identity.state());
+                self.said = (self.about.model(), self.about.state());
                 self.greetings = self.greet();
                 self.delivery.connected();
                 self.board.set_state(self.board_state());
@@ -329,7 +387,7 @@ impl Uplink {
                 payload,
                 retained,
             } => self.message(&topic, &payload, retained),
-            News::Progress | News::Lost(_) => {}
+            News::Progress | News::Lost { .. } => {}
         }
     }
 
@@ -612,7 +670,7 @@ impl Uplink {
 
     /// What is said at the start of each connection, the last first.
     fn greet(&self) -> Vec<Said> {
-        let info = self.identity.info.encode().unwrap_or_default();
+        let info = self.about.info.encode().unwrap_or_default();
         let mut said = vec![self.state(), self.retained(Kind::Info, info)];
         said.extend(self.said.0.as_ref().map(|_| self.model()));
         said.push(self.retained(Kind::Status, Status::Online.as_str().into()));
@@ -637,7 +695,7 @@ impl Uplink {
 
     /// Another model may be in memory, or the device be in another state: it is said anew.
     fn renew(&mut self) {
-        let (model, state) = (self.identity.model(), self.identity.state());
+        let (model, state) = (self.about.model(), self.about.state());
         let (old_model, old_state) = &self.said;
         let is_new_model = model != *old_model;
         let is_new_state = (&state.health, &state.detail) != (&old_state.health, &old_state.detail);
@@ -710,6 +768,7 @@ impl Uplink {
             samples_waiting: samples.waiting.get(),
             drifting: numbers.drifting.get(),
             update_bytes: numbers.update_bytes.get(),
+            certificate_days: self.tls.days_left(),
         };
         let payload = metrics.encode().unwrap_or_default();
         // Lost if there is no room: the next one says the same and more.

@@ -283,6 +283,9 @@ pub struct Metrics {
     /// Bytes that came for new models, since the start.
     #[serde(default)]
     pub update_bytes: u64,
+    /// Days until the device's certificate expires, below zero once it has. Not there where it has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificate_days: Option<f32>,
 }
 
 /// Parses the flat messages, each bounded and of this version.

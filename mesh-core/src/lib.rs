@@ -14,6 +14,7 @@ pub mod decide;
 pub mod delivery;
 mod desired;
 pub mod drift;
+pub mod enrolment;
 mod envelope;
 mod event;
 mod name;

@@ -9,11 +9,20 @@ use super::{Config, ConfigErrors};
 /// A configuration file is written by people; larger is not one.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
 
+/// The variable with the enrolment token.
+pub(crate) const TOKEN: &str = "LACEWING_COORDINATOR_TOKEN";
+
 /// Settings that the environment may override: the variable, and the path of the key.
-const ENVIRONMENT: [(&str, &[&str]); 8] = [
+const ENVIRONMENT: [(&str, &[&str]); 11] = [
     ("LACEWING_SITE", &["site"]),
     ("LACEWING_DEVICE", &["device"]),
     ("LACEWING_DATA", &["data"]),
+    ("LACEWING_COORDINATOR_URL", &["coordinator", "url"]),
+    (TOKEN, &["coordinator", "token"]),
+    (
+        "LACEWING_COORDINATOR_TOKEN_FILE",
+        &["coordinator", "token_file"],
+    ),
     ("LACEWING_BROKER_URL", &["broker", "url"]),
     ("LACEWING_MODEL_BUNDLE", &["model", "bundle"]),
     ("LACEWING_SAMPLES_COORDINATOR", &["samples", "coordinator"]),

@@ -5,8 +5,11 @@ use std::time::Duration;
 use mesh_core::Name;
 use serde::Deserialize;
 
-use super::{config::base_url, shelf::Key};
-use crate::http::{self, Patience};
+use super::{config::coordinator_url, shelf::Key};
+use crate::{
+    http::{self, Patience},
+    identity::Tls,
+};
 
 /// The largest piece of an image: the coordinator takes no larger one.
 pub(super) const MAX_PIECE: usize = 256 * 1024;
@@ -54,28 +57,35 @@ struct Problem {
 }
 
 impl Client {
-    /// For the coordinator at `http://HOST:PORT`.
+    /// For the coordinator at `https://HOST:PORT`.
     ///
     /// # Errors
     /// Says what an address should look like.
-    pub(super) fn new(coordinator: &str) -> Result<Self, String> {
-        Self::patient(coordinator, [CONNECT, ANSWER, EXCHANGE])
+    pub(super) fn new(coordinator: &str, tls: &Tls) -> Result<Self, String> {
+        Self::with(coordinator, [CONNECT, ANSWER, EXCHANGE], tls)
     }
 
     /// With other times to connect, to a first answer, and for a whole exchange.
-    pub(super) fn patient(
+    #[cfg(test)]
+    pub(super) fn patient(coordinator: &str, times: [Duration; 3]) -> Result<Self, String> {
+        Self::with(coordinator, times, &Tls::none())
+    }
+
+    fn with(
         coordinator: &str,
         [connect, answer, exchange]: [Duration; 3],
+        tls: &Tls,
     ) -> Result<Self, String> {
-        let agent = http::agent(Patience {
+        let patience = Patience {
             connect,
             answer,
             body: answer,
             whole: Some(exchange),
-        });
+        };
+        let agent = http::agent(patience, tls);
         Ok(Self {
             agent,
-            samples: format!("{}/api/v1/samples", base_url(coordinator)?),
+            samples: format!("{}/api/v1/samples", coordinator_url(coordinator)?),
         })
     }
 

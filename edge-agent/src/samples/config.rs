@@ -20,7 +20,8 @@ const MAX_APART_S: u32 = 7 * 24 * 3_600;
 pub struct SamplesConfig {
     /// Keep any at all?
     pub enabled: bool,
-    /// Where they go: `http://HOST:PORT`. Without it they stay on the device, within `max_bytes`.
+    /// Where they go: `https://HOST:PORT`. Default: the device's coordinator. Without one they stay on the device, within
+    /// `max_bytes`.
     pub coordinator: Option<String>,
     /// The most that waiting samples take on disk, in bytes, at least 1 MiB.
     pub max_bytes: u64,
@@ -107,7 +108,7 @@ impl SamplesConfig {
                 all.push((field, what.to_owned()));
             }
         };
-        if let Some(Err(why)) = self.coordinator.as_deref().map(base_url) {
+        if let Some(Err(why)) = self.coordinator.as_deref().map(coordinator_url) {
             must(false, "coordinator", &why);
         }
         let enough = "must be at least 1048576 (1 MiB)";
@@ -155,7 +156,20 @@ impl SamplesConfig {
     }
 }
 
-/// The coordinator's address without a closing slash.
+/// The coordinator's address without a closing slash, encrypted or not.
+///
+/// # Errors
+/// Says what it should look like.
+pub(crate) fn coordinator_url(url: &str) -> Result<String, String> {
+    let Some(rest) = url.strip_prefix("https://") else {
+        return base_url(url);
+    };
+    let plain = base_url(&format!("http://{rest}"));
+    let rest = plain.map_err(|_| format!("must be https://HOST:PORT, not {url:?}"))?;
+    Ok(rest.replacen("http://", "https://", 1))
+}
+
+/// The same in the clear.
 ///
 /// # Errors
 /// Says what it should look like.
@@ -209,6 +223,21 @@ mod tests {
             ]
         );
         assert!(toml::from_str::<SamplesConfig>("keep = 'all'").is_err());
+    }
+
+    #[test]
+    fn encrypted_addresses() {
+        assert_eq!(
+            coordinator_url("https://a:8443/").unwrap(),
+            "https://a:8443"
+        );
+        assert_eq!(coordinator_url("http://a:80").unwrap(), "http://a:80");
+        for bad in ["https://", "https://a/b", "https://a:0", "ftp://a", "a"] {
+            assert!(
+                coordinator_url(bad).unwrap_err().contains("HOST:PORT"),
+                "{bad}"
+            );
+        }
     }
 
     #[test]

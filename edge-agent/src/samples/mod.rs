@@ -27,13 +27,14 @@ use std::{
 
 use mesh_core::{Name, Sample, SampleImage, SampleReason, VERSION, sampling::Used};
 
-pub(crate) use config::base_url;
+pub(crate) use config::coordinator_url;
 pub use config::{Keep, SamplesConfig};
 pub use image::Material;
 use shelf::Shelf;
 
 use crate::{
     counters::{Counter, Counters},
+    identity::Tls,
     store::Draft,
 };
 
@@ -166,6 +167,7 @@ impl Samples {
         device: Name,
         epoch: u64,
         counters: &Counters,
+        tls: &Tls,
     ) -> Result<Self, String> {
         let (shelf, damaged) = Shelf::open(folder.to_owned(), config.max_bytes, epoch)
             .map_err(|error| error.to_string())?;
@@ -197,7 +199,7 @@ impl Samples {
             Some(url) => {
                 let sender = sender::Sender {
                     device,
-                    client: client::Client::new(url)?,
+                    client: client::Client::new(url, tls)?,
                     shelf,
                     rate: u64::from(config.max_kib_per_s) * 1_024,
                     backoff: sender::backoff(),
@@ -225,10 +227,10 @@ impl Samples {
 }
 
 /// For `doctor`: does anybody take samples at this address? A sentence either way.
-pub(crate) fn probe(coordinator: &str) -> Result<String, String> {
+pub(crate) fn probe(coordinator: &str, tls: &Tls) -> Result<String, String> {
     use client::Answer;
     // An empty sample is refused: only somebody who knows samples does that.
-    match client::Client::new(coordinator)?.announce(b"{}") {
+    match client::Client::new(coordinator, tls)?.announce(b"{}") {
         Answer::Never(_) => Ok(format!("{coordinator} takes samples")),
         Answer::Nobody(why) => Err(format!(
             "{coordinator}: {why}; is the coordinator running, and is samples.coordinator right? Samples wait on \

@@ -13,7 +13,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{Life, compose};
-use crate::{counters::Counters, update};
+use crate::{counters::Counters, identity::Tls, update};
 
 /// A disk that cannot be written is tried again after this.
 const AFTER_FAILURE: Duration = Duration::from_secs(30);
@@ -32,6 +32,8 @@ pub(crate) struct Ends {
     pub(crate) reported: watch::Sender<Option<(i64, SettingsReport)>>,
     /// Cancelled when the agent is to start anew.
     pub(crate) again: CancellationToken,
+    /// What the coordinator is spoken to with.
+    pub(crate) tls: Tls,
     /// What is counted.
     pub(crate) counters: Counters,
 }
@@ -149,11 +151,12 @@ impl Driver {
             self.life.own.clone(),
         );
         let counters = self.ends.counters.clone();
+        let tls = self.ends.tls.clone();
         let answer = self.answer.clone();
         let work = move || {
             let _one = home.fetching.lock().unwrap_or_else(PoisonError::into_inner);
             let now_ms = home.wall.now_ms();
-            let result = update::settings(&own, &settings, disk.registry(), counters, now_ms)
+            let result = update::settings(&own, &settings, disk.registry(), counters, tls, now_ms)
                 .and_then(|bytes| {
                     compose(&home.layers, &own, &settings, &bytes)?;
                     disk.keep(settings.digest, &bytes)

@@ -16,7 +16,8 @@ use super::{
 use crate::{
     counters::Counters,
     http::{self, Patience},
-    samples::base_url,
+    identity::Tls,
+    samples::coordinator_url,
 };
 
 /// A coordinator that cannot be reached in this time is not there.
@@ -36,32 +37,45 @@ pub(super) struct Client {
     agent: ureq::Agent,
     api: String,
     counters: Counters,
+    tls: Tls,
 }
 
 impl Client {
     /// For the coordinator at `http://HOST:PORT`.
+    #[cfg(test)]
     pub(super) fn new(coordinator: &str, counters: Counters) -> Result<Self, UpdateError> {
-        let base = base_url(coordinator).map_err(|why| UpdateError::Answer {
+        Self::with(coordinator, counters, Tls::none())
+    }
+
+    /// For the coordinator at `https://HOST:PORT`.
+    pub(super) fn with(
+        coordinator: &str,
+        counters: Counters,
+        tls: Tls,
+    ) -> Result<Self, UpdateError> {
+        let base = coordinator_url(coordinator).map_err(|why| UpdateError::Answer {
             what: "update.coordinator".into(),
             why,
         })?;
-        let agent = http::agent(Patience {
+        let patience = Patience {
             connect: CONNECT,
             answer: ANSWER,
             body: CHUNK,
             whole: None,
-        });
+        };
+        let agent = http::agent(patience, &tls);
         Ok(Self {
             agent,
             api: format!("{base}/api/v1"),
             counters,
+            tls,
         })
     }
 
     /// The registry's files there.
     pub(super) fn registry(&self) -> Counted {
         Counted {
-            http: Http::new(&format!("{}/tuf", self.api)),
+            http: Http::trusting(&format!("{}/tuf", self.api), &self.tls),
             counters: self.counters.clone(),
         }
     }

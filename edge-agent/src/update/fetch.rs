@@ -25,7 +25,7 @@ use super::{
     registry::{Registry, Source},
     worker::Watchful,
 };
-use crate::{config::Config, counters::Counters};
+use crate::{config::Config, counters::Counters, identity::Tls};
 
 /// Left free for readings: the outbox writes on while a model comes.
 const RESERVE_BYTES: u64 = 32 << 20;
@@ -61,11 +61,12 @@ pub(crate) fn settings(
     wanted: &Settings,
     folder: PathBuf,
     counters: Counters,
+    tls: Tls,
     now_ms: i64,
 ) -> Result<Vec<u8>, Failure> {
     let coordinator = config.coordinator().ok_or(UpdateError::NoCoordinator)?;
     let pinned = pinned(config.update.root.as_deref())?;
-    let client = Client::new(coordinator, counters)?;
+    let client = Client::with(coordinator, counters, tls)?;
     let made = Registry::new(&pinned, folder, client.registry());
     let mut registry = made.map_err(UpdateError::from)?;
     let fetched = alone()?.block_on(async {

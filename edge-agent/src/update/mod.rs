@@ -45,7 +45,7 @@ pub(crate) use fetch::settings;
 pub(crate) use status::{doctor, status};
 use worker::{Slot, Worker};
 
-use crate::{clock::WallClock, config::Config, counters::Counters};
+use crate::{clock::WallClock, config::Config, counters::Counters, identity::Tls};
 
 /// News for the driver: some seconds of frames, which it takes within a moment.
 const NEWS: usize = 128;
@@ -117,6 +117,7 @@ impl Updates {
         config: &Config,
         clock: WallClock,
         counters: Counters,
+        tls: Tls,
         program: Vec<OsString>,
     ) -> Result<(Self, Ends), StartError> {
         let Opened {
@@ -144,6 +145,7 @@ impl Updates {
         let worker = Worker {
             disk: disk.clone(),
             coordinator: config.coordinator().map(str::to_owned),
+            tls,
             root: config.update.root.clone(),
             program,
             tell: tell.clone(),

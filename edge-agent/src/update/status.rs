@@ -8,7 +8,7 @@ use super::{
     disk::Disk,
     registry::{Http, Registry, VerifyError},
 };
-use crate::{clock::WallClock, config::Config, samples::base_url, settings};
+use crate::{clock::WallClock, config::Config, identity::Tls, samples::coordinator_url, settings};
 
 /// What `edge-agent model status` prints. Reads only what is on the disk, so that it can be asked while the agent runs.
 #[must_use]
@@ -75,7 +75,7 @@ fn state(saved: &Saved) -> String {
 ///
 /// # Errors
 /// What keeps models from coming.
-pub(crate) fn doctor(config: &Config) -> Result<String, String> {
+pub(crate) fn doctor(config: &Config, tls: &Tls) -> Result<String, String> {
     if !config.update.enabled {
         return Ok("the device stays with its model (update.enabled is false)".into());
     }
@@ -88,10 +88,10 @@ pub(crate) fn doctor(config: &Config) -> Result<String, String> {
     let shown = root.display();
     let pinned = std::fs::read(root)
         .map_err(|error| format!("{shown} cannot be read: {error}; nothing can be installed"))?;
-    let base = base_url(coordinator)?;
+    let base = coordinator_url(coordinator)?;
     // A folder of its own: what the running agent trusts is left alone.
     let folder = config.data.join(".doctor-registry");
-    let source = Http::new(&format!("{base}/api/v1/tuf"));
+    let source = Http::trusting(&format!("{base}/api/v1/tuf"), tls);
     let refreshed = Registry::new(&pinned, folder.clone(), source).and_then(|mut registry| {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()

@@ -22,7 +22,7 @@ use super::{
     error::UpdateError,
     fetch::{self, Fetch},
 };
-use crate::{clock::WallClock, counters::Counters};
+use crate::{clock::WallClock, counters::Counters, identity::Tls};
 
 /// The self-test of a large model on a small board takes half a minute.
 const TEST: Duration = Duration::from_secs(120);
@@ -156,6 +156,8 @@ impl Watchful {
 pub(super) struct Worker {
     pub(super) disk: Disk,
     pub(super) coordinator: Option<String>,
+    /// What the coordinator is spoken to with.
+    pub(super) tls: Tls,
     pub(super) root: Option<PathBuf>,
     /// A file and its first arguments that lead to [`models::try_here`].
     pub(super) program: Vec<OsString>,
@@ -244,7 +246,7 @@ impl Worker {
             .as_ref()
             .ok_or(UpdateError::NoCoordinator)?;
         let pinned = fetch::pinned(self.root.as_deref())?;
-        let client = Client::new(coordinator, self.counters.clone())?;
+        let client = Client::with(coordinator, self.counters.clone(), self.tls.clone())?;
         let now_ms = self.clock.now_ms();
         let document = fetch::document(release, &pinned, &self.disk, client.registry(), now_ms)?;
         let failures = self.failing.filter(|(digest, _)| *digest == release.digest);

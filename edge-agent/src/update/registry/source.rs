@@ -12,7 +12,10 @@ use futures_util::stream;
 use tough::{Transport, TransportError, TransportErrorKind, TransportStream};
 use url::Url;
 
-use crate::http::{self, Patience};
+use crate::{
+    http::{self, Patience},
+    identity::Tls,
+};
 
 /// The largest file that is fetched whatever the metadata says: a list of some fifteen thousand releases.
 pub const MAX_FILE_BYTES: u64 = 4 * 1024 * 1024;
@@ -60,15 +63,26 @@ impl Http {
         Self::patient(base, [CONNECT, ANSWER, EXCHANGE])
     }
 
+    /// The same where it takes an identity to be let in.
+    #[must_use]
+    pub fn trusting(base: &str, tls: &Tls) -> Self {
+        Self::with(base, [CONNECT, ANSWER, EXCHANGE], tls)
+    }
+
     /// With other times to connect, to a first answer, and for a whole file.
     #[must_use]
-    pub fn patient(base: &str, [connect, answer, exchange]: [Duration; 3]) -> Self {
-        let agent = http::agent(Patience {
+    pub fn patient(base: &str, times: [Duration; 3]) -> Self {
+        Self::with(base, times, &Tls::none())
+    }
+
+    fn with(base: &str, [connect, answer, exchange]: [Duration; 3], tls: &Tls) -> Self {
+        let patience = Patience {
             connect,
             answer,
             body: exchange,
             whole: Some(exchange),
-        });
+        };
+        let agent = http::agent(patience, tls);
         let base = base.trim_end_matches('/').to_owned();
         Self { agent, base }
     }

@@ -8,7 +8,7 @@ use crate::{clock::WallClock, update::Engines};
 
 /// What the device is, now.
 #[derive(Clone, Debug)]
-pub(crate) struct Identity {
+pub(crate) struct About {
     /// What it is.
     pub(crate) info: Info,
     /// The models in memory.
@@ -21,7 +21,7 @@ pub(crate) struct Identity {
     pub(crate) wall: WallClock,
 }
 
-impl Identity {
+impl About {
     /// The model whose results count.
     #[must_use]
     pub(crate) fn model(&self) -> Option<ModelInfo> {

@@ -1,0 +1,205 @@
+//! What the device's connections are made with.
+
+use std::{error::Error, io, sync::Arc};
+
+use rustls::{
+    AlertDescription, ClientConfig, RootCertStore,
+    client::{Resumption, danger::ServerCertVerifier},
+};
+use tokio::sync::{Notify, watch};
+
+use super::{
+    certificate::{Contact, provider, roots},
+    disk::{Key, Stored},
+    error::IdentityError,
+    time::TrustedTime,
+};
+
+/// The broker's port where its address names none.
+pub(crate) const MQTTS_PORT: u16 = 8883;
+
+/// The device's certificate, ready for connections.
+#[derive(Clone, Debug)]
+pub struct Material {
+    /// For TLS: the authority as the only root, and the device's certificate.
+    pub(crate) config: Arc<ClientConfig>,
+    /// The coordinator's broker, as it says itself: `host:port`.
+    pub mqtt: Option<String>,
+    /// Until when the certificate is good: milliseconds since the Unix epoch.
+    pub not_after_ms: i64,
+    time: Arc<TrustedTime>,
+}
+
+/// The device's side of every connection: nothing, where it has no identity.
+#[derive(Clone, Debug)]
+pub struct Tls {
+    material: watch::Receiver<Option<Arc<Material>>>,
+    doubt: Arc<Notify>,
+    wanted: bool,
+}
+
+impl Tls {
+    /// A device without an identity.
+    #[must_use]
+    pub fn none() -> Self {
+        Self {
+            material: watch::channel(None).1,
+            doubt: Arc::default(),
+            wanted: false,
+        }
+    }
+
+    pub(super) fn new(
+        material: watch::Receiver<Option<Arc<Material>>>,
+        doubt: Arc<Notify>,
+    ) -> Self {
+        Self {
+            material,
+            doubt,
+            wanted: true,
+        }
+    }
+
+    /// The newest material; nothing before the device is enrolled.
+    #[must_use]
+    pub fn material(&self) -> Option<Arc<Material>> {
+        self.material.borrow().clone()
+    }
+
+    /// For the next connection.
+    ///
+    /// # Errors
+    /// In words, if there is nothing to connect with.
+    pub(crate) fn config(&self) -> Result<Arc<ClientConfig>, &'static str> {
+        match self.material() {
+            Some(material) => Ok(Arc::clone(&material.config)),
+            None if self.wanted => Err("the device is not enrolled yet"),
+            None => Err("the device has no identity: set coordinator.token"),
+        }
+    }
+
+    /// Waits until the material is another one than the last that was taken by this; for ever where it never will be.
+    pub(crate) async fn changed(&mut self) {
+        if self.material.changed().await.is_err() {
+            std::future::pending().await
+        }
+    }
+
+    /// Somebody does not take the certificate, or shows one that is not valid by this device's clock.
+    pub(crate) fn doubt(&self) {
+        self.doubt.notify_one();
+    }
+
+    /// Days until the certificate expires, below zero once it has.
+    #[must_use]
+    pub fn days_left(&self) -> Option<f32> {
+        const DAY_MS: f32 = 86_400_000.0;
+        let material = self.material()?;
+        let left = material.not_after_ms.saturating_sub(material.time.now_ms());
+        Some(left as f32 / DAY_MS)
+    }
+}
+
+/// What connections are made with.
+pub(super) fn material(
+    stored: &Stored,
+    key: &Key,
+    time: &Arc<TrustedTime>,
+) -> Result<Material, IdentityError> {
+    let roots = roots(&stored.chain.ca).unwrap_or_else(|why| {
+        tracing::error!("nobody is trusted: {why}");
+        Arc::new(RootCertStore::empty())
+    });
+    let mut config = ClientConfig::builder_with_details(provider(), Arc::clone(time) as _)
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_root_certificates(roots)
+        .with_client_auth_cert(vec![stored.chain.leaf.clone()], key.private())?;
+    // A resumed session would go on under the old certificate.
+    config.resumption = Resumption::disabled();
+    Ok(Material {
+        config: Arc::new(config),
+        mqtt: stored.notes.mqtt.clone(),
+        not_after_ms: stored.validity.not_after_ms,
+        time: Arc::clone(time),
+    })
+}
+
+/// For one request for a certificate. Without the device's own: the request proves who asks, and an expired one would be
+/// turned away.
+pub(super) fn contact(
+    contact: Contact,
+    time: &Arc<TrustedTime>,
+) -> Result<Arc<ClientConfig>, rustls::Error> {
+    let verifier: Arc<dyn ServerCertVerifier> = Arc::new(contact);
+    let mut config = ClientConfig::builder_with_details(provider(), Arc::clone(time) as _)
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier)
+        .with_no_client_auth();
+    config.resumption = Resumption::disabled();
+    Ok(Arc::new(config))
+}
+
+/// Did a connection fail because of a certificate, this side's or the other's?
+pub(crate) fn is_about_certificates(error: &(dyn Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(error) = error.downcast_ref::<rustls::Error>() {
+            return of_certificates(error);
+        }
+        next = match error
+            .downcast_ref::<io::Error>()
+            .and_then(io::Error::get_ref)
+        {
+            Some(inner) => Some(inner as &(dyn Error + 'static)),
+            None => error.source(),
+        };
+    }
+    false
+}
+
+const fn of_certificates(error: &rustls::Error) -> bool {
+    use AlertDescription::{
+        AccessDenied, BadCertificate, CertificateExpired, CertificateRequired, CertificateRevoked,
+        CertificateUnknown, UnknownCA, UnsupportedCertificate,
+    };
+    matches!(
+        error,
+        rustls::Error::InvalidCertificate(_)
+            | rustls::Error::AlertReceived(
+                AccessDenied
+                    | BadCertificate
+                    | CertificateExpired
+                    | CertificateRequired
+                    | CertificateRevoked
+                    | CertificateUnknown
+                    | UnknownCA
+                    | UnsupportedCertificate
+            )
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_certificate_is_blamed_however_deep_it_lies() {
+        let alert = rustls::Error::AlertReceived(AlertDescription::CertificateExpired);
+        let io = io::Error::new(io::ErrorKind::InvalidData, alert);
+        let wrapped = rumqttc::ConnectionError::Io(io);
+        assert!(is_about_certificates(&wrapped));
+        let reset = io::Error::from(io::ErrorKind::ConnectionReset);
+        assert!(!is_about_certificates(&rumqttc::ConnectionError::Io(reset)));
+        assert!(!is_about_certificates(&rustls::Error::DecryptError));
+    }
+
+    #[tokio::test]
+    async fn without_an_identity_there_is_nothing_to_connect_with() {
+        let mut tls = Tls::none();
+        assert!(tls.config().unwrap_err().contains("coordinator.token"));
+        assert_eq!(tls.days_left(), None);
+        let never = tokio::time::timeout(std::time::Duration::from_millis(5), tls.changed());
+        assert!(never.await.is_err());
+    }
+}
