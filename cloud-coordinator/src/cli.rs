@@ -11,7 +11,10 @@ use crate::{
     config::ConfigErrors,
     exchange::{Format, in_query, send},
     keys::{self, KeysCommand},
-    operate::{self, DeviceCommand, ModelCommand, RolloutCommand, SettingsCommand, Where, address},
+    operate::{
+        self, DeviceCommand, ModelCommand, RolloutCommand, SettingsCommand, SubscriberCommand,
+        Where, address,
+    },
 };
 
 /// Takes in what devices report, keeps it, and shows it.
@@ -45,12 +48,19 @@ enum Command {
         #[command(subcommand)]
         command: RolloutCommand,
     },
-    /// Devices: what they run, and what one of them is to run.
+    /// Devices: who may come in, what they run, and what one of them is to run.
     Device {
         #[command(flatten)]
         place: Where,
         #[command(subcommand)]
         command: DeviceCommand,
+    },
+    /// Subscribers: who may listen on the broker without being a device.
+    Subscriber {
+        #[command(flatten)]
+        place: Where,
+        #[command(subcommand)]
+        command: SubscriberCommand,
     },
     /// Settings of devices: a part of their configuration, set from here.
     Settings {
@@ -146,6 +156,9 @@ struct Settings {
         conflicts_with = "mqtt"
     )]
     broker: Option<String>,
+    /// Plain HTTP and MQTT, on loopback only: everybody on this machine is believed.
+    #[arg(long)]
+    no_tls: bool,
 }
 
 impl Settings {
@@ -171,6 +184,9 @@ impl Settings {
                 Ok(url) => config.broker.url = Some(url),
                 Err(error) => errors.push(format!("--broker: {error}")),
             }
+        }
+        if self.no_tls {
+            config.tls.enabled = false;
         }
         errors.extend(config.contradictions());
         if errors.is_empty() {
@@ -223,6 +239,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Model { place, command } => waiting(operate::model(&place, command)),
         Command::Rollout { place, command } => waiting(operate::rollout(&place, command)),
         Command::Device { place, command } => waiting(operate::device(&place, command)),
+        Command::Subscriber { place, command } => waiting(operate::subscriber(&place, command)),
         Command::Settings { place, command } => waiting(operate::settings(&place, command)),
         Command::Keys { data, command } => waiting(keys::run(&data, command)),
         Command::Serve(settings) => {
@@ -265,7 +282,7 @@ async fn bring(import: &Import) -> anyhow::Result<()> {
         import.holdout,
         in_query(&import.author),
     );
-    let report = send(address, &target, &import.folder).await?;
+    let report = send(address, &import.data, &target, &import.folder).await?;
     println!(
         "{} new images, {} known; {} labelled, {} had a label; {} errors",
         report.imported, report.known, report.labelled, report.kept, report.failed

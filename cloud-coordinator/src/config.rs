@@ -12,6 +12,9 @@ use toml::{Table, Value};
 use crate::objects::folder_of;
 pub use crate::train::StartPolicy;
 
+/// One day in seconds.
+const DAY_S: u64 = 86_400;
+
 /// How a coordinator runs. The default listens on loopback only and keeps its data in `./lacewing-data`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
@@ -29,6 +32,20 @@ pub struct Config {
     pub samples: SamplesConfig,
     /// How models are trained and judged.
     pub training: TrainingConfig,
+    /// Certificates, and whether they are asked for.
+    pub tls: TlsConfig,
+}
+
+/// Certificates, and whether they are asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsConfig {
+    /// TLS on the API and on the embedded broker. Without it both are kept on loopback, and the broker believes what
+    /// clients say.
+    pub enabled: bool,
+    /// More names and addresses under which this coordinator is reached; the last one is told to new devices.
+    pub names: Vec<String>,
+    /// For how long a device's certificate holds, in seconds; in the file in days, 1..=365.
+    pub device_s: u64,
 }
 
 /// Which broker, and its limits.
@@ -38,10 +55,10 @@ pub struct BrokerConfig {
     pub url: Option<BrokerUrl>,
     /// Where the embedded broker listens. Port 0 is any free one.
     pub listen: SocketAddr,
-    /// Lets the embedded broker listen beyond loopback, although it knows devices by their client id only.
-    pub insecure_lan: bool,
     /// The most clients of the embedded broker, 1..=1,000,000.
     pub max_connections: usize,
+    /// Messages that one client may publish a second, 1..=1,000,000; beyond it, it is read more slowly.
+    pub publish_rate: u32,
 }
 
 /// `mqtt://host:port`
@@ -111,8 +128,8 @@ impl Default for Config {
             broker: BrokerConfig {
                 url: None,
                 listen: SocketAddr::from(([127, 0, 0, 1], 1883)),
-                insecure_lan: false,
                 max_connections: 20_000,
+                publish_rate: 5_000,
             },
             retention: RetentionConfig {
                 max_age_days: 30.0,
@@ -136,6 +153,11 @@ impl Default for Config {
                 policy: learn::gate::Policy::default(),
                 start: StartPolicy::default(),
                 program: Vec::new(),
+            },
+            tls: TlsConfig {
+                enabled: true,
+                names: Vec::new(),
+                device_s: 7 * DAY_S,
             },
         }
     }
@@ -198,6 +220,19 @@ fn texts(value: Value) -> Result<Vec<String>, String> {
     match value {
         Value::Array(items) => items.into_iter().map(text).collect(),
         other => Err(format!("is a list of texts, not {}", other.type_str())),
+    }
+}
+
+/// Names of a host, or its addresses: what can stand in a certificate.
+fn hosts(value: Value) -> Result<Vec<String>, String> {
+    let names = texts(value)?;
+    let own = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-');
+    let fits = |name: &String| {
+        name.parse::<std::net::IpAddr>().is_ok() || (name.len() <= 253 && name.chars().all(own))
+    };
+    match names.iter().find(|name| !fits(name)) {
+        Some(name) => Err(format!("{name:?} is neither a host's name nor an address")),
+        None => Ok(names),
     }
 }
 
@@ -304,7 +339,14 @@ impl Config {
 
     fn fill(&mut self, mut table: Table, errors: &mut Vec<String>) {
         let mut sections = Vec::new();
-        for name in ["broker", "retention", "ingest", "samples", "training"] {
+        for name in [
+            "broker",
+            "retention",
+            "ingest",
+            "samples",
+            "training",
+            "tls",
+        ] {
             sections.push(match table.remove(name) {
                 None => Table::new(),
                 Some(Value::Table(section)) => section,
@@ -340,9 +382,10 @@ impl Config {
             broker_url(&text(v)?).map(Some)
         });
         broker.take("listen", &mut self.broker.listen, address);
-        broker.take("insecure_lan", &mut self.broker.insecure_lan, boolean);
         let connections = &mut self.broker.max_connections;
         broker.take("max_connections", connections, size(1, 1_000_000));
+        let rate = |v| u32::try_from(whole(1, 1_000_000)(v)?).map_err(|e| e.to_string());
+        broker.take("publish_rate", &mut self.broker.publish_rate, rate);
         broker.finish();
 
         let mut retention = Fields {
@@ -400,22 +443,37 @@ impl Config {
         training.take("policy", &mut self.training.policy, section_of);
         training.take("start", &mut self.training.start, section_of);
         training.finish();
+
+        let mut tls = Fields {
+            table: section(),
+            prefix: "tls.",
+            errors,
+        };
+        tls.take("enabled", &mut self.tls.enabled, boolean);
+        tls.take("names", &mut self.tls.names, hosts);
+        let days = |v| Ok(whole(1, 365)(v)? * DAY_S);
+        tls.take("device_days", &mut self.tls.device_s, days);
+        tls.finish();
     }
 
     /// What cannot be used together, whoever said it: the file, the environment or the command line.
     #[must_use]
     pub fn contradictions(&self) -> Vec<String> {
-        let broker = &self.broker;
-        let open = broker.url.is_none() && !broker.listen.ip().is_loopback();
-        if open && !broker.insecure_lan {
-            return vec![format!(
-                "broker.listen: {} can be reached from outside, and the embedded broker knows devices by \
-                 their client id only; keep it on 127.0.0.1, or set broker.insecure_lan = true if everyone \
-                 on that network may pose as any device",
-                broker.listen
-            )];
+        if self.tls.enabled {
+            return Vec::new();
         }
-        Vec::new()
+        let mut doors = vec![("http", self.http)];
+        if self.broker.url.is_none() {
+            doors.push(("broker.listen", self.broker.listen));
+        }
+        let open = doors.iter().filter(|(_, a)| !a.ip().is_loopback());
+        open.map(|(name, address)| {
+            format!(
+                "{name}: {address} can be reached from outside, and tls.enabled is false; keep it on 127.0.0.1, or \
+                 leave tls.enabled as it is"
+            )
+        })
+        .collect()
     }
 }
 
@@ -438,8 +496,8 @@ mod tests {
             http = "[::1]:0"
             [broker]
             listen = "0.0.0.0:1884"
-            insecure_lan = true
             max_connections = 10
+            publish_rate = 77
             [retention]
             max_age_days = 1
             max_bytes = 20000000
@@ -461,6 +519,9 @@ mod tests {
             drift_labels = 20
             every_h = 24
             trainer = "fine-tune"
+            [tls]
+            names = ["lacewing.example", "192.0.2.7", "fd00::7"]
+            device_days = 2
             "#,
         )
         .unwrap();
@@ -479,7 +540,10 @@ mod tests {
             (config.samples.max_samples, config.samples.max_bytes),
             (3, 9_000_000)
         );
-        assert_eq!(config.broker.max_connections, 10);
+        let broker = &config.broker;
+        assert_eq!((broker.max_connections, broker.publish_rate), (10, 77));
+        assert!(config.tls.enabled);
+        assert_eq!((config.tls.names.len(), config.tls.device_s), (3, 172_800));
         assert_eq!(
             (config.retention.max_bytes, config.ingest.max_devices),
             (20_000_000, 7)
@@ -509,6 +573,10 @@ mod tests {
             [samples]
             objects = "ftp://x"
             staging_bytes = 1
+            [tls]
+            names = ["a b"]
+            device_days = 0
+            enabled = 1
             "#,
         )
         .unwrap_err()
@@ -526,6 +594,9 @@ mod tests {
             "ingest.batch: no such field",
             "samples.objects: ",
             "samples.staging_bytes: ",
+            "tls.names: ",
+            "tls.device_days: ",
+            "tls.enabled: ",
         ] {
             assert!(errors.contains(field), "{field} in {errors}");
         }
@@ -539,15 +610,15 @@ mod tests {
     }
 
     #[test]
-    fn does_not_open_the_embedded_broker_to_the_network_by_mistake() {
-        let open = "[broker]\nlisten = \"0.0.0.0:1883\"\n";
-        assert!(
-            Config::parse(open)
-                .unwrap_err()
-                .to_string()
-                .contains("insecure_lan")
-        );
-        assert!(Config::parse(&format!("{open}insecure_lan = true")).is_ok());
+    fn speaks_plain_text_on_loopback_only() {
+        let open = "http = \"0.0.0.0:80\"\n[broker]\nlisten = \"0.0.0.0:1883\"\n";
+        assert!(Config::parse(open).is_ok());
+        let plain = "[tls]\nenabled = false\n";
+        let said = Config::parse(&format!("{open}{plain}")).unwrap_err();
+        let said = said.to_string();
+        assert!(said.contains("http: 0.0.0.0:80"), "{said}");
+        assert!(said.contains("broker.listen: 0.0.0.0:1883"), "{said}");
+        assert!(Config::parse(plain).is_ok());
     }
 
     #[test]

@@ -17,7 +17,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     api::{self, learning::Learning, live::Live},
-    broker::Broker,
+    broker::{self, Broker, Gate},
     clock,
     config::{Config, ConfigErrors},
     datasets::Datasets,
@@ -31,6 +31,7 @@ use crate::{
     samples::Samples,
     store::{self, Limits, Store},
     train::{self, Catalog, Jobs, Settings, Work},
+    trust::Identity,
 };
 
 /// How long parts may take to end before they are dropped: a commit on a slow disk.
@@ -51,6 +52,7 @@ pub struct Handle {
     pub http: SocketAddr,
     /// Where the embedded broker listens, if it runs.
     pub mqtt: Option<SocketAddr>,
+    trust: Arc<Records>,
     stop: CancellationToken,
     tasks: TaskTracker,
     store: Arc<Store>,
@@ -88,6 +90,9 @@ pub enum StartError {
         /// Why.
         error: String,
     },
+    /// The keys of this coordinator cannot be used.
+    #[error("{0}")]
+    Trust(String),
     /// The address is taken, or not of this machine.
     #[error("cannot listen for {what} on {address}: {error}")]
     Listen {
@@ -190,6 +195,18 @@ impl Coordinator {
         let (queue, bytes) = (config.ingest.queue_messages, config.ingest.queue_bytes);
         let (inbox, messages) = Inbox::new(queue, bytes, metrics.clone());
 
+        let trust = Arc::new(Records::trust(data).await.map_err(|e| unlearnt(&e))?);
+        let listening = [config.http.ip(), config.broker.listen.ip()];
+        let identity = Identity::open(
+            data,
+            trust.clone(),
+            &config.tls,
+            &listening,
+            config.ingest.max_devices,
+            metrics.clone(),
+        );
+        let identity = Arc::new(identity.await.map_err(StartError::Trust)?);
+
         let (http_listener, http) = listen("HTTP", config.http).await?;
         let connected = Arc::new(Notify::new());
         let mut mqtt = None;
@@ -209,11 +226,16 @@ impl Coordinator {
             let (listener, bound) = listen("MQTT", config.broker.listen).await?;
             mqtt = Some(bound);
             connected.notify_one();
-            let most = config.broker.max_connections;
+            let limits = broker::Limits {
+                connections: config.broker.max_connections,
+                publish_rate: config.broker.publish_rate,
+            };
+            let gate = Gate::new(identity.clone());
             let metrics = metrics.clone();
             Link::Embedded(Broker::start(
                 listener,
-                most,
+                gate,
+                limits,
                 inbox,
                 metrics,
                 &tasks,
@@ -295,12 +317,21 @@ impl Coordinator {
             metrics,
             live,
             link,
+            identity: identity.clone(),
+            http,
+            mqtt,
+            broker_url: config.broker.url.clone(),
             store_error,
             started,
             stop: stop.clone(),
         };
-        api::serve(http_listener, state, &tasks, stop.clone());
-        write_addresses(data, http, mqtt)?;
+        let shown = identity.shown.as_ref();
+        let door = shown.map(|shown| shown.door(&api::PROTOCOLS));
+        api::serve(http_listener, state, door, &tasks, stop.clone());
+        let addresses = serde_json::json!({
+            "http": http, "mqtt": mqtt, "tls": config.tls.enabled, "ca": identity.authority.path(),
+        });
+        write_addresses(data, &addresses)?;
         match mqtt {
             Some(mqtt) => tracing::info!(%http, %mqtt, "the coordinator is listening"),
             None => tracing::info!(%http, "the coordinator is listening"),
@@ -308,6 +339,7 @@ impl Coordinator {
         Ok(Handle {
             http,
             mqtt,
+            trust,
             stop,
             tasks,
             store,
@@ -353,6 +385,12 @@ impl Handle {
             .is_err()
         {
             tracing::warn!("the database of the samples was not closed in time");
+        }
+        if tokio::time::timeout(GRACE, self.trust.close())
+            .await
+            .is_err()
+        {
+            tracing::warn!("the database of trust was not closed in time");
         }
     }
 }
@@ -422,17 +460,13 @@ fn lock(data: &Path) -> Result<File, StartError> {
 }
 
 /// Tells other programs where this one listens: `<data>/addresses.json`, whole or not at all.
-fn write_addresses(
-    data: &Path,
-    http: SocketAddr,
-    mqtt: Option<SocketAddr>,
-) -> Result<(), StartError> {
+fn write_addresses(data: &Path, addresses: &serde_json::Value) -> Result<(), StartError> {
     let path = data.join("addresses.json");
     let failed = |error| StartError::Data {
         path: path.clone(),
         error,
     };
-    let text = serde_json::json!({ "http": http, "mqtt": mqtt }).to_string();
+    let text = addresses.to_string();
     let fresh = data.join(format!("addresses.{:016x}.new", clock::random()));
     std::fs::write(&fresh, text).map_err(failed)?;
     std::fs::rename(&fresh, &path).map_err(failed)

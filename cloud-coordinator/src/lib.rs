@@ -5,6 +5,8 @@
 //!     ▲                                            │
 //!     └───────────── acknowledgement <── after the commit
 //!
+//!  devices come in by certificates that trust gives them (enrol, renew, revoke)
+//!
 //!  devices, people ──> samples (images in objects) ──> labels ──> datasets ──> training ──> delivery ──> devices
 //! ```
 //!
@@ -34,6 +36,7 @@ mod registry;
 mod samples;
 mod store;
 mod train;
+mod trust;
 
 pub use config::Config;
 pub use coordinator::{Coordinator, Handle, StartError};

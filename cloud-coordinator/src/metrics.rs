@@ -58,6 +58,9 @@ pub(crate) struct Metrics {
     pub(crate) broker_cut: Counter,
     broker_refused: Family<Reason, Counter>,
     broker_denied: Family<Reason, Counter>,
+    pub(crate) broker_slowed: Counter,
+    enrolment_refused: Family<Reason, Counter>,
+    http_refused: Family<Reason, Counter>,
     http: Family<Answer, Counter>,
     pub(crate) http_connections: Gauge,
 }
@@ -169,6 +172,21 @@ impl Default for Metrics {
                 "Attempts to do what a client has no right to",
                 Family::default()
             ),
+            broker_slowed: new!(
+                "broker_slowed",
+                "Times that a client published too fast and was made to wait",
+                Counter::default()
+            ),
+            enrolment_refused: new!(
+                "enrolment_refused",
+                "Devices that did not get a certificate",
+                Family::default()
+            ),
+            http_refused: new!(
+                "http_refused",
+                "Connections to the API that were refused or ended",
+                Family::default()
+            ),
             http: new!("http_requests", "Requests answered", Family::default()),
             http_connections: new!(
                 "http_connections",
@@ -202,6 +220,18 @@ impl Metrics {
     /// A client of the broker tried what it has no right to.
     pub(crate) fn broker_denied(&self, reason: &'static str) {
         self.broker_denied.get_or_create(&Reason { reason }).inc();
+    }
+
+    /// A device did not get a certificate.
+    pub(crate) fn enrolment_refused(&self, reason: &'static str) {
+        self.enrolment_refused
+            .get_or_create(&Reason { reason })
+            .inc();
+    }
+
+    /// A connection to the API that was not taken or was ended.
+    pub(crate) fn http_refused(&self, reason: &'static str) {
+        self.http_refused.get_or_create(&Reason { reason }).inc();
     }
 
     /// So many sources show a sign of drift now.

@@ -1,5 +1,7 @@
 //! What an operator says on the command line to a coordinator that runs.
 
+mod connect;
+mod identity;
 mod settings;
 
 use std::{
@@ -17,6 +19,8 @@ use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 
 use crate::adopt::{self, ModelImport};
+pub(crate) use connect::connect;
+pub(crate) use identity::{IdentityCommand, SubscriberCommand, subscriber};
 pub(crate) use settings::{SettingsCommand, settings};
 
 /// The largest answer: a list of a thousand rows.
@@ -156,6 +160,9 @@ pub(crate) enum DeviceCommand {
         #[command(flatten)]
         who: Who,
     },
+    /// Who may come in.
+    #[command(flatten)]
+    Identity(IdentityCommand),
     /// Gives a device back to the rollouts.
     Unpin {
         /// `SITE/DEVICE`
@@ -198,9 +205,7 @@ impl Where {
         body: Body,
     ) -> anyhow::Result<Value> {
         let address = self.address()?;
-        let stream = tokio::net::TcpStream::connect(address)
-            .await
-            .with_context(|| format!("no coordinator answers at {address}"))?;
+        let stream = connect(&self.data, address).await?;
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
         let connection = tokio::spawn(connection);
@@ -389,16 +394,24 @@ pub(crate) async fn device(place: &Where, command: DeviceCommand) -> anyhow::Res
     let (device, model, author) = match command {
         DeviceCommand::List => {
             let devices = place.ask(Method::GET, "/devices?limit=1000", None).await?;
+            let known = place
+                .ask(Method::GET, "/identities?limit=1000", None)
+                .await?;
             println!(
-                "{:<28} {:<8} {:<28} {:<11} {:<11} {:<9} failure",
-                "device", "status", "model", "update", "failure", "settings"
+                "{:<28} {:<9} {:<8} {:<28} {:<11} {:<11} {:<9} failure",
+                "device", "identity", "status", "model", "update", "failure", "settings"
             );
-            for device in each(&devices["items"]) {
+            let same = |a: &Value, b: &Value| a["site"] == b["site"] && a["device"] == b["device"];
+            let never_heard = |i: &&Value| !each(&devices["items"]).any(|device| same(device, i));
+            for device in each(&devices["items"]).chain(each(&known).filter(never_heard)) {
                 let (model, update) = (&device["model"], &device["update"]);
                 let settings = &update["settings"];
                 println!(
-                    "{:<28} {:<8} {:<28} {:<11} {:<11} {:<9} {}",
+                    "{:<28} {:<9} {:<8} {:<28} {:<11} {:<11} {:<9} {}",
                     format!("{}/{}", text(device, "site"), text(device, "device")),
+                    each(&known)
+                        .find(|i| same(device, i))
+                        .map_or("-", |i| text(i, "state")),
                     text(device, "status"),
                     format!("{}@{}", text(model, "name"), text(model, "version")),
                     text(update, "phase"),
@@ -411,6 +424,7 @@ pub(crate) async fn device(place: &Where, command: DeviceCommand) -> anyhow::Res
             }
             return Ok(());
         }
+        DeviceCommand::Identity(command) => return identity::identity(place, command).await,
         DeviceCommand::Pin { device, model, who } => (device, json!(model), who.author),
         DeviceCommand::Unpin { device, who } => (device, Value::Null, who.author),
     };

@@ -88,12 +88,12 @@ fn config_check_names_every_mistake() {
         }
     }
     assert!(run(&["config", "check"]).status.success());
-    let open = run(&["config", "check", "--mqtt", "0.0.0.0:1883"]);
+    let open = run(&["config", "check", "--no-tls", "--mqtt", "0.0.0.0:1883"]);
     assert!(!open.status.success());
     assert!(
         String::from_utf8(open.stderr)
             .unwrap()
-            .contains("broker.insecure_lan")
+            .contains("broker.listen: 0.0.0.0:1883")
     );
     let url = run(&["config", "check", "--broker", "http://x"]);
     assert!(String::from_utf8(url.stderr).unwrap().contains("--broker"));

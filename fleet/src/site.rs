@@ -244,6 +244,7 @@ impl Site {
         make_dir(&data)?;
         let mut args: Vec<std::ffi::OsString> = vec!["serve".into(), "--data".into(), data.into()];
         args.extend(["--http".into(), http.to_string().into()]);
+        args.push("--no-tls".into());
         if let Some(config) = &plan.coordinator_config {
             args.extend(["--config".into(), config.into()]);
         }

@@ -1,7 +1,9 @@
 //! The API, the page, and what watches over the coordinator.
 
+mod activity;
 mod datasets;
 mod delivery;
+mod enrol;
 mod exchange;
 mod labels;
 pub(crate) mod learning;
@@ -13,8 +15,9 @@ mod routes;
 mod samples;
 mod serve;
 mod settings;
+mod subscribers;
 
-use std::{sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
@@ -36,10 +39,11 @@ use tower_http::limit::RequestBodyLimitLayer;
 use utoipa::OpenApi;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-pub(crate) use serve::serve;
+pub(crate) use serve::{PROTOCOLS, serve};
 
 use self::{live::Live, problem::Problem};
 use crate::{
+    config::BrokerUrl,
     datasets::Datasets,
     delivery::{Releases, Rollouts},
     exchange::MAX_IMPORT_BYTES,
@@ -48,6 +52,7 @@ use crate::{
     registry::Registry,
     samples::Samples,
     store::Store,
+    trust::Identity,
 };
 
 /// Most of what is here takes no body; a few bytes are tolerated.
@@ -82,6 +87,13 @@ pub(crate) struct State {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) live: Live,
     pub(crate) link: Link,
+    pub(crate) identity: Arc<Identity>,
+    /// Where this is served.
+    pub(crate) http: SocketAddr,
+    /// Where the embedded broker listens.
+    pub(crate) mqtt: Option<SocketAddr>,
+    /// The external broker.
+    pub(crate) broker_url: Option<BrokerUrl>,
     pub(crate) store_error: watch::Receiver<Option<String>>,
     pub(crate) started: Instant,
     pub(crate) stop: CancellationToken,
@@ -176,6 +188,11 @@ fn reading() -> OpenApiRouter<State> {
         .routes(routes!(delivery::metadata))
         .routes(routes!(delivery::target))
         .routes(routes!(settings::settings, settings::unset))
+        .routes(routes!(enrol::revoke_token))
+        .routes(routes!(enrol::identities))
+        .routes(routes!(enrol::approve))
+        .routes(routes!(enrol::revoke))
+        .routes(routes!(subscribers::unsubscribe))
 }
 
 fn saying() -> OpenApiRouter<State> {
@@ -193,6 +210,16 @@ fn saying() -> OpenApiRouter<State> {
         .routes(routes!(delivery::pin))
         .routes(routes!(settings::set))
         .layer(RequestBodyLimitLayer::new(MAX_SAID))
+}
+
+/// What devices say before they are known.
+fn entering() -> OpenApiRouter<State> {
+    OpenApiRouter::new()
+        .routes(routes!(enrol::enrol))
+        .routes(routes!(enrol::renew))
+        .routes(routes!(enrol::make_token, enrol::tokens))
+        .routes(routes!(subscribers::subscribe, subscribers::subscribers))
+        .layer(RequestBodyLimitLayer::new(enrol::MAX_ENROL))
 }
 
 fn sending() -> OpenApiRouter<State> {
@@ -229,6 +256,7 @@ fn bringing() -> OpenApiRouter<State> {
 /// Everything that takes a body.
 fn taking() -> OpenApiRouter<State> {
     saying()
+        .merge(entering())
         .merge(sending())
         .merge(bringing())
         .merge(computing())
@@ -385,8 +413,14 @@ mod tests {
                 "/api/v1/devices/{device}/sources/{source}/mark",
                 "/api/v1/devices/{site}/{device}",
                 "/api/v1/devices/{site}/{device}/pin",
+                "/api/v1/enrol",
+                "/api/v1/enrolment-tokens",
+                "/api/v1/enrolment-tokens/{jti}",
                 "/api/v1/features",
                 "/api/v1/gaps",
+                "/api/v1/identities",
+                "/api/v1/identities/{site}/{device}/approve",
+                "/api/v1/identities/{site}/{device}/revoke",
                 "/api/v1/jobs",
                 "/api/v1/jobs/{id}",
                 "/api/v1/live",
@@ -394,6 +428,7 @@ mod tests {
                 "/api/v1/models/{call}",
                 "/api/v1/readings",
                 "/api/v1/releases",
+                "/api/v1/renew",
                 "/api/v1/rollouts",
                 "/api/v1/rollouts/{id}",
                 "/api/v1/samples",
@@ -404,6 +439,8 @@ mod tests {
                 "/api/v1/samples/{id}/labels",
                 "/api/v1/samples/{id}/labels/last",
                 "/api/v1/settings",
+                "/api/v1/subscribers",
+                "/api/v1/subscribers/{name}",
                 "/api/v1/tasks",
                 "/api/v1/tasks/{task}",
                 "/api/v1/tasks/{task}/datasets",

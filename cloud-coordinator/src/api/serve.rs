@@ -1,21 +1,33 @@
-//! Connections: bounded in number, and in the time that a request may take to arrive.
+//! Connections: bounded in number, and in the time that a handshake, a request and a silence may take.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
-use axum::Router;
-use hyper::server::conn::http1;
+use axum::{Router, body::Body, extract::ConnectInfo, response::Response};
+use hyper::{Request, body::Incoming, service::Service};
 use hyper_util::{
-    rt::{TokioIo, TokioTimer},
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::conn::auto,
     service::TowerToHyperService,
 };
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::Semaphore,
+    time::Instant,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{State, router};
-use crate::{coordinator::ACCEPT_PAUSE, metrics::Metrics, notice::Notices};
+use super::{
+    State,
+    activity::{Activity, Busy},
+    router,
+};
+use crate::{
+    coordinator::ACCEPT_PAUSE,
+    metrics::Metrics,
+    notice::Notices,
+    trust::{active::Peer, tls::Door},
+};
 
 /// Open connections, watchers included.
 const CONNECTIONS: usize = 2_048;
@@ -23,18 +35,47 @@ const CONNECTIONS: usize = 2_048;
 const HEADERS: Duration = Duration::from_secs(10);
 /// The headers of a request in bytes.
 const HEADER_BYTES: usize = 16 * 1024;
+/// Requests of one HTTP/2 connection at a time: a page asks for a dozen things.
+const STREAMS: u32 = 64;
+/// An HTTP/2 connection on which nothing is asked for this long is closed: it cannot be told from one that is dead.
+const IDLE: Duration = Duration::from_secs(60);
+/// What ALPN offers.
+pub(crate) const PROTOCOLS: [&[u8]; 2] = [b"h2", b"http/1.1"];
 
-/// Serves until `stop`.
+/// What every connection uses.
+struct Shared {
+    router: Router,
+    metrics: Arc<Metrics>,
+    notices: Notices,
+    door: Option<Arc<Door>>,
+    stop: CancellationToken,
+}
+
+impl Shared {
+    fn refused(&self, peer: SocketAddr, reason: &'static str, error: &dyn std::fmt::Display) {
+        self.metrics.http_refused(reason);
+        if let Some(held_back) = self.notices.due(reason) {
+            tracing::warn!(%peer, held_back, "an HTTP connection was refused: {error}");
+        }
+    }
+}
+
+/// Serves until `stop`; over TLS if there is a door for it.
 pub(crate) fn serve(
     listener: TcpListener,
     state: State,
+    door: Option<Arc<Door>>,
     tasks: &TaskTracker,
     stop: CancellationToken,
 ) {
-    let metrics = state.metrics.clone();
-    let router = router(state);
+    let shared = Arc::new(Shared {
+        metrics: state.metrics.clone(),
+        router: router(state),
+        notices: Notices::default(),
+        door,
+        stop: stop.clone(),
+    });
     let connections = tasks.clone();
-    let notices = Notices::default();
     tasks.spawn(async move {
         let room = Arc::new(Semaphore::new(CONNECTIONS));
         loop {
@@ -45,7 +86,7 @@ pub(crate) fn serve(
             let (stream, peer) = match accepted {
                 Ok(accepted) => accepted,
                 Err(error) => {
-                    if let Some(held_back) = notices.due("accept") {
+                    if let Some(held_back) = shared.notices.due("accept") {
                         tracing::warn!(%error, held_back, "cannot accept an HTTP connection");
                     }
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -53,39 +94,127 @@ pub(crate) fn serve(
                 }
             };
             let Ok(permit) = room.clone().try_acquire_owned() else {
-                if let Some(held_back) = notices.due("connections") {
-                    tracing::warn!(%peer, held_back, "too many HTTP connections, one was closed");
-                }
+                let reason = "too many connections";
+                shared.refused(peer, reason, &reason);
                 continue;
             };
-            let (router, metrics, stop) = (router.clone(), metrics.clone(), stop.clone());
+            let shared = shared.clone();
             connections.spawn(async move {
-                one(stream, peer, router, &metrics, stop).await;
+                shared.metrics.http_connections.inc();
+                enter(stream, peer, &shared).await;
+                shared.metrics.http_connections.dec();
                 drop(permit);
             });
         }
     });
 }
 
-async fn one(
-    stream: TcpStream,
-    peer: SocketAddr,
-    router: Router,
-    metrics: &Metrics,
-    stop: CancellationToken,
-) {
+async fn enter(stream: TcpStream, peer: SocketAddr, shared: &Shared) {
     let _ = stream.set_nodelay(true);
-    metrics.http_connections.inc();
-    let service = TowerToHyperService::new(router);
-    let connection = http1::Builder::new()
+    let Some(door) = &shared.door else {
+        return one(stream, Who { peer, device: None }, false, shared).await;
+    };
+    let accepted = tokio::select! {
+        () = shared.stop.cancelled() => return,
+        accepted = door.accept(stream) => accepted,
+    };
+    match accepted {
+        Ok((stream, device)) => {
+            let http2 = stream.get_ref().1.alpn_protocol() == Some(PROTOCOLS[0]);
+            one(stream, Who { peer, device }, http2, shared).await;
+        }
+        Err(error) => shared.refused(peer, error.name(), &error),
+    }
+}
+
+/// The other end of a connection.
+struct Who {
+    peer: SocketAddr,
+    /// The device whose certificate was shown.
+    device: Option<Peer>,
+}
+
+/// Tells each request who sent it.
+struct Named {
+    router: TowerToHyperService<Router>,
+    who: Who,
+    activity: Arc<Activity>,
+}
+
+impl Service<Request<Incoming>> for Named {
+    type Response = Response;
+    type Error = Infallible;
+    type Future = std::pin::Pin<Box<dyn Future<Output = Result<Response, Infallible>> + Send>>;
+
+    fn call(&self, mut request: Request<Incoming>) -> Self::Future {
+        let busy = Busy::new(self.activity.clone());
+        request.extensions_mut().insert(ConnectInfo(self.who.peer));
+        if let Some(device) = &self.who.device
+            && !device.cut.is_cancelled()
+        {
+            request.extensions_mut().insert(device.device.clone());
+        }
+        let answer = self.router.call(request);
+        Box::pin(async move { Ok(answer.await?.map(|body| Body::new(busy.until_end_of(body)))) })
+    }
+}
+
+async fn one<S>(stream: S, who: Who, http2: bool, shared: &Shared)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let peer = who.peer;
+    let cut = who.device.as_ref().map(|device| device.cut.clone());
+    let activity = Arc::new(Activity::new(Instant::now()));
+    let service = Named {
+        router: TowerToHyperService::new(shared.router.clone()),
+        who,
+        activity: activity.clone(),
+    };
+    let builder = auto::Builder::new(TokioExecutor::new());
+    // What was agreed on is known: no need to guess from the first bytes, which may never come.
+    let mut builder = if http2 {
+        builder.http2_only()
+    } else {
+        builder.http1_only()
+    };
+    builder
+        .http1()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADERS)
-        .max_buf_size(HEADER_BYTES)
-        .serve_connection(TokioIo::new(stream), service);
+        .max_buf_size(HEADER_BYTES);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_header_list_size(HEADER_BYTES as u32)
+        .max_concurrent_streams(STREAMS)
+        .keep_alive_interval(IDLE)
+        .keep_alive_timeout(HEADERS);
+    let connection = builder.serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
+    let revoked = async {
+        match &cut {
+            Some(cut) => cut.cancelled().await,
+            None => std::future::pending().await,
+        }
+    };
+    let silent = async {
+        // HTTP/1 has its own clock for the time between requests.
+        if http2 {
+            activity.silent(HEADERS, IDLE).await;
+        } else {
+            activity.silent(HEADERS, Duration::MAX).await;
+        }
+    };
     let done = tokio::select! {
         done = connection.as_mut() => done,
-        () = stop.cancelled() => {
+        () = revoked => {
+            return shared.refused(peer, "the device was revoked", &"its device was revoked");
+        }
+        () = silent => {
+            return shared.metrics.http_refused("silent");
+        }
+        () = shared.stop.cancelled() => {
             connection.as_mut().graceful_shutdown();
             connection.await
         }
@@ -93,5 +222,4 @@ async fn one(
     if let Err(error) = done {
         tracing::debug!(%peer, %error, "an HTTP connection ended");
     }
-    metrics.http_connections.dec();
 }

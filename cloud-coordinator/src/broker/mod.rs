@@ -1,28 +1,56 @@
 //! The embedded MQTT 3.1.1 broker: a router of our own over the packet codec of the client library.
 //!
 //! It does what the contract needs and no more: QoS 0 and 1 (2 is accepted from publishers), retained
-//! messages, last wills, rights by client id ([`rights`]), and bounded queues so that a slow subscriber harms
-//! nobody else. A session ends with its connection, and nothing survives a restart: readings are safe in
+//! messages, last wills, rights ([`rights`]) of whoever the certificate or the password says it is ([`gate`]), and
+//! bounded queues so that a slow subscriber harms nobody else. A session ends with its connection, and nothing survives a restart: readings are safe in
 //! the devices' outboxes until the coordinator has stored them, so the broker needs no disk.
 
+mod crowd;
+mod gate;
+mod pace;
 mod rights;
 mod router;
 mod session;
 mod trie;
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use mesh_core::Topic;
 use rumqttc::QoS;
 use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::router::{Router, Will};
+pub(crate) use self::gate::Gate;
+use self::{
+    crowd::Crowd,
+    router::{Router, Will},
+};
 use crate::{ingest::Inbox, metrics::Metrics, notice::Notices};
+
+/// One address gets at most half of the connections, so that it can shut nobody else out. A site behind one router
+/// shares an address.
+const SHARE_OF_ONE_ADDRESS: usize = 2;
+/// Connections of one subscriber: every screen and script that was given its password.
+const SESSIONS_OF_ONE_SUBSCRIBER: usize = 256;
+
+/// What the configuration bounds.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Connections.
+    pub(crate) connections: usize,
+    /// Messages that one client may publish a second.
+    pub(crate) publish_rate: u32,
+}
 
 /// What every connection uses.
 struct Shared {
     router: Router,
+    gate: Gate,
+    publish_rate: u32,
+    subscribers: Arc<Crowd<String>>,
     inbox: Inbox,
     metrics: Arc<Metrics>,
     notices: Notices,
@@ -76,7 +104,8 @@ impl Broker {
     /// Serves `listener` until `stop`; what devices publish goes to `inbox` as well.
     pub(crate) fn start(
         listener: TcpListener,
-        max_connections: usize,
+        gate: Gate,
+        limits: Limits,
         inbox: Inbox,
         metrics: Arc<Metrics>,
         tasks: &TaskTracker,
@@ -84,6 +113,9 @@ impl Broker {
     ) -> Self {
         let shared = Arc::new(Shared {
             router: Router::new(metrics.clone()),
+            gate,
+            publish_rate: limits.publish_rate,
+            subscribers: Crowd::new(SESSIONS_OF_ONE_SUBSCRIBER),
             inbox,
             metrics,
             notices: Notices::default(),
@@ -93,7 +125,9 @@ impl Broker {
         };
         let sessions = tasks.clone();
         tasks.spawn(async move {
-            let room = Arc::new(Semaphore::new(max_connections));
+            let room = Arc::new(Semaphore::new(limits.connections));
+            let share = limits.connections.div_ceil(SHARE_OF_ONE_ADDRESS);
+            let addresses: Arc<Crowd<IpAddr>> = Crowd::new(share);
             loop {
                 let accepted = tokio::select! {
                     () = stop.cancelled() => return,
@@ -114,10 +148,14 @@ impl Broker {
                     shared.refused(peer, "too many connections");
                     continue;
                 };
+                let Some(place) = addresses.enter(peer.ip()) else {
+                    shared.refused(peer, "too many connections from one address");
+                    continue;
+                };
                 let (shared, stop) = (shared.clone(), stop.clone());
                 sessions.spawn(async move {
                     session::serve(stream, peer, shared, stop).await;
-                    drop(permit);
+                    drop((permit, place));
                 });
             }
         });

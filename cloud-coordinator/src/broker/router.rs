@@ -125,6 +125,17 @@ pub(super) struct Router {
 /// Filters of one client; the contract needs two or three.
 const MAX_FILTERS: usize = 128;
 
+/// What became of a subscription.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Subscribed {
+    /// It stands; these retained topics match it.
+    Retained(Vec<String>),
+    /// The client has too many.
+    TooMany,
+    /// The client is not there any more, or has no right to it.
+    Gone,
+}
+
 impl Router {
     pub(super) fn new(metrics: Arc<Metrics>) -> Self {
         Self {
@@ -180,19 +191,15 @@ impl Router {
         client.will.filter(|_| !goodbye)
     }
 
-    /// Adds a subscription; says which retained topics match it, or `None` if the client has too many.
-    pub(super) fn subscribe(
-        &self,
-        id: &str,
-        number: u64,
-        filter: &str,
-        qos: QoS,
-    ) -> Option<Vec<String>> {
+    /// Adds a subscription, which the client has a right to.
+    pub(super) fn subscribe(&self, id: &str, number: u64, filter: &str, qos: QoS) -> Subscribed {
         let mut state = self.state();
-        let client = state.clients.get_mut(id).filter(|c| c.number == number)?;
+        let Some(client) = state.clients.get_mut(id).filter(|c| c.number == number) else {
+            return Subscribed::Gone;
+        };
         if !client.filters.iter().any(|f| f == filter) {
             if client.filters.len() >= MAX_FILTERS {
-                return None;
+                return Subscribed::TooMany;
             }
             client.filters.push(filter.to_owned());
         }
@@ -211,7 +218,7 @@ impl Router {
             .filter(|topic| rumqttc::mqttbytes::matches(topic, filter))
             .cloned()
             .collect();
-        Some(found)
+        Subscribed::Retained(found)
     }
 
     /// Takes a subscription out.
@@ -386,13 +393,40 @@ mod tests {
         assert!(publish("lacewing/v1/s/d/more/state", b"x"));
         let (number, _, _rx) = client(&router, "v", 9);
         let found = router.subscribe("v", number, "lacewing/v1/s/+/more/#", QoS::AtMostOnce);
+        let expected = [
+            "lacewing/v1/s/d/more/state",
+            "lacewing/v1/s/other/more/state",
+        ];
         assert_eq!(
-            found.unwrap(),
-            [
-                "lacewing/v1/s/d/more/state",
-                "lacewing/v1/s/other/more/state"
-            ]
+            found,
+            Subscribed::Retained(expected.map(String::from).into())
         );
+    }
+
+    #[tokio::test]
+    async fn a_client_has_so_many_subscriptions_and_no_more() {
+        let router = Router::new(Arc::default());
+        let (greedy, _, _rx) = client(&router, "greedy", 9);
+        let (other, _, _rx2) = client(&router, "other", 9);
+        let none = || Subscribed::Retained(Vec::new());
+        let subscribe =
+            |id, number, filter: &str| router.subscribe(id, number, filter, QoS::AtMostOnce);
+        for n in 0..MAX_FILTERS {
+            assert_eq!(
+                subscribe("greedy", greedy, &format!("lacewing/{n}")),
+                none()
+            );
+        }
+        assert_eq!(
+            subscribe("greedy", greedy, "lacewing/more"),
+            Subscribed::TooMany
+        );
+        assert_eq!(
+            subscribe("greedy", greedy, "lacewing/0"),
+            none(),
+            "the same again"
+        );
+        assert_eq!(subscribe("other", other, "lacewing/more"), none());
     }
 
     #[tokio::test]
@@ -419,15 +453,8 @@ mod tests {
             router.detach("s/d", first, false).is_none(),
             "the old one's end changes nothing"
         );
-        assert!(
-            router
-                .subscribe("s/d", first, "a", QoS::AtMostOnce)
-                .is_none()
-        );
-        assert!(
-            router
-                .subscribe("s/d", second, "a", QoS::AtMostOnce)
-                .is_some()
-        );
+        let subscribe = |number| router.subscribe("s/d", number, "a", QoS::AtMostOnce);
+        assert_eq!(subscribe(first), Subscribed::Gone);
+        assert_eq!(subscribe(second), Subscribed::Retained(Vec::new()));
     }
 }

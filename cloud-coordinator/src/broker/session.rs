@@ -1,4 +1,4 @@
-//! One connection: the handshake, what the client sends, and what is sent to it.
+//! One connection: the handshakes, what the client sends, and what is sent to it.
 
 use std::{
     collections::HashSet,
@@ -7,14 +7,14 @@ use std::{
     time::Duration,
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use rumqttc::{
-    ConnAck, Connect, ConnectReturnCode, Packet, PubAck, PubComp, PubRec, Publish, QoS, SubAck,
-    Subscribe, SubscribeReasonCode, UnsubAck, mqttbytes::Error as MqttError,
+    ConnAck, ConnectReturnCode, Packet, PubAck, PubComp, PubRec, Publish, QoS, SubAck, Subscribe,
+    SubscribeReasonCode, UnsubAck, mqttbytes::Error as MqttError,
 };
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpStream, tcp::OwnedReadHalf, tcp::OwnedWriteHalf},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    net::TcpStream,
     sync::{Notify, mpsc},
     time::timeout,
 };
@@ -22,9 +22,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Shared,
+    gate::Admitted,
+    pace::Pace,
     rights::Role,
-    router::{Delivery, QUEUE_MESSAGES, Queue, Will},
+    router::{Delivery, QUEUE_MESSAGES, Queue, Subscribed},
 };
+use crate::trust::active::Peer;
 
 /// A CONNECT carries two short texts and a last will.
 const MAX_CONNECT: usize = 16 * 1024;
@@ -65,6 +68,8 @@ pub(super) enum End {
     Io(#[from] std::io::Error),
     #[error("was replaced, or the broker is stopping")]
     Cut,
+    #[error("was shut out: its device was revoked or its subscriber removed")]
+    ShutOut,
 }
 
 /// What the reader and the writer of one connection share.
@@ -84,8 +89,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-struct Reader {
-    stream: OwnedReadHalf,
+struct Reader<R> {
+    stream: R,
     buffer: BytesMut,
     /// How much room the next read gets: doubled while reads fill it, so that an idle client costs little.
     room: usize,
@@ -93,7 +98,7 @@ struct Reader {
 
 const MIN_ROOM: usize = 1_024;
 
-impl Reader {
+impl<R: AsyncRead + Unpin> Reader<R> {
     /// The next packet of at most `max` bytes; nothing is allocated for a length that is only claimed.
     async fn packet(&mut self, max: usize) -> Result<Packet, End> {
         loop {
@@ -130,6 +135,7 @@ struct Session {
     number: u64,
     role: Role,
     wire: Arc<Wire>,
+    pace: Pace,
     unreleased: HashSet<u16>,
 }
 
@@ -141,7 +147,34 @@ pub(super) async fn serve(
     stop: CancellationToken,
 ) {
     let _ = stream.set_nodelay(true);
-    let (read, mut write) = stream.into_split();
+    let Some(door) = shared.gate.door() else {
+        let (read, write) = stream.into_split();
+        return converse(read, write, peer, None, &shared, stop).await;
+    };
+    let accepted = tokio::select! {
+        () = stop.cancelled() => return,
+        accepted = door.accept(stream) => accepted,
+    };
+    match accepted {
+        Ok((stream, device)) => {
+            let (read, write) = tokio::io::split(stream);
+            converse(read, write, peer, device, &shared, stop).await;
+        }
+        Err(error) => {
+            tracing::debug!(%peer, "{error}");
+            shared.refused(peer, error.name());
+        }
+    }
+}
+
+async fn converse<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
+    read: R,
+    mut write: W,
+    peer: SocketAddr,
+    device: Option<Peer>,
+    shared: &Arc<Shared>,
+    stop: CancellationToken,
+) {
     let mut reader = Reader {
         stream: read,
         buffer: BytesMut::new(),
@@ -158,12 +191,27 @@ pub(super) async fn serve(
         Ok(Err(_)) => return,
         Err(_) => return shared.refused(peer, "no CONNECT within 10 s"),
     };
-    let (id, role, will) = match admit(&connect) {
+    let admitted = match shared.gate.admit(device, &connect).await {
         Ok(admitted) => admitted,
         Err((code, reason)) => {
             answer(&mut write, code).await;
             return shared.refused(peer, reason);
         }
+    };
+    let Admitted {
+        id,
+        role,
+        will,
+        cut: shut_out,
+        subscriber,
+    } = admitted;
+    // Held to the end of the session.
+    let _place = match subscriber.map(|name| shared.subscribers.enter(name)) {
+        Some(None) => {
+            answer(&mut write, ConnectReturnCode::ServiceUnavailable).await;
+            return shared.refused(peer, "too many connections of one subscriber");
+        }
+        place => place,
     };
 
     let cut = stop.child_token();
@@ -195,7 +243,14 @@ pub(super) async fn serve(
         number,
         role,
         wire: wire.clone(),
+        pace: Pace::new(shared.publish_rate),
         unreleased: HashSet::new(),
+    };
+    let revoked = async {
+        match &shut_out {
+            Some(cut) => cut.cancelled().await,
+            None => std::future::pending().await,
+        }
     };
     let patience = match connect.keep_alive {
         0 => MAX_SILENCE,
@@ -203,6 +258,7 @@ pub(super) async fn serve(
     };
     let end = tokio::select! {
         biased;
+        () = revoked => End::ShutOut,
         () = cut.cancelled() => End::Cut,
         end = session.read(&mut reader, patience) => end,
         end = send(&mut write, deliveries, &wire) => end,
@@ -219,60 +275,33 @@ pub(super) async fn serve(
         End::Goodbye | End::Closed | End::Io(_) | End::Cut => {
             tracing::debug!(%peer, client = id, "the client {end}");
         }
-        End::Silent | End::Slow | End::Refused(_) | End::Protocol(_) => {
+        End::Silent | End::Slow | End::Refused(_) | End::Protocol(_) | End::ShutOut => {
             shared.ended(peer, &id, &end);
         }
     }
 }
 
 /// Says yes or no to a CONNECT.
-async fn answer(write: &mut OwnedWriteHalf, code: ConnectReturnCode) -> bool {
+async fn answer(write: &mut (impl AsyncWrite + Unpin), code: ConnectReturnCode) -> bool {
     let mut bytes = BytesMut::new();
     let packet = ConnAck::new(code, false);
     packet.write(&mut bytes).is_ok()
-        && matches!(
-            timeout(HANDSHAKE, write.write_all(&bytes)).await,
-            Ok(Ok(()))
-        )
+        && matches!(timeout(HANDSHAKE, put(write, &bytes)).await, Ok(Ok(())))
 }
 
-type Refusal = (ConnectReturnCode, &'static str);
-
-/// Who the client is, and its last will.
-fn admit(connect: &Connect) -> Result<(String, Role, Option<Will>), Refusal> {
-    let id = if connect.client_id.is_empty() {
-        if !connect.clean_session {
-            return Err((
-                ConnectReturnCode::BadClientId,
-                "a session without a client id",
-            ));
-        }
-        format!("viewer-{:016x}", crate::clock::random())
-    } else {
-        connect.client_id.clone()
-    };
-    let role = Role::of(&id).map_err(|reason| (ConnectReturnCode::BadClientId, reason))?;
-    let will = match &connect.last_will {
-        None => None,
-        Some(will) => {
-            let topic = role.may_will(&will.topic).ok_or((
-                ConnectReturnCode::NotAuthorized,
-                "the last will is not on the client's own status",
-            ))?;
-            Some(Will {
-                topic,
-                payload: Bytes::copy_from_slice(&will.message),
-                qos: will.qos,
-                retain: will.retain,
-            })
-        }
-    };
-    Ok((id, role, will))
+/// Writes all of it, also what TLS would hold back.
+async fn put(write: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> std::io::Result<()> {
+    write.write_all(bytes).await?;
+    write.flush().await
 }
 
 impl Session {
     /// Reads until the client is gone. Answers of everything that is already here go out together.
-    async fn read(&mut self, reader: &mut Reader, patience: Duration) -> End {
+    async fn read<R: AsyncRead + Unpin>(
+        &mut self,
+        reader: &mut Reader<R>,
+        patience: Duration,
+    ) -> End {
         loop {
             let max = MAX_PAYLOAD + MAX_TOPIC + 8;
             let packet = match timeout(patience, reader.packet(max)).await {
@@ -283,6 +312,11 @@ impl Session {
                 Ok(Err(end)) => return end,
                 Err(_) => return End::Silent,
             };
+            // An answer to what was sent costs nothing, and is due as fast as that was sent.
+            let paced = !matches!(packet, Packet::PubAck(_));
+            if paced && self.pace.turn().await {
+                self.shared.metrics.broker_slowed.inc();
+            }
             if let Err(end) = self.take(packet).await {
                 return end;
             }
@@ -381,18 +415,19 @@ impl Session {
                 let router = &self.shared.router;
                 router.subscribe(&self.id, self.number, &filter.path, granted)
             } else {
-                None
+                Subscribed::Gone
             };
-            return_codes.push(match found {
-                Some(topics) => {
+            let why = match found {
+                Subscribed::Retained(topics) => {
                     retained.extend(topics.into_iter().map(|topic| (topic, granted)));
-                    SubscribeReasonCode::Success(granted)
+                    return_codes.push(SubscribeReasonCode::Success(granted));
+                    continue;
                 }
-                None => {
-                    self.shared.denied(&self.id, &filter.path, "subscribe to");
-                    SubscribeReasonCode::Failure
-                }
-            });
+                Subscribed::TooMany => "have another subscription beside 128 to",
+                Subscribed::Gone => "subscribe to",
+            };
+            self.shared.denied(&self.id, &filter.path, why);
+            return_codes.push(SubscribeReasonCode::Failure);
         }
         let pkid = subscribe.pkid;
         SubAck { pkid, return_codes }.write(&mut lock(&self.wire.answers))?;
@@ -408,8 +443,8 @@ impl Session {
 }
 
 /// Writes answers and deliveries until the connection fails or the client is too slow.
-async fn send(
-    stream: &mut OwnedWriteHalf,
+async fn send<W: AsyncWrite + Unpin>(
+    stream: &mut W,
     mut deliveries: mpsc::Receiver<Delivery>,
     wire: &Wire,
 ) -> End {
@@ -444,7 +479,7 @@ async fn send(
             }
             continue;
         }
-        match timeout(MAX_STALL, stream.write_all(&out)).await {
+        match timeout(MAX_STALL, put(stream, &out)).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => return End::Io(error),
             Err(_) => return End::Slow,

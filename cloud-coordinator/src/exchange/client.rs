@@ -19,6 +19,7 @@ use hyper_util::rt::TokioIo;
 use tokio_util::io::{ReaderStream, SyncIoBridge};
 
 use super::{ImportReport, kind};
+use crate::operate::connect;
 
 /// Bytes between the reading of the folder and the connection.
 const BETWEEN: usize = 256 * 1024;
@@ -27,12 +28,13 @@ const DEPTH: usize = 32;
 /// The largest answer: a report names a hundred errors.
 const ANSWER: usize = 1 << 20;
 
-/// Sends what is in a folder to `target`, a path of the API with its query.
+/// Sends what is in a folder to `target`, a path of the API with its query, of the coordinator on `data`.
 ///
 /// # Errors
 /// If the folder cannot be read, the coordinator cannot be reached, or it refuses.
 pub(crate) async fn send(
     address: SocketAddr,
+    data: &Path,
     target: &str,
     folder: &Path,
 ) -> anyhow::Result<ImportReport> {
@@ -46,9 +48,7 @@ pub(crate) async fn send(
         );
     }
     files.sort();
-    let stream = tokio::net::TcpStream::connect(address)
-        .await
-        .with_context(|| format!("no coordinator answers at {address}"))?;
+    let stream = connect(data, address).await?;
     let (mut sender, connection) =
         hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let connection = tokio::spawn(connection);

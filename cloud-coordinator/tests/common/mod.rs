@@ -30,6 +30,7 @@ pub fn config(data: &Path) -> Config {
         ..Config::default()
     };
     config.broker.listen = ([127, 0, 0, 1], 0).into();
+    config.tls.enabled = false;
     config
 }
 
@@ -134,6 +135,10 @@ impl Client {
         if let Some(will) = will {
             options.set_last_will(will);
         }
+        Self::with(options).await
+    }
+
+    pub async fn with(options: MqttOptions) -> Result<Self, String> {
         let (client, mut events) = AsyncClient::builder(options).capacity(1_000).build();
         match timeout(PATIENCE, events.poll()).await.unwrap() {
             Ok(Event::Incoming(Incoming::ConnAck(_))) => {}
