@@ -11,7 +11,10 @@ use crate::{
     config::ConfigErrors,
     exchange::{Format, in_query, send},
     keys::{self, KeysCommand},
-    operate::{self, DeviceCommand, ModelCommand, RolloutCommand, SettingsCommand, Where, address},
+    operate::{
+        self, AuditCommand, DeviceCommand, HOW, ModelCommand, RolloutCommand, SettingsCommand,
+        TokenCommand, UserCommand, Where,
+    },
 };
 
 /// Takes in what devices report, keeps it, and shows it.
@@ -59,6 +62,23 @@ enum Command {
         #[command(subcommand)]
         command: SettingsCommand,
     },
+    /// People who may log in.
+    User {
+        #[command(flatten)]
+        place: Where,
+        #[command(subcommand)]
+        command: UserCommand,
+    },
+    /// What programs show instead of a password.
+    Token {
+        #[command(flatten)]
+        place: Where,
+        #[command(subcommand)]
+        command: TokenCommand,
+    },
+    /// Whether the log of who did what is as it was written.
+    #[command(subcommand)]
+    Audit(AuditCommand),
     /// Who may sign models.
     Keys {
         /// The coordinator's data folder.
@@ -111,17 +131,8 @@ struct Import {
     /// Who brings them.
     #[arg(long, env = "USER")]
     author: String,
-    /// Where the coordinator serves its API; without it the data folder says so.
-    #[arg(long, value_name = "ADDR", env = "LACEWING_COORDINATOR_HTTP")]
-    http: Option<SocketAddr>,
-    /// The coordinator's data folder.
-    #[arg(
-        long,
-        value_name = "DIR",
-        env = "LACEWING_COORDINATOR_DATA",
-        default_value = "lacewing-data"
-    )]
-    data: PathBuf,
+    #[command(flatten)]
+    place: Where,
 }
 
 #[derive(clap::Args)]
@@ -224,6 +235,9 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Rollout { place, command } => waiting(operate::rollout(&place, command)),
         Command::Device { place, command } => waiting(operate::device(&place, command)),
         Command::Settings { place, command } => waiting(operate::settings(&place, command)),
+        Command::User { place, command } => waiting(operate::user(&place, command)),
+        Command::Token { place, command } => waiting(operate::token(&place, command)),
+        Command::Audit(command) => waiting(operate::audit(command)),
         Command::Keys { data, command } => waiting(keys::run(&data, command)),
         Command::Serve(settings) => {
             let config = settings.read()?;
@@ -254,10 +268,10 @@ fn log() {
 }
 
 async fn bring(import: &Import) -> anyhow::Result<()> {
-    let address = match import.http {
-        Some(address) => address,
-        None => address(&import.data)?,
-    };
+    let (address, token) = (import.place.address()?, import.place.token()?);
+    if token.is_none() {
+        anyhow::bail!("nobody may bring images without a token: {HOW}");
+    }
     let target = format!(
         "/api/v1/tasks/{}/import?format={}&holdout={}&author={}",
         import.task,
@@ -265,7 +279,7 @@ async fn bring(import: &Import) -> anyhow::Result<()> {
         import.holdout,
         in_query(&import.author),
     );
-    let report = send(address, &target, &import.folder).await?;
+    let report = send(address, token.as_deref(), &target, &import.folder).await?;
     println!(
         "{} new images, {} known; {} labelled, {} had a label; {} errors",
         report.imported, report.known, report.labelled, report.kept, report.failed

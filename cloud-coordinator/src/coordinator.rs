@@ -31,6 +31,7 @@ use crate::{
     samples::Samples,
     store::{self, Limits, Store},
     train::{self, Catalog, Jobs, Settings, Work},
+    trust::{Door, Trust},
 };
 
 /// How long parts may take to end before they are dropped: a commit on a slow disk.
@@ -56,6 +57,7 @@ pub struct Handle {
     store: Arc<Store>,
     samples: Samples,
     datasets: Datasets,
+    trust: Trust,
     /// Held for as long as this coordinator runs.
     _lock: File,
 }
@@ -80,6 +82,9 @@ pub enum StartError {
     /// The database cannot be used.
     #[error("{0}")]
     Store(String),
+    /// Who may do what cannot be read, or can be read by others.
+    #[error("{0}")]
+    Trust(String),
     /// A model that the configuration names cannot be used.
     #[error("the model {path}: {error}")]
     Model {
@@ -131,6 +136,8 @@ impl Coordinator {
             error,
         })?;
         let lock = lock(data)?;
+        let untrusted = |error: crate::trust::TrustError| StartError::Trust(error.to_string());
+        let trust = Trust::open(data).await.map_err(untrusted)?;
         let broken = |error: store::StoreError| StartError::Store(error.to_string());
         let store = Arc::new(Store::open(data).await.map_err(broken)?);
         let unlearnt = |error: &dyn std::fmt::Display| StartError::Store(error.to_string());
@@ -191,6 +198,7 @@ impl Coordinator {
         let (inbox, messages) = Inbox::new(queue, bytes, metrics.clone());
 
         let (http_listener, http) = listen("HTTP", config.http).await?;
+        let door = Door { tls: false };
         let connected = Arc::new(Notify::new());
         let mut mqtt = None;
         let link = if let Some(url) = &config.broker.url {
@@ -283,7 +291,11 @@ impl Coordinator {
             stop.clone(),
         ));
         tasks.spawn(jobs.run(Arc::new(training), stop.clone()));
+        trust.start(http, door).await.map_err(untrusted)?;
         let state = api::State {
+            gate: api::gate(&trust, door, &metrics),
+            trust: trust.clone(),
+            door,
             samples: samples.clone(),
             datasets: datasets.clone(),
             learning,
@@ -313,6 +325,7 @@ impl Coordinator {
             store,
             samples,
             datasets,
+            trust,
             _lock: lock,
         })
     }
@@ -353,6 +366,12 @@ impl Handle {
             .is_err()
         {
             tracing::warn!("the database of the samples was not closed in time");
+        }
+        if tokio::time::timeout(GRACE, self.trust.records.close())
+            .await
+            .is_err()
+        {
+            tracing::warn!("the database of who may do what was not closed in time");
         }
     }
 }

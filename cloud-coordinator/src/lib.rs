@@ -34,6 +34,7 @@ mod registry;
 mod samples;
 mod store;
 mod train;
+mod trust;
 
 pub use config::Config;
 pub use coordinator::{Coordinator, Handle, StartError};

@@ -58,6 +58,7 @@ pub(crate) struct Metrics {
     pub(crate) broker_cut: Counter,
     broker_refused: Family<Reason, Counter>,
     broker_denied: Family<Reason, Counter>,
+    access_refused: Family<Reason, Counter>,
     http: Family<Answer, Counter>,
     pub(crate) http_connections: Gauge,
 }
@@ -169,6 +170,11 @@ impl Default for Metrics {
                 "Attempts to do what a client has no right to",
                 Family::default()
             ),
+            access_refused: new!(
+                "access_refused",
+                "Requests of which nobody was allowed to ask, or too often",
+                Family::default()
+            ),
             http: new!("http_requests", "Requests answered", Family::default()),
             http_connections: new!(
                 "http_connections",
@@ -202,6 +208,11 @@ impl Metrics {
     /// A client of the broker tried what it has no right to.
     pub(crate) fn broker_denied(&self, reason: &'static str) {
         self.broker_denied.get_or_create(&Reason { reason }).inc();
+    }
+
+    /// A request that was not let through.
+    pub(crate) fn access_refused(&self, reason: &'static str) {
+        self.access_refused.get_or_create(&Reason { reason }).inc();
     }
 
     /// So many sources show a sign of drift now.

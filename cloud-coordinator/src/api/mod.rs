@@ -1,18 +1,23 @@
 //! The API, the page, and what watches over the coordinator.
 
+mod access;
 mod datasets;
 mod delivery;
 mod exchange;
+mod gate;
 mod labels;
 pub(crate) mod learning;
+mod limits;
 pub(crate) mod live;
 mod mark;
 mod page;
+mod people;
 mod problem;
 mod routes;
 mod samples;
 mod serve;
 mod settings;
+mod shown;
 
 use std::{sync::Arc, time::Duration};
 
@@ -38,7 +43,9 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 pub(crate) use serve::serve;
 
-use self::{live::Live, problem::Problem};
+pub(crate) use gate::PeerAddress;
+
+use self::{gate::Gate, live::Live, problem::Problem};
 use crate::{
     datasets::Datasets,
     delivery::{Releases, Rollouts},
@@ -48,6 +55,7 @@ use crate::{
     registry::Registry,
     samples::Samples,
     store::Store,
+    trust::{Door, Trust},
 };
 
 /// Most of what is here takes no body; a few bytes are tolerated.
@@ -83,8 +91,16 @@ pub(crate) struct State {
     pub(crate) live: Live,
     pub(crate) link: Link,
     pub(crate) store_error: watch::Receiver<Option<String>>,
+    pub(crate) trust: Trust,
+    pub(crate) door: Door,
+    pub(crate) gate: Arc<Gate>,
     pub(crate) started: Instant,
     pub(crate) stop: CancellationToken,
+}
+
+/// What decides who may do what.
+pub(crate) fn gate(trust: &Trust, door: Door, metrics: &Arc<Metrics>) -> Arc<Gate> {
+    Arc::new(Gate::new(trust.clone(), door, metrics.clone()))
 }
 
 impl State {
@@ -195,6 +211,22 @@ fn saying() -> OpenApiRouter<State> {
         .layer(RequestBodyLimitLayer::new(MAX_SAID))
 }
 
+/// Coming in, and who may.
+fn knocking() -> OpenApiRouter<State> {
+    OpenApiRouter::new()
+        .routes(routes!(people::login))
+        .routes(routes!(people::logout))
+        .routes(routes!(people::setup))
+        .routes(routes!(people::me))
+        .routes(routes!(people::password))
+        .routes(routes!(people::users, people::add_user))
+        .routes(routes!(people::change_user, people::remove_user))
+        .routes(routes!(people::tokens, people::add_token))
+        .routes(routes!(people::revoke_token))
+        .routes(routes!(people::audit_log))
+        .layer(RequestBodyLimitLayer::new(MAX_BODY))
+}
+
 fn sending() -> OpenApiRouter<State> {
     OpenApiRouter::new()
         .routes(routes!(samples::append))
@@ -229,6 +261,7 @@ fn bringing() -> OpenApiRouter<State> {
 /// Everything that takes a body.
 fn taking() -> OpenApiRouter<State> {
     saying()
+        .merge(knocking())
         .merge(sending())
         .merge(bringing())
         .merge(computing())
@@ -236,7 +269,8 @@ fn taking() -> OpenApiRouter<State> {
 
 /// The description of the API in JSON.
 pub(crate) fn openapi() -> Result<String, serde_json::Error> {
-    let (_, description) = reading().merge(taking()).split_for_parts();
+    let (_, mut description) = reading().merge(taking()).split_for_parts();
+    access::describe(&mut description);
     serde_json::to_string_pretty(&description)
 }
 
@@ -244,7 +278,8 @@ pub(crate) fn openapi() -> Result<String, serde_json::Error> {
 fn router(state: State) -> Router {
     let (reading, description) = reading().split_for_parts();
     let described = OpenApiRouter::<State>::with_openapi(description);
-    let (taking, description) = described.merge(taking()).split_for_parts();
+    let (taking, mut description) = described.merge(taking()).split_for_parts();
+    access::describe(&mut description);
     let description = axum::routing::get(move || std::future::ready(Json(description)));
     reading
         .route("/api/v1/openapi.json", description)
@@ -253,7 +288,15 @@ fn router(state: State) -> Router {
         .layer(RequestBodyLimitLayer::new(MAX_BODY))
         .merge(taking)
         .layer(middleware::from_fn_with_state(
-            (state.metrics.clone(), Arc::new(Semaphore::new(AT_ONCE))),
+            state.gate.clone(),
+            gate::gate,
+        ))
+        .layer(middleware::from_fn_with_state(
+            (
+                state.metrics.clone(),
+                Arc::new(Semaphore::new(AT_ONCE)),
+                state.door,
+            ),
             around,
         ))
         .with_state(state)
@@ -261,7 +304,7 @@ fn router(state: State) -> Router {
 
 /// What holds for every request: a bound on how many and how long, problems for errors, headers, a count.
 async fn around(
-    Shared((metrics, places)): Shared<(Arc<Metrics>, Arc<Semaphore>)>,
+    Shared((metrics, places, door)): Shared<(Arc<Metrics>, Arc<Semaphore>, Door)>,
     matched: Option<MatchedPath>,
     request: Request,
     next: Next,
@@ -297,6 +340,11 @@ async fn around(
             .headers_mut()
             .entry(name)
             .or_insert(HeaderValue::from_static(value));
+    }
+    if door.tls {
+        let year = HeaderValue::from_static("max-age=31536000");
+        let name = header::STRICT_TRANSPORT_SECURITY;
+        response.headers_mut().insert(name, year);
     }
     metrics.answered(&route, status.as_u16());
     response
@@ -375,6 +423,7 @@ mod tests {
         assert_eq!(
             paths,
             [
+                "/api/v1/audit",
                 "/api/v1/catalog",
                 "/api/v1/catalog/{model}",
                 "/api/v1/catalog/{model}/confusion.svg",
@@ -390,6 +439,10 @@ mod tests {
                 "/api/v1/jobs",
                 "/api/v1/jobs/{id}",
                 "/api/v1/live",
+                "/api/v1/login",
+                "/api/v1/logout",
+                "/api/v1/me",
+                "/api/v1/me/password",
                 "/api/v1/models",
                 "/api/v1/models/{call}",
                 "/api/v1/readings",
@@ -404,6 +457,7 @@ mod tests {
                 "/api/v1/samples/{id}/labels",
                 "/api/v1/samples/{id}/labels/last",
                 "/api/v1/settings",
+                "/api/v1/setup",
                 "/api/v1/tasks",
                 "/api/v1/tasks/{task}",
                 "/api/v1/tasks/{task}/datasets",
@@ -411,9 +465,13 @@ mod tests {
                 "/api/v1/tasks/{task}/import",
                 "/api/v1/tasks/{task}/queue",
                 "/api/v1/tasks/{task}/train",
+                "/api/v1/tokens",
+                "/api/v1/tokens/{id}",
                 "/api/v1/train",
                 "/api/v1/tuf/metadata/{file}",
                 "/api/v1/tuf/targets/{top}/{name}/{file}",
+                "/api/v1/users",
+                "/api/v1/users/{name}",
                 "/healthz",
                 "/metrics",
                 "/readyz",
