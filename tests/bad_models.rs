@@ -145,18 +145,12 @@ fn noise(n: usize) -> f32 {
 }
 
 /// As an operator would: on the command line.
-async fn push(http: &str, dir: &Path) -> Output {
+async fn push(data: &Path, dir: &Path) -> Output {
     let mut command = tokio::process::Command::new(NODE);
-    let args = [
-        "cloud-coordinator",
-        "model",
-        "--http",
-        http,
-        "push",
-        "--author",
-        "ada",
-    ];
-    command.args(args).arg(dir);
+    command
+        .args(["cloud-coordinator", "model", "--data"])
+        .arg(data);
+    command.args(["push", "--author", "ada"]).arg(dir);
     command.env_remove(EXIT_WITH_STDIN).stdin(Stdio::null());
     command.output().await.unwrap()
 }
@@ -181,14 +175,14 @@ impl Scene {
         std::fs::write(&config, models).unwrap();
         plan.coordinator_config = Some(config);
         let site = Site::start(&plan).await.unwrap();
-        let api = Web::new(&format!("http://{}/api/v1", site.http()), TIMEOUT);
+        let api = Web::api(&site, TIMEOUT);
         let scene = Self { site, api, dir };
         scene.all_on(GOOD).await;
         scene
     }
 
-    fn http(&self) -> String {
-        self.site.http().to_string()
+    fn data(&self) -> PathBuf {
+        self.site.data()
     }
 
     fn devices(&self) -> Vec<Value> {
@@ -216,7 +210,7 @@ impl Scene {
     /// Pushes a model that the coordinator finds nothing wrong with, and begins to roll it out: to a third, then to all.
     async fn roll_out(&self, bad: Bad, limits: Value, trial: Value) -> String {
         let version = bad.draft.manifest.version.clone();
-        let pushed = push(&self.http(), &bad.write(self.dir.path())).await;
+        let pushed = push(&self.data(), &bad.write(self.dir.path())).await;
         assert!(
             pushed.status.success(),
             "{}",
@@ -337,7 +331,7 @@ async fn what_golden_pictures_show_is_refused_before_any_device_has_it() {
         (large.write(to), ["MiB", "memory", "memory"]),
         (wrong, ["golden", "self-test", "differs"]),
     ] {
-        let pushed = push(&scene.http(), &dir).await;
+        let pushed = push(&scene.data(), &dir).await;
         let said = String::from_utf8_lossy(&pushed.stderr).into_owned();
         println!("{}: {}", dir.display(), said.trim());
         assert!(!pushed.status.success(), "{}", dir.display());

@@ -101,6 +101,21 @@ impl Browser {
         self.command("actions", &actions);
     }
 
+    /// The path of the page that is shown.
+    fn path(&self) -> String {
+        let path = self.eval("return location.pathname");
+        path.as_str().unwrap_or_default().to_owned()
+    }
+
+    /// Fills in the page to log in on, and sends it.
+    fn log_in(&self, name: &str, password: &str) {
+        for (field, words) in [("name", name), ("password", password)] {
+            self.eval(&format!("document.getElementById('{field}').focus()"));
+            self.keys(words);
+        }
+        self.keys("\u{e007}");
+    }
+
     /// What the page complained about.
     fn complaints(&self) -> Vec<String> {
         let log = self.command("se/log", &json!({"type": "browser"}));
@@ -137,10 +152,56 @@ async fn a_person_sees_the_devices_and_labels_what_they_send() {
     });
     let mut site = Site::start(&plan).await.unwrap();
     let base = format!("http://{}", site.http());
-    let api = Web::new(&format!("{base}/api/v1"), TIMEOUT);
+    let api = Web::api(&site, TIMEOUT);
+
+    // The first admin, by the link that only who runs the coordinator can see.
+    let link = std::fs::read_to_string(site.data().join("trust/setup-link")).unwrap();
+    browser.open(link.trim());
+    for (field, words) in [
+        ("name", "ada"),
+        ("password", "a long password"),
+        ("again", "a long password"),
+    ] {
+        browser.eval(&format!("document.getElementById('{field}').focus()"));
+        browser.keys(words);
+    }
+    browser.keys("\u{e007}");
+    until("the page to log in on follows", async || {
+        browser.path() == "/login"
+    })
+    .await
+    .unwrap();
+    assert!(!site.data().join("trust/setup-link").exists());
+    // Whoever is not logged in is sent there, and back after it.
+    browser.open(&format!("{base}/label"));
+    until("a page without a session leads to the login", async || {
+        browser.path() == "/login"
+    })
+    .await
+    .unwrap();
+    browser.log_in("ada", "a wrong password");
+    until("it says that it is wrong", async || {
+        browser.text("said").contains("wrong")
+    })
+    .await
+    .unwrap();
+    browser.eval("document.getElementById('name').value = ''");
+    browser.log_in("ada", "a long password");
+    until("the page that was wanted is shown", async || {
+        browser.path() == "/label"
+    })
+    .await
+    .unwrap();
+    // What was refused until here is not what the page does wrong from here on.
+    browser.complaints();
 
     // The devices, live.
     browser.open(&base);
+    until("it is shown who is logged in", async || {
+        browser.text("me").contains("ada · admin")
+    })
+    .await
+    .unwrap();
     until(
         "the device is on the page with its last result",
         async || {
@@ -170,11 +231,13 @@ async fn a_person_sees_the_devices_and_labels_what_they_send() {
     })
     .await
     .unwrap();
-    browser.eval("document.getElementById('author').focus()");
+    browser.eval(
+        "const author = document.getElementById('author'); author.value = ''; author.focus()",
+    );
     browser.keys("Ada");
     browser.eval("document.getElementById('author').dispatchEvent(new Event('change')); document.activeElement.blur()");
     let classes = api.get("/tasks")["items"][0]["classes"].clone();
-    for class in ["<b>good</b>", "bad"] {
+    for class in ["<img src=x onerror=alert(1)>", "bad"] {
         if !classes
             .as_array()
             .unwrap()
@@ -227,9 +290,23 @@ async fn a_person_sees_the_devices_and_labels_what_they_send() {
     .unwrap();
     // What a person typed is text, never part of the page.
     assert_eq!(
-        browser.eval("return document.querySelectorAll('#classes b').length"),
+        browser.eval("return document.querySelectorAll('#classes img').length"),
         0
     );
     assert_eq!(browser.complaints(), Vec::<String>::new());
+
+    // Out again, also from what is open.
+    browser.eval("document.getElementById('logout').click()");
+    until("the page to log in on follows", async || {
+        browser.path() == "/login"
+    })
+    .await
+    .unwrap();
+    browser.open(&base);
+    until("nothing is shown without a session", async || {
+        browser.path() == "/login"
+    })
+    .await
+    .unwrap();
     site.stop().await.unwrap();
 }

@@ -14,9 +14,11 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 const PICTURES: u64 = 24;
 
 /// As an operator would: on the command line. Says whether it worked, and what was said.
-async fn operate(node: &str, http: &str, arguments: &[&str]) -> (bool, String) {
+async fn operate(node: &str, data: &Path, arguments: &[&str]) -> (bool, String) {
     let mut command = tokio::process::Command::new(node);
-    command.args(["cloud-coordinator", "settings", "--http", http]);
+    command
+        .args(["cloud-coordinator", "settings", "--data"])
+        .arg(data);
     command.args(arguments).stdin(Stdio::null());
     if arguments[0] != "status" {
         command.args(["--author", "ada"]);
@@ -77,8 +79,8 @@ async fn good_settings_reach_everybody_and_harmful_ones_go_back() {
     plan.coordinator_config = Some(config);
     let mut site = Site::start(&plan).await.unwrap();
     let tap = tests::Tap::start(site.mqtt()).unwrap();
-    let http = site.http().to_string();
-    let api = Web::new(&format!("http://{http}/api/v1"), TIMEOUT);
+    let data = site.data();
+    let api = Web::api(&site, TIMEOUT);
     until("three devices on their own files", async || {
         all(&api, |settings| settings["loaded"].is_null())
     })
@@ -92,7 +94,7 @@ async fn good_settings_reach_everybody_and_harmful_ones_go_back() {
     // Fewer pictures, and fewer words about itself.
     write("[report]\nevery_s = 5\n\n[[source]]\nname = \"cam0\"\nfps = 4.0\n");
     let push = ["push", &path, "--site", "demo", "--trial", "60"];
-    let (worked, said) = operate(node, &http, &push).await;
+    let (worked, said) = operate(node, &data, &push).await;
     assert!(worked, "{said}");
     until("everybody has kept them", async || all(&api, on(1)))
         .await
@@ -108,7 +110,7 @@ async fn good_settings_reach_everybody_and_harmful_ones_go_back() {
 
     // What cannot be set from afar gets nowhere.
     write("data = \"/elsewhere\"\n[broker]\nurl = \"mqtt://elsewhere\"\n");
-    let (worked, said) = operate(node, &http, &push).await;
+    let (worked, said) = operate(node, &data, &push).await;
     assert!(
         !worked && said.contains("data: cannot be set from afar"),
         "{said}"
@@ -117,7 +119,7 @@ async fn good_settings_reach_everybody_and_harmful_ones_go_back() {
 
     // What only the device can know is refused there, with every reason.
     write("[report]\nevery_s = 0\n\n[[source]]\nname = \"cam9\"\nfps = 4.0\n");
-    let (worked, said) = operate(node, &http, &push).await;
+    let (worked, said) = operate(node, &data, &push).await;
     assert!(worked, "{said}");
     until("everybody refuses them and says why", async || {
         all(&api, |settings| {
@@ -137,7 +139,7 @@ async fn good_settings_reach_everybody_and_harmful_ones_go_back() {
     std::fs::create_dir(&empty).unwrap();
     write(&format!("[[source]]\nname = \"cam0\"\npath = {empty:?}\n"));
     let one = ["push", &path, "--device", "demo/d2", "--trial", "20"];
-    let (worked, said) = operate(node, &http, &one).await;
+    let (worked, said) = operate(node, &data, &one).await;
     assert!(worked, "{said}");
     let d2 = || api.get("/devices/demo/d2")["update"]["settings"].clone();
     until("d2 is back with what it had", async || {
@@ -148,14 +150,14 @@ async fn good_settings_reach_everybody_and_harmful_ones_go_back() {
     })
     .await
     .unwrap();
-    let (_, said) = operate(node, &http, &["status"]).await;
+    let (_, said) = operate(node, &data, &["status"]).await;
     assert!(
         said.contains("demo/d2 blind: no picture from cam0"),
         "{said}"
     );
 
     // Taken back, the site's count again; those are still bad, and the last good ones stay.
-    let (worked, said) = operate(node, &http, &["unset", "--device", "demo/d2"]).await;
+    let (worked, said) = operate(node, &data, &["unset", "--device", "demo/d2"]).await;
     assert!(worked, "{said}");
     until("d2 refuses the site's again", async || {
         let settings = d2();
@@ -166,7 +168,7 @@ async fn good_settings_reach_everybody_and_harmful_ones_go_back() {
 
     // A device that is killed in the middle of its trial is none the worse.
     write("[report]\nevery_s = 3\n");
-    let (worked, said) = operate(node, &http, &push).await;
+    let (worked, said) = operate(node, &data, &push).await;
     assert!(worked, "{said}");
     until("d1 tries them", async || {
         api.get("/devices/demo/d1")["update"]["settings"]["phase"] == "watching"
@@ -179,7 +181,7 @@ async fn good_settings_reach_everybody_and_harmful_ones_go_back() {
     until("everybody has the newest", async || all(&api, on(newest)))
         .await
         .unwrap();
-    let (worked, said) = operate(node, &http, &["unset", "--site", "demo"]).await;
+    let (worked, said) = operate(node, &data, &["unset", "--site", "demo"]).await;
     assert!(worked, "{said}");
     until("everybody is on their own files", async || {
         all(&api, |settings| settings["loaded"].is_null())

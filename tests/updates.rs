@@ -29,17 +29,11 @@ fn version(manifest: &str, version: &str) -> String {
 }
 
 /// As an operator would: on the command line.
-async fn push(node: &str, http: &str, dir: &Path) {
+async fn push(node: &str, data: &Path, dir: &Path) {
     let pushed = tokio::process::Command::new(node)
-        .args([
-            "cloud-coordinator",
-            "model",
-            "--http",
-            http,
-            "push",
-            "--author",
-            "ada",
-        ])
+        .args(["cloud-coordinator", "model", "--data"])
+        .arg(data)
+        .args(["push", "--author", "ada"])
         .arg(dir)
         .env_remove(EXIT_WITH_STDIN)
         .stdin(Stdio::null())
@@ -78,8 +72,8 @@ async fn a_good_model_reaches_everybody_and_a_bad_one_goes_back() {
     plan.coordinator_config = Some(config);
     let mut site = Site::start(&plan).await.unwrap();
     let tap = tests::Tap::start(site.mqtt()).unwrap();
-    let http = site.http().to_string();
-    let api = Web::new(&format!("http://{http}/api/v1"), TIMEOUT);
+    let data = site.data();
+    let api = Web::api(&site, TIMEOUT);
     until("three devices run what they came with", async || {
         all_on(&api, 3, "1.1.0")
     })
@@ -97,7 +91,7 @@ async fn a_good_model_reaches_everybody_and_a_bad_one_goes_back() {
     };
     let better = dir.path().join("better");
     changed(&better, |manifest| version(&manifest, "1.2.0"));
-    push(node, &http, &better).await;
+    push(node, &data, &better).await;
     let begun = api.post("/rollouts", &start("conveyor@1.2.0"));
     let path = format!("/rollouts/{}", begun["id"]);
     until("the rollout is done", async || {
@@ -123,7 +117,7 @@ async fn a_good_model_reaches_everybody_and_a_bad_one_goes_back() {
             .replacen("label = \"scratch\"", "label = \"ok\"", 1)
             .replacen("label = \"?\"", "label = \"scratch\"", 1)
     });
-    push(node, &http, &worse).await;
+    push(node, &data, &worse).await;
     let begun = api.post("/rollouts", &start("conveyor@1.3.0"));
     let path = format!("/rollouts/{}", begun["id"]);
     until("the rollout is aborted", async || {

@@ -1,8 +1,10 @@
 //! A small client for JSON over HTTP.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
+use fleet::site::{Site, TOKEN};
 use serde_json::Value;
+use ureq::RequestBuilder;
 
 /// Larger answers are a fault.
 const MAX_ANSWER: u64 = 64 << 20;
@@ -11,6 +13,8 @@ const MAX_ANSWER: u64 = 64 << 20;
 pub struct Web {
     agent: ureq::Agent,
     base: String,
+    /// The file with what is shown; made anew at each start of a coordinator.
+    token: Option<PathBuf>,
 }
 
 impl Web {
@@ -24,6 +28,23 @@ impl Web {
         Self {
             agent: config.into(),
             base: base.to_owned(),
+            token: None,
+        }
+    }
+
+    /// Asks the API of a site's coordinator, as an admin on its machine.
+    #[must_use]
+    pub fn api(site: &Site, timeout: Duration) -> Self {
+        Self {
+            token: Some(site.data().join(TOKEN)),
+            ..Self::new(&format!("http://{}/api/v1", site.http()), timeout)
+        }
+    }
+
+    fn shown<B>(&self, request: RequestBuilder<B>) -> RequestBuilder<B> {
+        match self.token.as_ref().map(std::fs::read_to_string) {
+            Some(Ok(token)) => request.header("authorization", format!("Bearer {}", token.trim())),
+            _ => request,
         }
     }
 
@@ -41,7 +62,8 @@ impl Web {
     /// # Errors
     /// In words, unless the answer is good.
     pub fn try_get(&self, path: &str) -> Result<Value, String> {
-        read(path, self.agent.get(format!("{}{path}", self.base)).call())
+        let request = self.agent.get(format!("{}{path}", self.base));
+        read(path, self.shown(request).call())
     }
 
     /// `POST`
@@ -51,6 +73,7 @@ impl Web {
     pub fn post(&self, path: &str, body: &Value) -> Value {
         let request = self.agent.post(format!("{}{path}", self.base));
         let request = request.header("content-type", "application/json");
+        let request = self.shown(request);
         read(path, request.send(body.to_string())).unwrap()
     }
 
@@ -59,10 +82,8 @@ impl Web {
     /// # Errors
     /// In words, unless the answer is good.
     pub fn try_delete(&self, path: &str) -> Result<Value, String> {
-        read(
-            path,
-            self.agent.delete(format!("{}{path}", self.base)).call(),
-        )
+        let request = self.agent.delete(format!("{}{path}", self.base));
+        read(path, self.shown(request).call())
     }
 }
 

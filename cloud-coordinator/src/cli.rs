@@ -12,8 +12,8 @@ use crate::{
     exchange::{Format, in_query, send},
     keys::{self, KeysCommand},
     operate::{
-        self, DeviceCommand, ModelCommand, RolloutCommand, SettingsCommand, SubscriberCommand,
-        Where, address,
+        self, AuditCommand, DeviceCommand, HOW, ModelCommand, RolloutCommand, SettingsCommand,
+        SubscriberCommand, TokenCommand, UserCommand, Where,
     },
 };
 
@@ -69,6 +69,23 @@ enum Command {
         #[command(subcommand)]
         command: SettingsCommand,
     },
+    /// People who may log in.
+    User {
+        #[command(flatten)]
+        place: Where,
+        #[command(subcommand)]
+        command: UserCommand,
+    },
+    /// What programs show instead of a password.
+    Token {
+        #[command(flatten)]
+        place: Where,
+        #[command(subcommand)]
+        command: TokenCommand,
+    },
+    /// Whether the log of who did what is as it was written.
+    #[command(subcommand)]
+    Audit(AuditCommand),
     /// Who may sign models.
     Keys {
         /// The coordinator's data folder.
@@ -121,17 +138,8 @@ struct Import {
     /// Who brings them.
     #[arg(long, env = "USER")]
     author: String,
-    /// Where the coordinator serves its API; without it the data folder says so.
-    #[arg(long, value_name = "ADDR", env = "LACEWING_COORDINATOR_HTTP")]
-    http: Option<SocketAddr>,
-    /// The coordinator's data folder.
-    #[arg(
-        long,
-        value_name = "DIR",
-        env = "LACEWING_COORDINATOR_DATA",
-        default_value = "lacewing-data"
-    )]
-    data: PathBuf,
+    #[command(flatten)]
+    place: Where,
 }
 
 #[derive(clap::Args)]
@@ -241,6 +249,9 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Device { place, command } => waiting(operate::device(&place, command)),
         Command::Subscriber { place, command } => waiting(operate::subscriber(&place, command)),
         Command::Settings { place, command } => waiting(operate::settings(&place, command)),
+        Command::User { place, command } => waiting(operate::user(&place, command)),
+        Command::Token { place, command } => waiting(operate::token(&place, command)),
+        Command::Audit(command) => waiting(operate::audit(command)),
         Command::Keys { data, command } => waiting(keys::run(&data, command)),
         Command::Serve(settings) => {
             let config = settings.read()?;
@@ -271,10 +282,10 @@ fn log() {
 }
 
 async fn bring(import: &Import) -> anyhow::Result<()> {
-    let address = match import.http {
-        Some(address) => address,
-        None => address(&import.data)?,
-    };
+    let (address, token) = (import.place.address()?, import.place.token()?);
+    if token.is_none() {
+        anyhow::bail!("nobody may bring images without a token: {HOW}");
+    }
     let target = format!(
         "/api/v1/tasks/{}/import?format={}&holdout={}&author={}",
         import.task,
@@ -282,7 +293,8 @@ async fn bring(import: &Import) -> anyhow::Result<()> {
         import.holdout,
         in_query(&import.author),
     );
-    let report = send(address, &import.data, &target, &import.folder).await?;
+    let data = import.place.data();
+    let report = send(address, data, token.as_deref(), &target, &import.folder).await?;
     println!(
         "{} new images, {} known; {} labelled, {} had a label; {} errors",
         report.imported, report.known, report.labelled, report.kept, report.failed

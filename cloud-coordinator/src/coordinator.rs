@@ -31,7 +31,7 @@ use crate::{
     samples::Samples,
     store::{self, Limits, Store},
     train::{self, Catalog, Jobs, Settings, Work},
-    trust::Identity,
+    trust::{Door, Identity, Trust},
 };
 
 /// How long parts may take to end before they are dropped: a commit on a slow disk.
@@ -52,12 +52,12 @@ pub struct Handle {
     pub http: SocketAddr,
     /// Where the embedded broker listens, if it runs.
     pub mqtt: Option<SocketAddr>,
-    trust: Arc<Records>,
     stop: CancellationToken,
     tasks: TaskTracker,
     store: Arc<Store>,
     samples: Samples,
     datasets: Datasets,
+    trust: Trust,
     /// Held for as long as this coordinator runs.
     _lock: File,
 }
@@ -82,6 +82,9 @@ pub enum StartError {
     /// The database cannot be used.
     #[error("{0}")]
     Store(String),
+    /// Who may do what cannot be read, or can be read by others.
+    #[error("{0}")]
+    Trust(String),
     /// A model that the configuration names cannot be used.
     #[error("the model {path}: {error}")]
     Model {
@@ -136,6 +139,8 @@ impl Coordinator {
             error,
         })?;
         let lock = lock(data)?;
+        let untrusted = |error: crate::trust::TrustError| StartError::Trust(error.to_string());
+        let trust = Trust::open(data).await.map_err(untrusted)?;
         let broken = |error: store::StoreError| StartError::Store(error.to_string());
         let store = Arc::new(Store::open(data).await.map_err(broken)?);
         let unlearnt = |error: &dyn std::fmt::Display| StartError::Store(error.to_string());
@@ -195,11 +200,10 @@ impl Coordinator {
         let (queue, bytes) = (config.ingest.queue_messages, config.ingest.queue_bytes);
         let (inbox, messages) = Inbox::new(queue, bytes, metrics.clone());
 
-        let trust = Arc::new(Records::trust(data).await.map_err(|e| unlearnt(&e))?);
         let listening = [config.http.ip(), config.broker.listen.ip()];
         let identity = Identity::open(
             data,
-            trust.clone(),
+            &trust,
             &config.tls,
             &listening,
             config.ingest.max_devices,
@@ -208,6 +212,9 @@ impl Coordinator {
         let identity = Arc::new(identity.await.map_err(StartError::Trust)?);
 
         let (http_listener, http) = listen("HTTP", config.http).await?;
+        let door = Door {
+            tls: config.tls.enabled,
+        };
         let connected = Arc::new(Notify::new());
         let mut mqtt = None;
         let link = if let Some(url) = &config.broker.url {
@@ -305,7 +312,11 @@ impl Coordinator {
             stop.clone(),
         ));
         tasks.spawn(jobs.run(Arc::new(training), stop.clone()));
+        trust.start(http, door).await.map_err(untrusted)?;
         let state = api::State {
+            gate: api::gate(&trust, door, &metrics),
+            trust: trust.clone(),
+            door,
             samples: samples.clone(),
             datasets: datasets.clone(),
             learning,
@@ -339,12 +350,12 @@ impl Coordinator {
         Ok(Handle {
             http,
             mqtt,
-            trust,
             stop,
             tasks,
             store,
             samples,
             datasets,
+            trust,
             _lock: lock,
         })
     }
@@ -386,11 +397,11 @@ impl Handle {
         {
             tracing::warn!("the database of the samples was not closed in time");
         }
-        if tokio::time::timeout(GRACE, self.trust.close())
+        if tokio::time::timeout(GRACE, self.trust.records.close())
             .await
             .is_err()
         {
-            tracing::warn!("the database of trust was not closed in time");
+            tracing::warn!("the database of who may do what was not closed in time");
         }
     }
 }

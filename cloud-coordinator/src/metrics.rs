@@ -61,6 +61,7 @@ pub(crate) struct Metrics {
     pub(crate) broker_slowed: Counter,
     enrolment_refused: Family<Reason, Counter>,
     http_refused: Family<Reason, Counter>,
+    access_refused: Family<Reason, Counter>,
     http: Family<Answer, Counter>,
     pub(crate) http_connections: Gauge,
 }
@@ -187,6 +188,11 @@ impl Default for Metrics {
                 "Connections to the API that were refused or ended",
                 Family::default()
             ),
+            access_refused: new!(
+                "access_refused",
+                "Requests of which nobody was allowed to ask, or too often",
+                Family::default()
+            ),
             http: new!("http_requests", "Requests answered", Family::default()),
             http_connections: new!(
                 "http_connections",
@@ -232,6 +238,11 @@ impl Metrics {
     /// A connection to the API that was not taken or was ended.
     pub(crate) fn http_refused(&self, reason: &'static str) {
         self.http_refused.get_or_create(&Reason { reason }).inc();
+    }
+
+    /// A request that was not let through.
+    pub(crate) fn access_refused(&self, reason: &'static str) {
+        self.access_refused.get_or_create(&Reason { reason }).inc();
     }
 
     /// So many sources show a sign of drift now.

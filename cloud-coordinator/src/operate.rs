@@ -1,7 +1,9 @@
 //! What an operator says on the command line to a coordinator that runs.
 
+mod audit;
 mod connect;
 mod identity;
+mod people;
 mod settings;
 
 use std::{
@@ -12,19 +14,28 @@ use std::{
 use anyhow::{Context, bail};
 use axum::{
     body::Body,
-    http::{Method, Request, header},
+    http::{Method, Request, StatusCode, header},
 };
 use clap::{Args, Subcommand};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 
-use crate::adopt::{self, ModelImport};
+use crate::{
+    adopt::{self, ModelImport},
+    trust::operator_token,
+};
+pub(crate) use audit::{AuditCommand, audit};
 pub(crate) use connect::connect;
 pub(crate) use identity::{IdentityCommand, SubscriberCommand, subscriber};
+pub(crate) use people::{TokenCommand, UserCommand, token, user};
 pub(crate) use settings::{SettingsCommand, settings};
 
 /// The largest answer: a list of a thousand rows.
 const ANSWER: usize = 16 << 20;
+
+/// What to do without a token that counts.
+pub(crate) const HOW: &str =
+    "show a token with --token or LACEWING_TOKEN, or name the data folder with --data";
 
 /// Which coordinator.
 #[derive(Args)]
@@ -46,6 +57,15 @@ pub(crate) struct Where {
         global = true
     )]
     data: PathBuf,
+    /// An API token; without it the one that the coordinator lays into its data folder at each start is shown.
+    #[arg(
+        long,
+        value_name = "TOKEN",
+        env = "LACEWING_TOKEN",
+        hide_env_values = true,
+        global = true
+    )]
+    token: Option<String>,
 }
 
 /// Who says it.
@@ -187,8 +207,16 @@ pub(crate) fn address(data: &Path) -> anyhow::Result<SocketAddr> {
 }
 
 impl Where {
-    fn address(&self) -> anyhow::Result<SocketAddr> {
+    pub(crate) fn address(&self) -> anyhow::Result<SocketAddr> {
         self.http.map_or_else(|| address(&self.data), Ok)
+    }
+
+    /// What is shown to the coordinator, if there is anything to show.
+    pub(crate) fn token(&self) -> anyhow::Result<Option<String>> {
+        match &self.token {
+            Some(token) => Ok(Some(token.trim().to_owned())),
+            None => Ok(operator_token(&self.data)?),
+        }
     }
 
     async fn ask(&self, method: Method, path: &str, body: Option<Value>) -> anyhow::Result<Value> {
@@ -209,12 +237,15 @@ impl Where {
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
         let connection = tokio::spawn(connection);
-        let request = Request::builder()
+        let mut request = Request::builder()
             .method(method)
             .uri(format!("/api/v1{path}"))
             .header(header::HOST, address.to_string())
-            .header(header::CONTENT_TYPE, kind)
-            .body(body)?;
+            .header(header::CONTENT_TYPE, kind);
+        if let Some(token) = self.token()? {
+            request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
+        }
+        let request = request.body(body)?;
         let answer = sender.send_request(request).await?;
         let status = answer.status();
         let body = axum::body::to_bytes(Body::new(answer.into_body()), ANSWER).await?;
@@ -227,7 +258,11 @@ impl Where {
         };
         if !status.is_success() {
             let why = said["detail"].as_str().or(said["title"].as_str());
-            bail!("the coordinator answers {status}: {}", why.unwrap_or("?"));
+            let why = why.unwrap_or("?");
+            if status == StatusCode::UNAUTHORIZED {
+                bail!("the coordinator answers {status}: {why}; {HOW}");
+            }
+            bail!("the coordinator answers {status}: {why}");
         }
         Ok(said)
     }

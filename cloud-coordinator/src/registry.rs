@@ -200,6 +200,11 @@ pub(crate) struct View {
 }
 
 impl View {
+    /// The site.
+    pub(crate) fn site(&self) -> &str {
+        &self.site
+    }
+
     /// Where the next page begins.
     pub(crate) fn cursor(&self) -> String {
         format!("{}/{}", self.site, self.device)

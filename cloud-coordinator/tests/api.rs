@@ -119,7 +119,7 @@ async fn every_error_is_a_problem() {
         ),
         (
             413,
-            "POST /api/v1/devices HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999\r\n".into(),
+            "POST /api/v1/tokens HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999\r\n".into(),
         ),
     ] {
         let text = format!("{text}connection: close\r\n\r\n");
@@ -174,7 +174,8 @@ async fn event(lines: &mut (impl AsyncBufReadExt + Unpin)) -> (String, serde_jso
 
 async fn watch(http: SocketAddr, query: &str) -> BufReader<TcpStream> {
     let mut stream = TcpStream::connect(http).await.unwrap();
-    let text = format!("GET /api/v1/live{query} HTTP/1.1\r\nhost: x\r\n\r\n");
+    let shown = shown(http);
+    let text = format!("GET /api/v1/live{query} HTTP/1.1\r\nhost: x\r\n{shown}\r\n");
     stream.write_all(text.as_bytes()).await.unwrap();
     let mut stream = BufReader::new(stream);
     let mut head = String::new();
@@ -291,6 +292,11 @@ async fn the_page_and_what_watches_over_it() {
         "/icon.svg",
         "/label",
         "/label.js",
+        "/login",
+        "/login.js",
+        "/setup",
+        "/setup.js",
+        "/who.js",
     ] {
         assert_eq!(get(http, file).await.0, 200, "{file}");
     }
@@ -313,17 +319,32 @@ async fn dawdlers_are_ended() {
     let handle = start(dir.path()).await;
     let http = handle.http;
     let mut dawdlers = Vec::new();
-    for _ in 0..200 {
+    for _ in 0..1_000 {
         let mut stream = TcpStream::connect(http).await.unwrap();
-        stream.write_all(b"GET / HT").await.unwrap();
-        dawdlers.push(stream);
+        stream.write_all(b"GET / HTTP/1.1\r\nx: ").await.unwrap();
+        dawdlers.push(tokio::spawn(async move {
+            // One byte of a header a second, for as long as that is taken.
+            let (mut reading, mut writing) = stream.into_split();
+            let dawdle = async {
+                while writing.write_all(b"x").await.is_ok() {
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+            };
+            let mut rest = Vec::new();
+            tokio::select! {
+                () = dawdle => {}
+                _ = reading.read_to_end(&mut rest) => {}
+            }
+        }));
     }
-    assert_eq!(get(http, "/api/v1/devices").await.0, 200);
-    for mut stream in dawdlers {
-        let mut rest = Vec::new();
-        let ended = timeout(Duration::from_secs(30), stream.read_to_end(&mut rest)).await;
+    for _ in 0..100 {
+        assert_eq!(get(http, "/api/v1/devices").await.0, 200);
+    }
+    for dawdler in dawdlers {
+        let ended = timeout(Duration::from_secs(30), dawdler).await;
         assert!(ended.is_ok(), "ended after the time for headers");
     }
+    metric_falls(http, "lacewing_http_connections", 10.0).await;
     assert_eq!(get(http, "/api/v1/devices").await.0, 200);
     handle.stop().await;
 }

@@ -12,7 +12,7 @@ mod common;
 
 use std::{net::SocketAddr, path::Path, time::Duration};
 
-use cloud_coordinator::{Config, Coordinator};
+use cloud_coordinator::Config;
 use common::*;
 use mesh_core::{Bad, Desired, Failure, Phase, Reason, Release, Reported, VERSION};
 use serde_json::{Value, json};
@@ -158,7 +158,7 @@ async fn until(http: SocketAddr, id: &Value, what: impl Fn(&Value) -> bool) -> V
 #[tokio::test(flavor = "multi_thread")]
 async fn a_model_comes_to_the_devices_and_back() {
     let dir = tempfile::tempdir().unwrap();
-    let handle = Coordinator::start(config_with(dir.path())).await.unwrap();
+    let handle = start_as(config_with(dir.path())).await;
     let (http, broker) = (handle.http, handle.mqtt.unwrap());
 
     // What was given is published, and what was signed is served.
@@ -365,7 +365,7 @@ async fn a_model_comes_to_the_devices_and_back() {
     let wishes: Vec<_> = devices.iter().map(|d| d.wish.clone()).collect();
     handle.stop().await;
     drop((devices, strip, blank));
-    let handle = Coordinator::start(config_with(dir.path())).await.unwrap();
+    let handle = start_as(config_with(dir.path())).await;
     let (http, broker) = (handle.http, handle.mqtt.unwrap());
     let after = get(http, "/api/v1/rollouts").await.1;
     for field in ["id", "model", "status", "exposed", "failed"] {
@@ -388,7 +388,7 @@ async fn a_model_comes_to_the_devices_and_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_delta_begins_at_any_model_of_that_name() {
     let dir = tempfile::tempdir().unwrap();
-    let handle = Coordinator::start(config_with(dir.path())).await.unwrap();
+    let handle = start_as(config_with(dir.path())).await;
     let http = handle.http;
     let file = std::fs::read(bundle().join("model.onnx")).unwrap();
     let factory = models::digest_of(&file);

@@ -404,7 +404,7 @@ async fn too_much_is_refused() {
     let mut config = config(dir.path());
     config.samples.staging_bytes = 500_000;
     config.samples.max_samples = 3;
-    let handle = cloud_coordinator::Coordinator::start(config).await.unwrap();
+    let handle = start_as(config).await;
     let http = handle.http;
     let (one, two) = (png(600, 1), png(600, 2));
     for (seq, image) in [(1, &one), (2, &two)] {

@@ -12,7 +12,6 @@ mod common;
 
 use std::{net::SocketAddr, time::Duration};
 
-use cloud_coordinator::Coordinator;
 use common::*;
 use mesh_core::{
     Desired, Failure, Phase, Reason, Reported, Settings, SettingsReport, VERSION,
@@ -91,7 +90,7 @@ async fn until(http: SocketAddr, what: impl Fn(&Value) -> bool) -> Value {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_nearest_settings_are_told_and_outlive_a_restart() {
     let dir = tempfile::tempdir().unwrap();
-    let handle = Coordinator::start(config(dir.path())).await.unwrap();
+    let handle = start_as(config(dir.path())).await;
     let (http, broker) = (handle.http, handle.mqtt.unwrap());
     let mut d1 = played(broker, "d1", "pi").await;
     let mut d2 = played(broker, "d2", "nano").await;
@@ -155,7 +154,7 @@ async fn the_nearest_settings_are_told_and_outlive_a_restart() {
     // A restart changes nothing's mind.
     handle.stop().await;
     drop((d1, d2));
-    let handle = Coordinator::start(config(dir.path())).await.unwrap();
+    let handle = start_as(config(dir.path())).await;
     let (http, broker) = (handle.http, handle.mqtt.unwrap());
     let mut d1 = played(broker, "d1", "pi").await;
     assert_eq!(wished(&mut d1).await.settings, Some(third));

@@ -59,7 +59,7 @@ fn config_with(data: &Path) -> Config {
 }
 
 async fn start_with_backbone(data: &Path) -> Handle {
-    Coordinator::start(config_with(data)).await.unwrap()
+    start_as(config_with(data)).await
 }
 
 async fn import(http: SocketAddr, tar: &[u8], holdout: bool) -> Value {
@@ -240,7 +240,7 @@ async fn an_external_trainer_is_bound_to_its_contract() {
     let mut config = config_with(dir.path());
     config.training.external = vec!["/bin/sh".into(), script.display().to_string()];
     config.training.time_limit_s = 6;
-    let handle = Coordinator::start(config).await.unwrap();
+    let handle = start_as(config).await;
     let http = handle.http;
     import(http, &tar(0, 6), false).await;
     let external = || json!({"author": "me", "trainer": "external"});

@@ -1,32 +1,43 @@
 //! A client of the coordinator's API, as small as the fleet needs it.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 use anyhow::Context;
 use serde_json::Value;
+
+use crate::site::{Site, TOKEN};
 
 /// A request may train nothing, but order thousands of samples on a busy machine.
 const TIMEOUT: Duration = Duration::from_secs(60);
 /// More than any answer that is asked for.
 const MAX_ANSWER: u64 = 64 << 20;
 
-/// The API of one coordinator. Blocks.
+/// The API of one coordinator, asked as an admin on its machine. Blocks.
 #[derive(Clone, Debug)]
 pub(crate) struct Api {
     agent: ureq::Agent,
     base: String,
+    /// Made anew at each start of the coordinator.
+    token: PathBuf,
 }
 
 impl Api {
-    pub(crate) fn new(address: SocketAddr) -> Self {
+    pub(crate) fn of(site: &Site) -> Self {
         let config = ureq::Agent::config_builder()
             .timeout_global(Some(TIMEOUT))
             .http_status_as_error(false)
             .build();
         Self {
             agent: config.into(),
-            base: format!("http://{address}/api/v1"),
+            base: format!("http://{}/api/v1", site.http()),
+            token: site.data().join(TOKEN),
         }
+    }
+
+    fn shown(&self) -> anyhow::Result<String> {
+        let token = std::fs::read_to_string(&self.token)
+            .with_context(|| format!("reading {}", self.token.display()))?;
+        Ok(format!("Bearer {}", token.trim()))
     }
 
     /// Host and port.
@@ -38,7 +49,8 @@ impl Api {
     /// `GET`
     pub(crate) fn get(&self, path: &str) -> anyhow::Result<Value> {
         let url = format!("{}{path}", self.base);
-        let answer = self.agent.get(&url).call();
+        let request = self.agent.get(&url);
+        let answer = request.header("authorization", self.shown()?).call();
         read(&url, answer)
     }
 
@@ -48,6 +60,7 @@ impl Api {
         let answer = self
             .agent
             .put(&url)
+            .header("authorization", self.shown()?)
             .header("content-type", "application/json")
             .send(body.to_string());
         read(&url, answer)
@@ -59,6 +72,7 @@ impl Api {
         let answer = self
             .agent
             .post(&url)
+            .header("authorization", self.shown()?)
             .header("content-type", "application/json")
             .send(body.to_string());
         read(&url, answer)

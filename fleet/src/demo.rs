@@ -101,7 +101,7 @@ pub(crate) async fn run(args: &DemoArgs) -> anyhow::Result<bool> {
     greet(&site);
     let (say, mut said) = tokio::sync::mpsc::channel(16);
     let telling = lesson.then(|| {
-        let api = Api::new(site.http());
+        let api = Api::of(&site);
         let bundle = plan.bundle.clone().unwrap_or_default();
         tokio::spawn(async move {
             if let Err(error) = lesson::tell(api, &bundle, say.clone()).await {
@@ -325,7 +325,10 @@ fn greet(site: &Site) {
         "Lacewing: a coordinator, {} devices and a network between them.\n",
         site.devices.len()
     );
-    println!("  console       http://{http}/");
+    // Whoever looks in for the first time makes the first admin.
+    let link = std::fs::read_to_string(site.data().join("trust/setup-link"));
+    let console = link.map_or_else(|_| format!("http://{http}/"), |link| link.trim().to_owned());
+    println!("  console       {console}");
     println!(
         "  subscribe     mosquitto_sub -h {} -p {} -v -t 'lacewing/v1/+/+/+/result'",
         mqtt.ip(),

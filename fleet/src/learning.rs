@@ -96,7 +96,7 @@ pub(crate) async fn run(args: &LoopArgs) -> anyhow::Result<bool> {
         repeat: false,
     };
     let mut site = Site::start(&plan).await?;
-    let api = Api::new(site.http());
+    let api = Api::of(&site);
     for (part, holdout) in [("initial", false), ("holdout", true)] {
         import(&program, &site, &root.join(part), holdout).await?;
     }
@@ -296,8 +296,8 @@ async fn import(program: &Program, site: &Site, dir: &Path, holdout: bool) -> an
     command
         .args(["cloud-coordinator", "import", TASK])
         .arg(dir)
-        .args(["--format", "folder", "--author", AUTHOR, "--http"])
-        .arg(site.http().to_string())
+        .args(["--format", "folder", "--author", AUTHOR, "--data"])
+        .arg(site.data())
         // A part of a fleet ends when its input does.
         .env_remove(process::EXIT_WITH_STDIN)
         .stdin(Stdio::null());

@@ -230,6 +230,9 @@ pub struct Site {
     root: PathBuf,
 }
 
+/// In the coordinator's data folder: what commands on its machine show.
+pub const TOKEN: &str = "trust/operator.token";
+
 impl Site {
     /// Starts everything and waits until the coordinator answers.
     ///
@@ -383,6 +386,12 @@ impl Site {
         };
         device.write_config()?;
         Ok(device)
+    }
+
+    /// The coordinator's data folder.
+    #[must_use]
+    pub fn data(&self) -> PathBuf {
+        self.root.join("coordinator")
     }
 
     /// Where the console is.

@@ -13,7 +13,7 @@ use mesh_core::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{At, Params, Said, State, problem::Problem};
+use super::{At, Params, Said, State, gate::Caller, problem::Problem};
 use crate::{
     delivery::{Group, ReleaseError, ReleaseRow, RolloutError, RolloutView, Settings},
     labels::checked_author,
@@ -434,6 +434,7 @@ pub(super) struct Pin {
 )]
 pub(super) async fn pin(
     Shared(state): Shared<State>,
+    caller: Caller,
     At((site, device)): At<(String, String)>,
     Said(said): Said<Pin>,
 ) -> Result<StatusCode, Problem> {
@@ -443,6 +444,9 @@ pub(super) async fn pin(
             .map_err(|e| Problem::bad(e.to_string()))
     };
     let (site, device) = (named(&site)?, named(&device)?);
+    if !caller.sees(Some(site.as_str())) {
+        return Err(Problem::not_found("there is no such device"));
+    }
     state
         .rollouts
         .pin(&site, &device, said.model.as_deref(), author)

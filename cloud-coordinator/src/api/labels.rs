@@ -4,7 +4,7 @@ use axum::{Json, extract::State as Shared, http::StatusCode};
 use mesh_core::Name;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::{At, Params, Said as Body, State, problem::Problem};
+use super::{At, Params, Said as Body, State, gate::Caller, problem::Problem, samples::seen_by};
 use crate::{
     clock,
     labels::{
@@ -125,6 +125,7 @@ pub(super) struct Queue {
 )]
 pub(super) async fn queue(
     Shared(state): Shared<State>,
+    caller: Caller,
     At(name): At<String>,
     Params(query): Params<QueueQuery>,
 ) -> Result<Json<Queue>, Problem> {
@@ -135,10 +136,12 @@ pub(super) async fn queue(
     let records = &state.samples.records;
     let task = found(records.tasks(Some(&name)).await?, &name)?;
     let seed = query.seed;
+    let site = caller.narrowed(None)?;
+    let site = site.as_deref();
     let ids = match query.strategy {
-        Strategy::Random => at_random(records.open_ids(&name).await?, take, seed),
+        Strategy::Random => at_random(records.open_ids(&name, site).await?, take, seed),
         Strategy::Queue => {
-            let candidates = records.candidates(&name).await?;
+            let candidates = records.candidates(&name, site).await?;
             let known = known(&state, &name, &candidates).await?;
             // Up to a second of work.
             tokio::task::spawn_blocking(move || order(&candidates, &known, take, seed))
@@ -204,6 +207,7 @@ pub(super) struct LabelBody {
 )]
 pub(super) async fn label(
     Shared(state): Shared<State>,
+    caller: Caller,
     At(id): At<i64>,
     Body(body): Body<LabelBody>,
 ) -> Result<(StatusCode, Json<SampleRow>), Problem> {
@@ -219,6 +223,7 @@ pub(super) async fn label(
             ));
         }
     };
+    seen_by(&caller, &state, id).await?;
     let records = &state.samples.records;
     records.label(id, &said, author, clock::now_ms()).await?;
     let sample = records.sample(id).await?.ok_or(LabelError::Deleted)?;
@@ -247,10 +252,12 @@ pub(super) struct UndoQuery {
 )]
 pub(super) async fn undo(
     Shared(state): Shared<State>,
+    caller: Caller,
     At(id): At<i64>,
     Params(query): Params<UndoQuery>,
 ) -> Result<Json<SampleRow>, Problem> {
     let author = checked_author(&query.author)?;
+    seen_by(&caller, &state, id).await?;
     let records = &state.samples.records;
     records.undo_label(id, author, clock::now_ms()).await?;
     let sample = records.sample(id).await?.ok_or(LabelError::Deleted)?;

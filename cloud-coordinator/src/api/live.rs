@@ -14,11 +14,12 @@ use serde::Deserialize;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast};
 use tokio_stream::wrappers::{BroadcastStream, errors::BroadcastStreamRecvError};
 
-use super::{Params, State, problem::Problem};
+use super::{Params, State, gate::Caller, problem::Problem};
 use crate::{
     metrics::Metrics,
-    registry::Registry,
+    registry::{Device, Registry, View},
     store::{NewReading, ReadingRow},
+    trust::Trust,
 };
 
 /// Readings that a slow client may be behind: some seconds of a small fleet.
@@ -30,6 +31,9 @@ const WATCHERS: usize = 256;
 /// A comment is sent after this silence, so that proxies keep the connection.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
+/// How often it is looked whether who watches still may: a stream has no end of its own.
+const LOOK_AGAIN: Duration = Duration::from_secs(15);
+
 /// One event, serialised once for everyone.
 #[derive(Clone, Debug)]
 enum Happening {
@@ -38,7 +42,10 @@ enum Happening {
         device: Arc<str>,
         json: Arc<str>,
     },
-    Devices(Arc<str>),
+    Devices {
+        views: Arc<[View]>,
+        json: Arc<str>,
+    },
 }
 
 /// The way to everyone who watches.
@@ -91,7 +98,9 @@ impl Live {
             return;
         }
         if let Ok(json) = serde_json::to_string(&changed) {
-            let _ = self.devices.send(Happening::Devices(json.into()));
+            let views = changed.into();
+            let json = json.into();
+            let _ = self.devices.send(Happening::Devices { views, json });
         }
     }
 }
@@ -126,7 +135,7 @@ fn row(new: &NewReading, site: &str, device: &str) -> ReadingRow {
 pub(super) struct Watch {
     /// `readings` (the default): one event per live reading. `devices`: once a second those that changed.
     what: What,
-    /// Only readings of this site.
+    /// Only of this site.
     site: Option<String>,
     /// Only readings of devices of this name.
     device: Option<String>,
@@ -156,8 +165,10 @@ enum What {
 )]
 pub(super) async fn live(
     Shared(state): Shared<State>,
-    Params(watch): Params<Watch>,
+    caller: Caller,
+    Params(mut watch): Params<Watch>,
 ) -> Result<Response, Problem> {
+    watch.site = caller.narrowed(watch.site)?;
     let live = &state.live;
     let place = live.watchers.clone().try_acquire_owned().map_err(|_| {
         let detail = format!("{WATCHERS} clients watch already");
@@ -169,16 +180,33 @@ pub(super) async fn live(
         What::Devices => {
             let receiver = live.devices.subscribe();
             let second = state.started.elapsed().as_secs();
-            let all = state.registry.views(None, DEVICES, second, |_| true);
+            let site = watch.site.as_deref();
+            let wanted = |d: &Device| site.is_none_or(|site| site == d.site.as_str());
+            let all = state.registry.views(None, DEVICES, second, wanted);
             let json = serde_json::to_string(&all).unwrap_or_else(|_| "[]".to_owned());
             (receiver, Some(Event::default().event("devices").data(json)))
         }
     };
     let events = stream::iter(first).chain(changes(receiver, watch, live.metrics.clone(), place));
     let stop = state.stop.clone().cancelled_owned();
-    let events = events.take_until(stop).map(Ok::<_, Infallible>);
+    let grant = caller.who.map(|who| who.grant).unwrap_or_default();
+    let over = revoked(state.trust, grant);
+    let events = events
+        .take_until(stop)
+        .take_until(over)
+        .map(Ok::<_, Infallible>);
     let keep_alive = KeepAlive::new().interval(KEEP_ALIVE);
     Ok(Sse::new(events).keep_alive(keep_alive).into_response())
+}
+
+/// Returns when what was shown does not count any more.
+async fn revoked(trust: Trust, grant: String) {
+    loop {
+        tokio::time::sleep(LOOK_AGAIN).await;
+        if !trust.counts(&grant).await {
+            return;
+        }
+    }
 }
 
 fn changes(
@@ -196,7 +224,15 @@ fn changes(
                 let both = wanted(&watch.site, &site) && wanted(&watch.device, &device);
                 both.then(|| Event::default().event("reading").data(&*json))
             }
-            Ok(Happening::Devices(json)) => Some(Event::default().event("devices").data(&*json)),
+            Ok(Happening::Devices { views, json }) => match &watch.site {
+                None => Some(Event::default().event("devices").data(&*json)),
+                Some(site) => {
+                    let own: Vec<_> = views.iter().filter(|view| view.site() == site).collect();
+                    let some = !own.is_empty();
+                    let json = some.then(|| serde_json::to_string(&own).ok()).flatten();
+                    json.map(|json| Event::default().event("devices").data(json))
+                }
+            },
             Err(BroadcastStreamRecvError::Lagged(missed)) => {
                 metrics.live_missed.inc_by(missed);
                 let json = format!("{{\"missed\":{missed}}}");

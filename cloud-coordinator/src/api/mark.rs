@@ -4,7 +4,7 @@ use axum::{extract::State as Shared, http::StatusCode};
 use mesh_core::{Kind, Mark, Name, SampleReason, Topic, VERSION};
 use serde::Deserialize;
 
-use super::{At, Params, Said, State, problem::Problem};
+use super::{At, Params, Said, State, gate::Caller, problem::Problem};
 
 /// What is wrong with what was reported.
 #[derive(Clone, Copy, Debug, Deserialize, utoipa::ToSchema)]
@@ -53,6 +53,7 @@ pub(super) struct MarkQuery {
 )]
 pub(super) async fn mark(
     Shared(state): Shared<State>,
+    caller: Caller,
     At((device, source)): At<(String, String)>,
     Params(query): Params<MarkQuery>,
     Said(body): Said<MarkBody>,
@@ -60,17 +61,19 @@ pub(super) async fn mark(
     let source: Name = source
         .parse()
         .map_err(|error| Problem::invalid(format!("source: {error}")))?;
-    let (device, site) = state
-        .registry
-        .only(&device, query.site.as_deref())
-        .map_err(|found| match found {
-            0 => Problem::not_found("there is no such device"),
-            _ => Problem::new(
-                409,
-                "Several devices",
-                format!("{found} sites have a device of this name: say which with ?site="),
-            ),
-        })?;
+    let site = caller.narrowed(query.site)?;
+    let (device, site) =
+        state
+            .registry
+            .only(&device, site.as_deref())
+            .map_err(|found| match found {
+                0 => Problem::not_found("there is no such device"),
+                _ => Problem::new(
+                    409,
+                    "Several devices",
+                    format!("{found} sites have a device of this name: say which with ?site="),
+                ),
+            })?;
     let mark = match body.mark {
         What::Wrong => SampleReason::Wrong,
         What::Missed => SampleReason::Missed,

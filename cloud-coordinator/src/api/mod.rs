@@ -1,20 +1,25 @@
 //! The API, the page, and what watches over the coordinator.
 
+mod access;
 mod activity;
 mod datasets;
 mod delivery;
 mod enrol;
 mod exchange;
+mod gate;
 mod labels;
 pub(crate) mod learning;
+mod limits;
 pub(crate) mod live;
 mod mark;
 mod page;
+mod people;
 mod problem;
 mod routes;
 mod samples;
 mod serve;
 mod settings;
+mod shown;
 mod subscribers;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
@@ -41,7 +46,7 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 pub(crate) use serve::{PROTOCOLS, serve};
 
-use self::{live::Live, problem::Problem};
+use self::{gate::Gate, live::Live, problem::Problem};
 use crate::{
     config::BrokerUrl,
     datasets::Datasets,
@@ -52,7 +57,7 @@ use crate::{
     registry::Registry,
     samples::Samples,
     store::Store,
-    trust::Identity,
+    trust::{Door, Identity, Trust},
 };
 
 /// Most of what is here takes no body; a few bytes are tolerated.
@@ -95,8 +100,16 @@ pub(crate) struct State {
     /// The external broker.
     pub(crate) broker_url: Option<BrokerUrl>,
     pub(crate) store_error: watch::Receiver<Option<String>>,
+    pub(crate) trust: Trust,
+    pub(crate) door: Door,
+    pub(crate) gate: Arc<Gate>,
     pub(crate) started: Instant,
     pub(crate) stop: CancellationToken,
+}
+
+/// What decides who may do what.
+pub(crate) fn gate(trust: &Trust, door: Door, metrics: &Arc<Metrics>) -> Arc<Gate> {
+    Arc::new(Gate::new(trust.clone(), door, metrics.clone()))
 }
 
 impl State {
@@ -222,6 +235,22 @@ fn entering() -> OpenApiRouter<State> {
         .layer(RequestBodyLimitLayer::new(enrol::MAX_ENROL))
 }
 
+/// Coming in, and who may.
+fn knocking() -> OpenApiRouter<State> {
+    OpenApiRouter::new()
+        .routes(routes!(people::login))
+        .routes(routes!(people::logout))
+        .routes(routes!(people::setup))
+        .routes(routes!(people::me))
+        .routes(routes!(people::password))
+        .routes(routes!(people::users, people::add_user))
+        .routes(routes!(people::change_user, people::remove_user))
+        .routes(routes!(people::tokens, people::add_token))
+        .routes(routes!(people::revoke_token))
+        .routes(routes!(people::audit_log))
+        .layer(RequestBodyLimitLayer::new(MAX_BODY))
+}
+
 fn sending() -> OpenApiRouter<State> {
     OpenApiRouter::new()
         .routes(routes!(samples::append))
@@ -257,6 +286,7 @@ fn bringing() -> OpenApiRouter<State> {
 fn taking() -> OpenApiRouter<State> {
     saying()
         .merge(entering())
+        .merge(knocking())
         .merge(sending())
         .merge(bringing())
         .merge(computing())
@@ -264,7 +294,8 @@ fn taking() -> OpenApiRouter<State> {
 
 /// The description of the API in JSON.
 pub(crate) fn openapi() -> Result<String, serde_json::Error> {
-    let (_, description) = reading().merge(taking()).split_for_parts();
+    let (_, mut description) = reading().merge(taking()).split_for_parts();
+    access::describe(&mut description);
     serde_json::to_string_pretty(&description)
 }
 
@@ -272,7 +303,8 @@ pub(crate) fn openapi() -> Result<String, serde_json::Error> {
 fn router(state: State) -> Router {
     let (reading, description) = reading().split_for_parts();
     let described = OpenApiRouter::<State>::with_openapi(description);
-    let (taking, description) = described.merge(taking()).split_for_parts();
+    let (taking, mut description) = described.merge(taking()).split_for_parts();
+    access::describe(&mut description);
     let description = axum::routing::get(move || std::future::ready(Json(description)));
     reading
         .route("/api/v1/openapi.json", description)
@@ -281,7 +313,15 @@ fn router(state: State) -> Router {
         .layer(RequestBodyLimitLayer::new(MAX_BODY))
         .merge(taking)
         .layer(middleware::from_fn_with_state(
-            (state.metrics.clone(), Arc::new(Semaphore::new(AT_ONCE))),
+            state.gate.clone(),
+            gate::gate,
+        ))
+        .layer(middleware::from_fn_with_state(
+            (
+                state.metrics.clone(),
+                Arc::new(Semaphore::new(AT_ONCE)),
+                state.door,
+            ),
             around,
         ))
         .with_state(state)
@@ -289,7 +329,7 @@ fn router(state: State) -> Router {
 
 /// What holds for every request: a bound on how many and how long, problems for errors, headers, a count.
 async fn around(
-    Shared((metrics, places)): Shared<(Arc<Metrics>, Arc<Semaphore>)>,
+    Shared((metrics, places, door)): Shared<(Arc<Metrics>, Arc<Semaphore>, Door)>,
     matched: Option<MatchedPath>,
     request: Request,
     next: Next,
@@ -325,6 +365,11 @@ async fn around(
             .headers_mut()
             .entry(name)
             .or_insert(HeaderValue::from_static(value));
+    }
+    if door.tls {
+        let year = HeaderValue::from_static("max-age=31536000");
+        let name = header::STRICT_TRANSPORT_SECURITY;
+        response.headers_mut().insert(name, year);
     }
     metrics.answered(&route, status.as_u16());
     response
@@ -403,6 +448,7 @@ mod tests {
         assert_eq!(
             paths,
             [
+                "/api/v1/audit",
                 "/api/v1/catalog",
                 "/api/v1/catalog/{model}",
                 "/api/v1/catalog/{model}/confusion.svg",
@@ -424,6 +470,10 @@ mod tests {
                 "/api/v1/jobs",
                 "/api/v1/jobs/{id}",
                 "/api/v1/live",
+                "/api/v1/login",
+                "/api/v1/logout",
+                "/api/v1/me",
+                "/api/v1/me/password",
                 "/api/v1/models",
                 "/api/v1/models/{call}",
                 "/api/v1/readings",
@@ -439,6 +489,7 @@ mod tests {
                 "/api/v1/samples/{id}/labels",
                 "/api/v1/samples/{id}/labels/last",
                 "/api/v1/settings",
+                "/api/v1/setup",
                 "/api/v1/subscribers",
                 "/api/v1/subscribers/{name}",
                 "/api/v1/tasks",
@@ -448,9 +499,13 @@ mod tests {
                 "/api/v1/tasks/{task}/import",
                 "/api/v1/tasks/{task}/queue",
                 "/api/v1/tasks/{task}/train",
+                "/api/v1/tokens",
+                "/api/v1/tokens/{id}",
                 "/api/v1/train",
                 "/api/v1/tuf/metadata/{file}",
                 "/api/v1/tuf/targets/{top}/{name}/{file}",
+                "/api/v1/users",
+                "/api/v1/users/{name}",
                 "/healthz",
                 "/metrics",
                 "/readyz",

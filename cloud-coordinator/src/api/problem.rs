@@ -30,6 +30,9 @@ pub(crate) struct Problem {
     /// Bytes of an image that are here, where a piece does not begin there.
     #[serde(skip_serializing_if = "Option::is_none")]
     offset: Option<u64>,
+    /// Seconds until it may be tried again, as in `Retry-After`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    retry_after_s: Option<u64>,
 }
 
 impl Problem {
@@ -40,6 +43,7 @@ impl Problem {
             status,
             detail: detail.into(),
             offset: None,
+            retry_after_s: None,
         }
     }
 
@@ -47,6 +51,15 @@ impl Problem {
     pub(crate) fn at(self, offset: u64) -> Self {
         let offset = Some(offset);
         Self { offset, ..self }
+    }
+
+    /// Says when to come back.
+    pub(crate) fn after(self, seconds: u64) -> Self {
+        let retry_after_s = Some(seconds);
+        Self {
+            retry_after_s,
+            ..self
+        }
     }
 
     pub(crate) fn invalid(detail: impl Into<String>) -> Self {
@@ -77,12 +90,20 @@ impl Problem {
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
         let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let after = self.retry_after_s;
         let mut response = (status, Json(self)).into_response();
         response.headers_mut().insert(
             header::CONTENT_TYPE,
             HeaderValue::from_static("application/problem+json"),
         );
-        if status == StatusCode::SERVICE_UNAVAILABLE {
+        if status == StatusCode::UNAUTHORIZED {
+            let how = HeaderValue::from_static("Bearer realm=\"lacewing\"");
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, how);
+        }
+        if let Some(seconds) = after {
+            let seconds = HeaderValue::from(seconds);
+            response.headers_mut().insert(header::RETRY_AFTER, seconds);
+        } else if status == StatusCode::SERVICE_UNAVAILABLE {
             let soon = HeaderValue::from_static("1");
             response.headers_mut().insert(header::RETRY_AFTER, soon);
         }

@@ -7,7 +7,7 @@ use axum::{
 use mesh_core::Name;
 use serde::{Deserialize, Serialize};
 
-use super::{Params, State, problem::Problem};
+use super::{Params, State, gate::Caller, problem::Problem};
 use crate::{
     registry::{ModelView, View},
     samples::SampleRow,
@@ -84,6 +84,7 @@ pub(super) struct DevicesQuery {
 )]
 pub(super) async fn devices(
     Shared(state): Shared<State>,
+    caller: Caller,
     Params(query): Params<DevicesQuery>,
 ) -> Result<Json<DevicePage>, Problem> {
     let limit = limit(query.limit)?;
@@ -96,11 +97,12 @@ pub(super) async fn devices(
                 .ok_or_else(|| Problem::bad("after: is not the `next` of a page of devices"))?,
         ),
     };
+    let site = caller.narrowed(query.site)?;
     let items = state.registry.views(
         after.as_ref(),
         usize::try_from(limit).unwrap_or(0),
         state.second(),
-        |d| query.site.as_ref().is_none_or(|s| s == d.site.as_str()),
+        |d| site.as_ref().is_none_or(|s| s == d.site.as_str()),
     );
     Ok(Json(DevicePage::new(items, limit, View::cursor)))
 }
@@ -117,11 +119,14 @@ pub(super) async fn devices(
 )]
 pub(super) async fn device(
     Shared(state): Shared<State>,
+    caller: Caller,
     path: Result<Path<(String, String)>, axum::extract::rejection::PathRejection>,
 ) -> Result<Json<View>, Problem> {
     let Path((site, device)) = path.map_err(|e| Problem::bad(e.body_text()))?;
     let found = match (site.parse::<Name>(), device.parse::<Name>()) {
-        (Ok(site), Ok(device)) => state.registry.view(&site, &device, state.second()),
+        (Ok(site), Ok(device)) if caller.sees(Some(site.as_str())) => {
+            state.registry.view(&site, &device, state.second())
+        }
         _ => None,
     };
     found
@@ -167,11 +172,12 @@ pub(super) struct ReadingsQuery {
 )]
 pub(super) async fn readings(
     Shared(state): Shared<State>,
+    caller: Caller,
     Params(query): Params<ReadingsQuery>,
 ) -> Result<Json<ReadingPage>, Problem> {
     let limit = limit(query.limit)?;
     let filter = ReadingFilter {
-        site: query.site,
+        site: caller.narrowed(query.site)?,
         device: query.device,
         source: query.source,
         label: query.label,
@@ -213,11 +219,12 @@ pub(super) struct GapsQuery {
 )]
 pub(super) async fn gaps(
     Shared(state): Shared<State>,
+    caller: Caller,
     Params(query): Params<GapsQuery>,
 ) -> Result<Json<GapPage>, Problem> {
     let limit = limit(query.limit)?;
     let filter = GapFilter {
-        site: query.site,
+        site: caller.narrowed(query.site)?,
         device: query.device,
         after: query.after,
         limit,

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     At, Params, Said, State,
+    gate::Caller,
     problem::Problem,
     routes::{SamplePage, limit},
 };
@@ -20,6 +21,7 @@ use crate::{
     labels::checked_author,
     objects::kind_of,
     samples::{SampleError, SampleFilter, SampleRow},
+    trust::Principal,
 };
 
 /// How much of an image is here.
@@ -27,6 +29,38 @@ use crate::{
 pub(super) struct Here {
     /// Bytes; all of them when the image is complete.
     offset: u64,
+}
+
+/// The site of a device that sends something, as far as who asks proves it. A device sends only what is its own.
+fn proven(principal: Option<&Principal>, device: &Name) -> Result<Option<Name>, Problem> {
+    match principal {
+        Some(Principal::Device { site, device: is }) if is == device => Ok(Some(site.clone())),
+        Some(Principal::Device { .. }) => {
+            let why = "a device sends only what is its own";
+            Err(Problem::new(403, "Forbidden", why))
+        }
+        _ => Ok(None),
+    }
+}
+
+fn site_of(state: &State, caller: &Caller, device: &Name) -> Result<Option<Name>, Problem> {
+    // Where somebody brings it, its site is known if there is one device of this name.
+    let only = || Some(state.registry.only(device.as_str(), None).ok()?.1);
+    Ok(proven(caller.principal(), device)?.or_else(only))
+}
+
+/// Goes on only if this one may see the sample: what it may not see is not there.
+pub(super) async fn seen_by(caller: &Caller, state: &State, id: i64) -> Result<(), Problem> {
+    if caller.principal().and_then(Principal::site).is_none() {
+        return Ok(());
+    }
+    let found = state.samples.records.sample(id).await?;
+    let seen = found.is_some_and(|sample| caller.sees(sample.site.as_deref()));
+    if seen {
+        Ok(())
+    } else {
+        Err(SampleError::Missing.into())
+    }
 }
 
 /// Takes in a sample, which is sent again until this is answered. Its image follows.
@@ -47,10 +81,12 @@ pub(super) struct Here {
 )]
 pub(super) async fn announce(
     Shared(state): Shared<State>,
+    caller: Caller,
     body: Bytes,
 ) -> Result<(StatusCode, Json<Here>), Problem> {
     let sample = Sample::decode(&body).map_err(|e| Problem::invalid(e.to_string()))?;
-    let (new, offset) = state.samples.announce(&sample).await?;
+    let site = site_of(&state, &caller, &sample.device)?;
+    let (new, offset) = state.samples.announce(&sample, site.as_ref()).await?;
     let status = if new {
         StatusCode::CREATED
     } else {
@@ -82,6 +118,7 @@ pub(super) async fn announce(
 )]
 pub(super) async fn append(
     Shared(state): Shared<State>,
+    caller: Caller,
     At((device, epoch, seq)): At<(String, u64, u64)>,
     headers: HeaderMap,
     body: Bytes,
@@ -96,9 +133,10 @@ pub(super) async fn append(
     let (Ok(epoch), Ok(seq)) = (epoch, seq) else {
         return Err(SampleError::Missing.into());
     };
+    let site = site_of(&state, &caller, &device)?;
     let appended = state
         .samples
-        .append(device.as_str(), epoch, seq, offset, body);
+        .append((site.as_ref(), &device), epoch, seq, offset, body);
     let offset = appended.await?;
     Ok(Json(Here { offset }))
 }
@@ -112,6 +150,8 @@ pub(super) struct SamplesQuery {
     task: Option<String>,
     /// Only kept for this: `wrong`, `missed`, `uncertain`, `novel` or `random`.
     reason: Option<String>,
+    /// Only of this site.
+    site: Option<String>,
     /// Only of this device.
     device: Option<String>,
     /// Only those that have a label (a class, or none of them), or only those that have not.
@@ -134,10 +174,12 @@ pub(super) struct SamplesQuery {
 )]
 pub(super) async fn samples(
     Shared(state): Shared<State>,
+    caller: Caller,
     Params(query): Params<SamplesQuery>,
 ) -> Result<Json<SamplePage>, Problem> {
     let limit = limit(query.limit)?;
     let filter = SampleFilter {
+        site: caller.narrowed(query.site)?,
         task: query.task,
         reason: query.reason,
         device: query.device,
@@ -161,9 +203,11 @@ pub(super) async fn samples(
 )]
 pub(super) async fn sample(
     Shared(state): Shared<State>,
+    caller: Caller,
     At(id): At<i64>,
 ) -> Result<Json<SampleRow>, Problem> {
     let found = state.samples.records.sample(id).await?;
+    let found = found.filter(|sample| caller.sees(sample.site.as_deref()));
     Ok(Json(found.ok_or(SampleError::Missing)?))
 }
 
@@ -179,8 +223,10 @@ pub(super) async fn sample(
 )]
 pub(super) async fn delete(
     Shared(state): Shared<State>,
+    caller: Caller,
     At(id): At<i64>,
 ) -> Result<StatusCode, Problem> {
+    seen_by(&caller, &state, id).await?;
     state.samples.delete(id).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -197,8 +243,10 @@ pub(super) async fn delete(
 )]
 pub(super) async fn image(
     Shared(state): Shared<State>,
+    caller: Caller,
     At(id): At<i64>,
 ) -> Result<impl IntoResponse, Problem> {
+    seen_by(&caller, &state, id).await?;
     let bytes = state.samples.image(id).await?;
     let (kind, _) = kind_of(&bytes).ok_or(SampleError::Missing)?;
     let headers = [
@@ -239,10 +287,12 @@ pub(super) struct Holdout {
 )]
 pub(super) async fn holdout(
     Shared(state): Shared<State>,
+    caller: Caller,
     At(id): At<i64>,
     Said(said): Said<Holdout>,
 ) -> Result<Json<SampleRow>, Problem> {
     let author = checked_author(&said.author)?;
+    seen_by(&caller, &state, id).await?;
     let records = &state.samples.records;
     let now = clock::now_ms();
     if !records.set_holdout(id, said.holdout, author, now).await? {
@@ -250,4 +300,29 @@ pub(super) async fn holdout(
     }
     let found = records.sample(id).await?;
     Ok(Json(found.ok_or(SampleError::Missing)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::trust::Role;
+
+    #[test]
+    fn a_device_speaks_for_itself_only() {
+        let name = |text: &str| text.parse::<Name>().unwrap();
+        let device = Principal::Device {
+            site: name("plant-3"),
+            device: name("cam7"),
+        };
+        let user = Principal::User {
+            name: "ana".into(),
+            role: Role::Admin,
+            site: None,
+        };
+        let proven = |who: Option<&Principal>, device: &str| proven(who, &name(device)).ok();
+        assert_eq!(proven(Some(&device), "cam7"), Some(Some(name("plant-3"))));
+        assert_eq!(proven(Some(&device), "cam8"), None);
+        assert_eq!(proven(Some(&user), "cam7"), Some(None));
+        assert_eq!(proven(None, "cam7"), Some(None));
+    }
 }

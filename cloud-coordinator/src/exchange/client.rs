@@ -35,6 +35,7 @@ const ANSWER: usize = 1 << 20;
 pub(crate) async fn send(
     address: SocketAddr,
     data: &Path,
+    token: Option<&str>,
     target: &str,
     folder: &Path,
 ) -> anyhow::Result<ImportReport> {
@@ -57,10 +58,13 @@ pub(crate) async fn send(
         let folder = folder.to_owned();
         tokio::task::spawn_blocking(move || write(&folder, &files, SyncIoBridge::new(near)))
     };
-    let request = Request::post(target)
+    let mut request = Request::post(target)
         .header(header::HOST, address.to_string())
-        .header(header::CONTENT_TYPE, "application/x-tar")
-        .body(Body::from_stream(ReaderStream::new(far)))?;
+        .header(header::CONTENT_TYPE, "application/x-tar");
+    if let Some(token) = token {
+        request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
+    }
+    let request = request.body(Body::from_stream(ReaderStream::new(far)))?;
     let answer = sender.send_request(request).await?;
     let status = answer.status();
     let body = axum::body::to_bytes(Body::new(answer.into_body()), ANSWER).await?;

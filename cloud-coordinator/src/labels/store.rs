@@ -239,7 +239,11 @@ impl Records {
 
     /// The samples that nobody has said anything about, those that people marked first and then those that
     /// the model was least sure of; at most [`MAX_CANDIDATES`].
-    pub(crate) async fn candidates(&self, task: &str) -> Result<Vec<Candidate>, RecordError> {
+    pub(crate) async fn candidates(
+        &self,
+        task: &str,
+        site: Option<&str>,
+    ) -> Result<Vec<Candidate>, RecordError> {
         type Row = (
             i64,
             Option<String>,
@@ -251,12 +255,14 @@ impl Records {
         let sql = format!(
             "SELECT s.id, s.reason, s.margin, s.entropy, e.model, e.data {WITH_LABEL} \
              LEFT JOIN embeddings e ON e.sample = s.id \
-             WHERE s.task = ? AND s.deleted_ms IS NULL AND s.image = 'stored' AND l.kind IS NULL \
+             WHERE s.task = ?1 AND (?2 IS NULL OR s.site = ?2) AND s.deleted_ms IS NULL \
+             AND s.image = 'stored' AND l.kind IS NULL \
              ORDER BY CASE WHEN s.reason IN ('wrong', 'missed') THEN 0 ELSE 1 END, \
              coalesce(s.margin, 0.5), s.id LIMIT {MAX_CANDIDATES}"
         );
         let rows: Vec<Row> = sqlx::query_as(sqlx::AssertSqlSafe(sql))
             .bind(task)
+            .bind(site)
             .fetch_all(self.readers())
             .await
             .map_err(RecordError::sql("read what can be labelled"))?;
@@ -291,14 +297,19 @@ impl Records {
             .map_err(RecordError::sql("read what is labelled"))
     }
 
-    /// The ids of all samples that nobody has said anything about.
-    pub(crate) async fn open_ids(&self, task: &str) -> Result<Vec<i64>, RecordError> {
+    /// The ids of all samples, or of those of a site, that nobody has said anything about.
+    pub(crate) async fn open_ids(
+        &self,
+        task: &str,
+        site: Option<&str>,
+    ) -> Result<Vec<i64>, RecordError> {
         let sql = format!(
-            "SELECT s.id {WITH_LABEL} WHERE s.task = ? AND s.deleted_ms IS NULL \
+            "SELECT s.id {WITH_LABEL} WHERE s.task = ?1 AND (?2 IS NULL OR s.site = ?2) AND s.deleted_ms IS NULL \
              AND s.image = 'stored' AND l.kind IS NULL ORDER BY s.id"
         );
         sqlx::query_scalar(sqlx::AssertSqlSafe(sql))
             .bind(task)
+            .bind(site)
             .fetch_all(self.readers())
             .await
             .map_err(RecordError::sql("read what can be labelled"))

@@ -31,6 +31,7 @@ async function ask(path, method, body) {
     headers: body === undefined ? {} : { "content-type": "application/json" },
     body: body === undefined ? undefined : JSON.stringify(body),
   });
+  if (answer.status === 401) signIn();
   const said = answer.status === 204 ? null : await answer.json();
   if (!answer.ok) {
     const error = new Error(said.detail || said.title);
@@ -176,7 +177,8 @@ async function add(name) {
 }
 
 async function start() {
-  byId("author").value = localStorage.getItem("author") || "";
+  const who = await me;
+  byId("author").value = localStorage.getItem("author") || (who ? who.name : "");
   const { items } = await ask("tasks");
   const options = items.map((one) => {
     const option = document.createElement("option");

@@ -13,6 +13,7 @@
 
   async function get(path) {
     const answer = await fetch(`api/v1/${path}`);
+    if (answer.status === 401) signIn();
     if (!answer.ok) throw new Error(`${path}: ${answer.status}`);
     return answer.json();
   }

@@ -169,7 +169,10 @@ function connect() {
   events.addEventListener("error", () => {
     set(link, "coordinator away, trying again", "link off");
     // A browser tries again by itself unless the answer was an error.
-    if (events.readyState === EventSource.CLOSED) setTimeout(connect, 3000);
+    if (events.readyState !== EventSource.CLOSED) return;
+    // The session may be over, which the event does not say.
+    whoAmI();
+    setTimeout(connect, 3000);
   });
 }
 

@@ -82,5 +82,8 @@
     setTimeout(look, EVERY_MS);
   }
 
-  look();
+  // Rollouts are about all sites: who may only see one is not shown them.
+  me.then((who) => {
+    if (who && !who.site) look();
+  });
 })();

@@ -146,8 +146,13 @@ impl Samples {
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
     }
 
-    /// Takes in a sample without its image. Says whether it is new, and how much of its image is here.
-    pub(crate) async fn announce(&self, sample: &Sample) -> Result<(bool, u64), SampleError> {
+    /// Takes in a sample without its image, of a device of this site. Says whether it is new, and how much of its image
+    /// is here.
+    pub(crate) async fn announce(
+        &self,
+        sample: &Sample,
+        site: Option<&Name>,
+    ) -> Result<(bool, u64), SampleError> {
         let task = task_of(&sample.model)
             .ok_or_else(|| SampleError::Invalid("model: is name@version".into()))?;
         let (device, epoch, seq) = (
@@ -156,6 +161,10 @@ impl Samples {
             sample.seq.cast_signed(),
         );
         if let Some(known) = self.records.image_of(device, epoch, seq).await? {
+            if !of_site(&known, site) {
+                let why = "a device of this name at another site has sent this epoch and seq";
+                return Err(SampleError::Invalid(why.into()));
+            }
             if matches!(sample.reason, SampleReason::Wrong | SampleReason::Missed) {
                 // Somebody has marked it since it was sent first.
                 self.records
@@ -183,7 +192,7 @@ impl Samples {
         let now = clock::now_ms();
         let new = self
             .records
-            .add_sample(task.as_str(), sample, image, now)
+            .add_sample(task.as_str(), sample, site, image, now)
             .await?;
         if new.is_some() {
             self.added(bytes);
@@ -227,17 +236,18 @@ impl Samples {
         }
     }
 
-    /// Takes in a piece of an image. Says how much of it is here.
+    /// Takes in a piece of an image from a device of a site. Says how much of it is here.
     pub(crate) async fn append(
         &self,
-        device: &str,
+        (site, device): (Option<&Name>, &Name),
         epoch: i64,
         seq: i64,
         offset: u64,
         piece: Bytes,
     ) -> Result<u64, SampleError> {
-        let find = || self.records.image_of(device, epoch, seq);
-        let found = find().await?.ok_or(SampleError::Missing)?;
+        let find = || self.records.image_of(device.as_str(), epoch, seq);
+        let found = find().await?.filter(|found| of_site(found, site));
+        let found = found.ok_or(SampleError::Missing)?;
         let bytes = found.bytes.unsigned_abs();
         if let Some(settled) = settled(&found, offset)? {
             return Ok(settled);
@@ -339,6 +349,12 @@ impl Samples {
             }
         }
     }
+}
+
+/// Whether a sample can be of this site: devices of different sites may have the same name.
+fn of_site(row: &ImageRow, site: Option<&Name>) -> bool {
+    let both = row.site.as_deref().zip(site);
+    both.is_none_or(|(is, site)| is == site.as_str())
 }
 
 /// What to answer to a piece of an image that is not awaited; `None` if it is.

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use mesh_core::Sample;
+use mesh_core::{Name, Sample};
 use serde::Serialize;
 use sqlx::{QueryBuilder, Sqlite, SqliteConnection};
 
@@ -18,6 +18,9 @@ pub(crate) struct SampleRow {
     pub(crate) task: String,
     /// `device`, or `import` for what a person brought in.
     pub(crate) origin: String,
+    /// The site of the device that looked; nothing for what was brought in, and where nobody proved it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) site: Option<String>,
     /// The device that looked.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) device: Option<String>,
@@ -87,7 +90,7 @@ pub(crate) const WITH_LABEL: &str = "FROM samples s \
         WHERE x.sample = s.id AND x.undone_ms IS NULL) \
     LEFT JOIN classes c ON c.task = s.task AND c.position = l.class ";
 
-const COLUMNS: &str = "SELECT s.id, s.task, s.origin, s.device, s.source, s.epoch, s.seq, s.reason, s.ts, \
+const COLUMNS: &str = "SELECT s.id, s.task, s.origin, s.site, s.device, s.source, s.epoch, s.seq, s.reason, s.ts, \
     s.received_ms, s.label, s.score, s.margin, s.entropy, s.novelty, s.model, s.file, s.sha256, s.bytes, \
     s.image, s.refused, s.holdout, l.kind AS labelled, c.name AS class, l.author ";
 
@@ -95,6 +98,7 @@ const COLUMNS: &str = "SELECT s.id, s.task, s.origin, s.device, s.source, s.epoc
 #[derive(Clone, Debug, sqlx::FromRow)]
 pub(crate) struct ImageRow {
     pub(crate) id: i64,
+    pub(crate) site: Option<String>,
     pub(crate) sha256: Option<String>,
     pub(crate) bytes: i64,
     pub(crate) image: String,
@@ -107,6 +111,7 @@ pub(crate) struct ImageRow {
 pub(crate) struct SampleFilter {
     pub(crate) task: Option<String>,
     pub(crate) reason: Option<String>,
+    pub(crate) site: Option<String>,
     pub(crate) device: Option<String>,
     pub(crate) labelled: Option<bool>,
     pub(crate) after: Option<i64>,
@@ -163,7 +168,7 @@ impl Records {
         seq: i64,
     ) -> Result<Option<ImageRow>, RecordError> {
         sqlx::query_as(
-            "SELECT id, coalesce(announced_sha256, sha256) AS sha256, coalesce(announced_bytes, bytes) AS bytes, \
+            "SELECT id, site, coalesce(announced_sha256, sha256) AS sha256, coalesce(announced_bytes, bytes) AS bytes, \
              image, refused, deleted_ms FROM samples WHERE device = ? AND epoch = ? AND seq = ?",
         )
         .bind(device)
@@ -205,6 +210,7 @@ impl Records {
         &self,
         task: &str,
         sample: &Sample,
+        site: Option<&Name>,
         image: &str,
         now_ms: i64,
     ) -> Result<Option<i64>, RecordError> {
@@ -212,12 +218,13 @@ impl Records {
         let mut tx = writer.begin().await?;
         note_task(&mut tx, task, now_ms).await?;
         let id: Option<i64> = sqlx::query_scalar(
-            "INSERT INTO samples (task, origin, device, source, epoch, seq, reason, ts, received_ms, label, \
+            "INSERT INTO samples (task, origin, site, device, source, epoch, seq, reason, ts, received_ms, label, \
              score, margin, entropy, novelty, model, file, sha256, bytes, image, holdout) \
-             VALUES (?, 'device', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0) \
+             VALUES (?, 'device', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0) \
              ON CONFLICT (device, epoch, seq) DO NOTHING RETURNING id",
         )
         .bind(task)
+        .bind(site.map(Name::as_str))
         .bind(sample.device.as_str())
         .bind(sample.source.as_str())
         .bind(sample.epoch.cast_signed())
@@ -303,6 +310,7 @@ impl Records {
         for (condition, value) in [
             (" AND s.task = ", filter.task),
             (" AND s.reason = ", filter.reason),
+            (" AND s.site = ", filter.site),
             (" AND s.device = ", filter.device),
         ] {
             if let Some(value) = value {

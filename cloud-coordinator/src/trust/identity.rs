@@ -6,16 +6,17 @@ use std::{fmt::Display, path::Path, sync::Arc, time::Duration};
 use mesh_core::Name;
 
 use super::{
-    audit,
+    Trust, audit,
+    audit::Outcome,
     authority::{Authority, Issued, hex},
     csr::Csr,
     devices::{DeviceError, Devices, Enrolled},
     enrol::Refusal,
+    enrol_tokens::Signer,
     files,
     subscribers::{Sites, SubscriberError, Subscribers},
     tls::Shown,
     token_rows::NewToken,
-    tokens::Signer,
 };
 use crate::{config::TlsConfig, metrics::Metrics, records::Records};
 
@@ -86,7 +87,7 @@ impl Identity {
     /// Opens what there is in the data folder, or makes it.
     pub(crate) async fn open(
         data: &Path,
-        records: Arc<Records>,
+        trust: &Trust,
         config: &TlsConfig,
         listen: &[std::net::IpAddr],
         most_devices: usize,
@@ -95,7 +96,7 @@ impl Identity {
         let say = |error: &dyn Display| error.to_string();
         let folder = files::folder(data).map_err(|e| say(&e))?;
         let authority = Arc::new(Authority::open(&folder).map_err(|e| say(&e))?);
-        let signer = Signer::open(&folder).map_err(|e| say(&e))?;
+        let (records, signer) = (trust.records.clone(), Signer(trust.key.clone()));
         let life = Duration::from_secs(config.device_s);
         let devices = Devices::open(records.clone(), authority.clone(), life, most_devices)
             .await
@@ -141,12 +142,12 @@ impl Identity {
         result: &Result<T, DeviceError>,
     ) {
         let (outcome, detail) = match result {
-            Ok(_) => ("done", String::new()),
+            Ok(_) => (Outcome::Done, String::new()),
             Err(DeviceError::Refused(why)) => {
                 self.metrics.enrolment_refused(why.name());
-                ("refused", why.to_string())
+                (Outcome::Refused, why.to_string())
             }
-            Err(error) => ("failed", error.to_string()),
+            Err(error) => (Outcome::Failed, error.to_string()),
         };
         audit(&self.records, who, action, object, outcome, &detail).await;
     }
@@ -307,8 +308,8 @@ impl Identity {
         done: &Result<(), SubscriberError>,
     ) {
         let (outcome, detail) = match done {
-            Ok(()) => ("done", String::new()),
-            Err(error) => ("failed", error.to_string()),
+            Ok(()) => (Outcome::Done, String::new()),
+            Err(error) => (Outcome::Failed, error.to_string()),
         };
         let object = format!("subscriber {name}");
         audit(&self.records, by, action, &object, outcome, &detail).await;

@@ -1,9 +1,11 @@
 //! What the tests share: a coordinator, clients, a mosquitto, and a plain HTTP request.
 
 use std::{
+    collections::HashMap,
     net::SocketAddr,
     path::Path,
     process::{Child, Command, Stdio},
+    sync::{LazyLock, Mutex},
     time::Duration,
 };
 
@@ -35,7 +37,28 @@ pub fn config(data: &Path) -> Config {
 }
 
 pub async fn start(data: &Path) -> Handle {
-    Coordinator::start(config(data)).await.unwrap()
+    start_as(config(data)).await
+}
+
+/// Starts a coordinator; requests to it show the token that it made for commands on its machine.
+pub async fn start_as(config: Config) -> Handle {
+    let file = config.data.join("trust/operator.token");
+    let handle = Coordinator::start(config).await.unwrap();
+    let token = std::fs::read_to_string(file).unwrap();
+    let mut tokens = TOKENS.lock().unwrap_or_else(|e| e.into_inner());
+    tokens.insert(handle.http, token);
+    handle
+}
+
+static TOKENS: LazyLock<Mutex<HashMap<SocketAddr, String>>> = LazyLock::new(Mutex::default);
+
+/// The header that shows who asks, an admin.
+pub fn shown(http: SocketAddr) -> String {
+    let tokens = TOKENS.lock().unwrap_or_else(|e| e.into_inner());
+    let token = tokens.get(&http);
+    token.map_or_else(String::new, |token| {
+        format!("authorization: Bearer {token}\r\n")
+    })
 }
 
 /// A mosquitto of our own, ended with the test.
@@ -106,7 +129,7 @@ pub async fn start_with(mosquitto: &Mosquitto, data: &Path) -> Handle {
         host: "127.0.0.1".into(),
         port: mosquitto.address.port(),
     });
-    let handle = Coordinator::start(config).await.unwrap();
+    let handle = start_as(config).await;
     ready(handle.http).await;
     handle
 }
@@ -273,8 +296,14 @@ pub fn gap(device: &str, epoch: u64, from: u64, to: u64) -> Vec<u8> {
     .unwrap()
 }
 
-/// A request with a body; status, headers in lower case, body.
+/// A request of an admin with a body; status, headers in lower case, body.
 pub async fn request(http: SocketAddr, text: &str) -> (u16, String, String) {
+    let (line, rest) = text.split_once("\r\n").unwrap();
+    request_of_nobody(http, &format!("{line}\r\n{}{rest}", shown(http))).await
+}
+
+/// The same, with nothing added to it.
+pub async fn request_of_nobody(http: SocketAddr, text: &str) -> (u16, String, String) {
     let stream = timeout(PATIENCE, TcpStream::connect(http)).await.unwrap();
     let mut stream = stream.unwrap();
     stream.write_all(text.as_bytes()).await.unwrap();
@@ -300,8 +329,18 @@ pub async fn get(http: SocketAddr, path: &str) -> (u16, Value) {
     (status, body)
 }
 
-/// One exchange; status, head in lower case, body.
+/// One exchange of an admin; status, head in lower case, body.
 pub async fn send(
+    http: SocketAddr,
+    line: &str,
+    headers: &str,
+    body: &[u8],
+) -> (u16, String, Vec<u8>) {
+    send_as(http, line, &format!("{}{headers}", shown(http)), body).await
+}
+
+/// The same, with these headers and no others.
+pub async fn send_as(
     http: SocketAddr,
     line: &str,
     headers: &str,
@@ -385,6 +424,18 @@ pub async fn metric_reaches(http: SocketAddr, name: &str, value: f64) {
     timeout(PATIENCE, reached)
         .await
         .unwrap_or_else(|_| panic!("{name} does not reach {value}"));
+}
+
+/// Waits until a metric has at most this value.
+pub async fn metric_falls(http: SocketAddr, name: &str, value: f64) {
+    let fallen = async {
+        while metric(http, name).await > value {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(PATIENCE, fallen)
+        .await
+        .unwrap_or_else(|_| panic!("{name} does not fall to {value}"));
 }
 
 pub async fn ready(http: SocketAddr) {

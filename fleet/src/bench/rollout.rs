@@ -108,7 +108,7 @@ async fn play(
         plan.broker = broker.into();
     }
     let mut site = Site::start(&plan).await?;
-    let api = Api::new(site.http());
+    let api = Api::of(&site);
     let base = published(&api, &manifest.version).await?;
     for version in [BAD, GOOD] {
         let to = root.join(version);
@@ -387,8 +387,8 @@ fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
 /// As an operator would: on the command line.
 pub(super) async fn push(program: &Program, site: &Site, dir: &Path) -> anyhow::Result<()> {
     let pushed = Command::new(&program.0)
-        .args(["cloud-coordinator", "model", "--http"])
-        .arg(site.http().to_string())
+        .args(["cloud-coordinator", "model", "--data"])
+        .arg(site.data())
         .args(["push", "--author", AUTHOR])
         .arg(dir)
         // A part of a fleet ends when its input does.
