@@ -56,6 +56,8 @@ impl Browser {
             &profile,
         ];
         let wanted = json!({"capabilities": {"alwaysMatch": {
+            // Its authority is its own.
+            "acceptInsecureCerts": true,
             "goog:chromeOptions": {"args": arguments},
             "goog:loggingPrefs": {"browser": "ALL"},
         }}});
@@ -151,7 +153,7 @@ async fn a_person_sees_the_devices_and_labels_what_they_send() {
         window: 100,
     });
     let mut site = Site::start(&plan).await.unwrap();
-    let base = format!("http://{}", site.http());
+    let base = site.way().console();
     let api = Web::api(&site, TIMEOUT);
 
     // The first admin, by the link that only who runs the coordinator can see.

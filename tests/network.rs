@@ -19,7 +19,7 @@ async fn weathers(broker: Broker) {
     let mut plan = plan(env!("CARGO_BIN_EXE_node"), dir.path());
     plan.broker = broker;
     let mut site = Site::start(&plan).await.unwrap();
-    let tap = Tap::start(site.mqtt()).unwrap();
+    let tap = Tap::start(&site).unwrap();
     let mut witness = site.witness(Default::default());
     until("readings flow", async || {
         witness

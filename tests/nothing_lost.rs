@@ -93,7 +93,7 @@ async fn a_full_disk_is_recorded() {
     plan.fps = 0.0;
     // The embedded broker goes with the coordinator; the tap outlives both.
     let mut site = Site::start(&plan).await.unwrap();
-    let tap = Tap::start(site.mqtt()).unwrap();
+    let tap = Tap::start(&site).unwrap();
     site.coordinator.kill().await.unwrap();
     let outbox = site.devices[0].file.data.join("outbox");
     until("a gap is recorded on the disk", async || has_gap(&outbox))

@@ -78,7 +78,7 @@ async fn good_settings_reach_everybody_and_harmful_ones_go_back() {
     std::fs::write(&config, models).unwrap();
     plan.coordinator_config = Some(config);
     let mut site = Site::start(&plan).await.unwrap();
-    let tap = tests::Tap::start(site.mqtt()).unwrap();
+    let tap = tests::Tap::start(&site).unwrap();
     let data = site.data();
     let api = Web::api(&site, TIMEOUT);
     until("three devices on their own files", async || {

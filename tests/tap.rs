@@ -1,7 +1,8 @@
 //! Listens to everything that is said on a broker, and holds each message against its schema.
 
-use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
+use fleet::site::Site;
 use jsonschema::Validator;
 use mesh_core::{Kind, Topic};
 use rumqttc::{AsyncClient, Event, MqttOptions, Packet, QoS};
@@ -71,11 +72,13 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Starts to listen at a broker.
+    /// Starts to listen at a site's broker.
     ///
     /// # Errors
-    /// If a schema is not one.
-    pub fn start(mqtt: SocketAddr) -> Result<Self, String> {
+    /// If a schema is not one, or the way to the broker is not known.
+    pub fn start(site: &Site) -> Result<Self, String> {
+        let mut options = site.way().listener("tap").map_err(|e| format!("{e:#}"))?;
+        options.set_max_packet_size(1 << 20, 1 << 10);
         let mut schemas = Vec::new();
         for (kind, text) in SCHEMAS {
             let schema = serde_json::from_str(text).map_err(|e| format!("{kind:?}: {e}"))?;
@@ -87,7 +90,7 @@ impl Tap {
         let heard = tokio::spawn(async move {
             let mut tapped = Tapped::default();
             tokio::select! {
-                () = listen(mqtt, &schemas, &mut tapped) => {}
+                () = listen(&options, &schemas, &mut tapped) => {}
                 _ = stopped => {}
             }
             tapped
@@ -102,11 +105,9 @@ impl Tap {
     }
 }
 
-async fn listen(mqtt: SocketAddr, schemas: &[(Kind, Validator)], tapped: &mut Tapped) {
+async fn listen(options: &MqttOptions, schemas: &[(Kind, Validator)], tapped: &mut Tapped) {
     loop {
-        let mut options = MqttOptions::new("tap", (mqtt.ip().to_string(), mqtt.port()));
-        options.set_max_packet_size(1 << 20, 1 << 10);
-        let (client, mut events) = AsyncClient::builder(options).capacity(4).build();
+        let (client, mut events) = AsyncClient::builder(options.clone()).capacity(4).build();
         loop {
             match events.poll().await {
                 Ok(Event::Incoming(Packet::ConnAck(_))) => {

@@ -71,7 +71,7 @@ async fn a_good_model_reaches_everybody_and_a_bad_one_goes_back() {
     std::fs::write(&config, models).unwrap();
     plan.coordinator_config = Some(config);
     let mut site = Site::start(&plan).await.unwrap();
-    let tap = tests::Tap::start(site.mqtt()).unwrap();
+    let tap = tests::Tap::start(&site).unwrap();
     let data = site.data();
     let api = Web::api(&site, TIMEOUT);
     until("three devices run what they came with", async || {
@@ -180,8 +180,7 @@ async fn what_stands_in_the_way_is_named_and_passes() {
     std::fs::write(&config, models).unwrap();
     plan.coordinator_config = Some(config);
     let mut site = Site::start(&plan).await.unwrap();
-    let http = site.http().to_string();
-    let api = Web::new(&format!("http://{http}/api/v1"), TIMEOUT);
+    let api = Web::api(&site, TIMEOUT);
     until("the device runs what it came with", async || {
         all_on(&api, 1, "1.1.0")
     })
@@ -190,7 +189,7 @@ async fn what_stands_in_the_way_is_named_and_passes() {
     for number in ["1.2.0", "1.4.0"] {
         let to = dir.path().join(number);
         changed(&to, |manifest| version(&manifest, number));
-        push(node, &http, &to).await;
+        push(node, &site.data(), &to).await;
     }
     let start = |model: &str, force: bool| {
         let asked = json!({

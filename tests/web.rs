@@ -1,8 +1,8 @@
 //! A small client for JSON over HTTP.
 
-use std::{path::PathBuf, time::Duration};
+use std::time::Duration;
 
-use fleet::site::{Site, TOKEN};
+use fleet::{site::Site, way::Way};
 use serde_json::Value;
 use ureq::RequestBuilder;
 
@@ -13,8 +13,8 @@ const MAX_ANSWER: u64 = 64 << 20;
 pub struct Web {
     agent: ureq::Agent,
     base: String,
-    /// The file with what is shown; made anew at each start of a coordinator.
-    token: Option<PathBuf>,
+    /// Who asks, if it is a coordinator that is asked.
+    way: Option<Way>,
 }
 
 impl Web {
@@ -28,22 +28,27 @@ impl Web {
         Self {
             agent: config.into(),
             base: base.to_owned(),
-            token: None,
+            way: None,
         }
     }
 
     /// Asks the API of a site's coordinator, as an admin on its machine.
+    ///
+    /// # Panics
+    /// If the coordinator's authority cannot be read.
     #[must_use]
     pub fn api(site: &Site, timeout: Duration) -> Self {
+        let way = site.way().clone();
         Self {
-            token: Some(site.data().join(TOKEN)),
-            ..Self::new(&format!("http://{}/api/v1", site.http()), timeout)
+            agent: way.client(timeout).unwrap(),
+            base: format!("{}/api/v1", way.console()),
+            way: Some(way),
         }
     }
 
     fn shown<B>(&self, request: RequestBuilder<B>) -> RequestBuilder<B> {
-        match self.token.as_ref().map(std::fs::read_to_string) {
-            Some(Ok(token)) => request.header("authorization", format!("Bearer {}", token.trim())),
+        match self.way.as_ref().map(Way::bearer) {
+            Some(Ok(token)) => request.header("authorization", token),
             _ => request,
         }
     }

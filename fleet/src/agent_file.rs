@@ -13,6 +13,9 @@ pub struct AgentFile {
     pub device: String,
     /// Outbox and state lie below it.
     pub data: PathBuf,
+    /// How it gets its identity; without it, it speaks in the clear.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub coordinator: Option<CoordinatorPart>,
     /// Where it reports.
     pub broker: BrokerPart,
     /// What it looks through.
@@ -35,6 +38,13 @@ pub struct AgentFile {
     /// Where its models come from; without it, it keeps the one that it came with.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub update: Option<UpdatePart>,
+}
+
+/// `[coordinator]`
+#[derive(Clone, Debug, Serialize)]
+pub struct CoordinatorPart {
+    /// An enrolment token.
+    pub token: String,
 }
 
 /// `[update]`
@@ -195,6 +205,7 @@ mod tests {
             site: "demo".into(),
             device: "d1".into(),
             data: "data".into(),
+            coordinator: None,
             broker: BrokerPart {
                 url: "mqtt://127.0.0.1:1883".into(),
                 keep_alive_s: 10,

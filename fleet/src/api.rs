@@ -1,11 +1,11 @@
 //! A client of the coordinator's API, as small as the fleet needs it.
 
-use std::{path::PathBuf, time::Duration};
+use std::time::Duration;
 
 use anyhow::Context;
 use serde_json::Value;
 
-use crate::site::{Site, TOKEN};
+use crate::{site::Site, way::Way};
 
 /// A request may train nothing, but order thousands of samples on a busy machine.
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -17,40 +17,26 @@ const MAX_ANSWER: u64 = 64 << 20;
 pub(crate) struct Api {
     agent: ureq::Agent,
     base: String,
-    /// Made anew at each start of the coordinator.
-    token: PathBuf,
+    way: Way,
 }
 
 impl Api {
-    pub(crate) fn of(site: &Site) -> Self {
-        let config = ureq::Agent::config_builder()
-            .timeout_global(Some(TIMEOUT))
-            .http_status_as_error(false)
-            .build();
-        Self {
-            agent: config.into(),
-            base: format!("http://{}/api/v1", site.http()),
-            token: site.data().join(TOKEN),
-        }
-    }
-
-    fn shown(&self) -> anyhow::Result<String> {
-        let token = std::fs::read_to_string(&self.token)
-            .with_context(|| format!("reading {}", self.token.display()))?;
-        Ok(format!("Bearer {}", token.trim()))
-    }
-
-    /// Host and port.
-    pub(crate) fn address(&self) -> &str {
-        let rest = self.base.strip_prefix("http://").unwrap_or(&self.base);
-        rest.split('/').next().unwrap_or(rest)
+    /// # Errors
+    /// If the coordinator's authority cannot be read.
+    pub(crate) fn of(site: &Site) -> anyhow::Result<Self> {
+        let way = site.way().clone();
+        Ok(Self {
+            agent: way.client(TIMEOUT)?,
+            base: format!("{}/api/v1", way.console()),
+            way,
+        })
     }
 
     /// `GET`
     pub(crate) fn get(&self, path: &str) -> anyhow::Result<Value> {
         let url = format!("{}{path}", self.base);
         let request = self.agent.get(&url);
-        let answer = request.header("authorization", self.shown()?).call();
+        let answer = request.header("authorization", self.way.bearer()?).call();
         read(&url, answer)
     }
 
@@ -60,7 +46,7 @@ impl Api {
         let answer = self
             .agent
             .put(&url)
-            .header("authorization", self.shown()?)
+            .header("authorization", self.way.bearer()?)
             .header("content-type", "application/json")
             .send(body.to_string());
         read(&url, answer)
@@ -72,7 +58,7 @@ impl Api {
         let answer = self
             .agent
             .post(&url)
-            .header("authorization", self.shown()?)
+            .header("authorization", self.way.bearer()?)
             .header("content-type", "application/json")
             .send(body.to_string());
         read(&url, answer)

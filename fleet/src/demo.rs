@@ -100,8 +100,8 @@ pub(crate) async fn run(args: &DemoArgs) -> anyhow::Result<bool> {
     let mut site = Site::start(&plan).await?;
     greet(&site);
     let (say, mut said) = tokio::sync::mpsc::channel(16);
+    let api = Api::of(&site)?;
     let telling = lesson.then(|| {
-        let api = Api::of(&site);
         let bundle = plan.bundle.clone().unwrap_or_default();
         tokio::spawn(async move {
             if let Err(error) = lesson::tell(api, &bundle, say.clone()).await {
@@ -320,20 +320,21 @@ fn lines(site: &Site, seen: &Testimony, before: Option<(Duration, &Testimony)>) 
 }
 
 fn greet(site: &Site) {
-    let (http, mqtt) = (site.http(), site.mqtt());
+    let (way, mqtt) = (site.way(), site.mqtt());
     println!(
         "Lacewing: a coordinator, {} devices and a network between them.\n",
         site.devices.len()
     );
     // Whoever looks in for the first time makes the first admin.
     let link = std::fs::read_to_string(site.data().join("trust/setup-link"));
-    let console = link.map_or_else(|_| format!("http://{http}/"), |link| link.trim().to_owned());
+    let console = link.map_or_else(|_| way.console(), |link| link.trim().to_owned());
     println!("  console       {console}");
-    println!(
-        "  subscribe     mosquitto_sub -h {} -p {} -v -t 'lacewing/v1/+/+/+/result'",
-        mqtt.ip(),
-        mqtt.port()
-    );
+    let mut subscribe = format!("mosquitto_sub -h {} -p {}", mqtt.ip(), mqtt.port());
+    if let (Some((name, password)), Some(authority)) = (way.subscriber(), way.authority()) {
+        let authority = authority.display();
+        subscribe += &format!(" --cafile {authority} -u {name} -P {password}");
+    }
+    println!("  subscribe     {subscribe} -v -t 'lacewing/v1/+/+/+/result'");
     let agents = site.devices.iter().map(|d| &d.agent);
     let parts = agents.chain([&site.coordinator]).chain(&site.broker);
     let plugs: Vec<String> = parts

@@ -96,15 +96,16 @@ pub(crate) async fn run(args: &LoopArgs) -> anyhow::Result<bool> {
         repeat: false,
     };
     let mut site = Site::start(&plan).await?;
-    let api = Api::of(&site);
+    let api = Api::of(&site)?;
     for (part, holdout) in [("initial", false), ("holdout", true)] {
         import(&program, &site, &root.join(part), holdout).await?;
     }
     let before = train(&api, args, "head").await?;
     println!("before: {}", told(&before));
 
+    let console = site.way().console();
     for (at, device) in site.devices.iter_mut().enumerate() {
-        device.file.samples = Some(SamplesPart::everything(format!("http://{}", api.address())));
+        device.file.samples = Some(SamplesPart::everything(console.clone()));
         for source in &mut device.file.source {
             source.path = Some(root.join("stream").join(format!("{at}")));
         }

@@ -17,4 +17,5 @@ pub mod process;
 mod report;
 mod screen;
 pub mod site;
+pub mod way;
 pub mod witness;

@@ -7,14 +7,19 @@ use std::{
     time::Duration,
 };
 
+use serde_json::json;
+use tokio::task::spawn_blocking;
+
 use crate::{
     agent_file::{
-        AgentFile, BrokerPart, DriftPart, ModelPart, OutboxPart, PublishPart, ReportPart,
-        SamplesPart, ScenePart, ScenePartDrift, SourcePart, UpdatePart,
+        AgentFile, BrokerPart, CoordinatorPart, DriftPart, ModelPart, OutboxPart, PublishPart,
+        ReportPart, SamplesPart, ScenePart, ScenePartDrift, SourcePart, UpdatePart,
     },
+    api::Api,
     broker,
     net::Link,
     process::{Process, ProcessError, Program},
+    way::Way,
     witness::{Journal, Testimony, Witness, WitnessError},
 };
 
@@ -28,6 +33,8 @@ const KEEP_ALIVE_S: u16 = 10;
 const MAX_BACKOFF_S: u16 = 3;
 /// The one camera of each device.
 pub const SOURCE: &str = "cam0";
+/// The name of the site.
+const SITE: &str = "demo";
 
 /// What went wrong with a site.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +53,9 @@ pub enum SiteError {
         /// Why it failed.
         source: io::Error,
     },
+    /// The coordinator refuses what a fleet begins with.
+    #[error("preparing the devices' way in: {0}")]
+    Entry(String),
     /// A part was started and does not answer.
     #[error("{name} does not answer; the end of its log:\n{log}")]
     Silent {
@@ -146,6 +156,8 @@ pub struct Plan {
     pub mqtt: Option<SocketAddr>,
     /// The synthetic cameras' lamps age.
     pub ageing: Option<Ageing>,
+    /// Everything is encrypted and everybody has an identity; else it is plain text on loopback.
+    pub tls: bool,
     /// The devices take models from the coordinator.
     pub updates: bool,
     /// Share of the frames that the devices keep by lot, beside those worth learning from; without one they keep none. An
@@ -178,6 +190,7 @@ impl Plan {
             http: None,
             mqtt: None,
             ageing: None,
+            tls: true,
             updates: false,
             kept: None,
         }
@@ -228,10 +241,11 @@ pub struct Site {
     http: SocketAddr,
     mqtt: SocketAddr,
     root: PathBuf,
+    way: Way,
 }
 
-/// In the coordinator's data folder: what commands on its machine show.
-pub const TOKEN: &str = "trust/operator.token";
+/// Who listens in a fleet.
+const SUBSCRIBER: &str = "fleet";
 
 impl Site {
     /// Starts everything and waits until the coordinator answers.
@@ -245,9 +259,12 @@ impl Site {
         let mqtt = pick(plan.mqtt)?;
         let data = plan.root.join("coordinator");
         make_dir(&data)?;
-        let mut args: Vec<std::ffi::OsString> = vec!["serve".into(), "--data".into(), data.into()];
+        let mut args: Vec<std::ffi::OsString> =
+            vec!["serve".into(), "--data".into(), data.clone().into()];
         args.extend(["--http".into(), http.to_string().into()]);
-        args.push("--no-tls".into());
+        if !plan.tls {
+            args.push("--no-tls".into());
+        }
         if let Some(config) = &plan.coordinator_config {
             args.extend(["--config".into(), config.into()]);
         }
@@ -275,24 +292,56 @@ impl Site {
             http,
             mqtt,
             root: plan.root.clone(),
+            way: Way::new(data, http, mqtt, plan.tls),
         };
-        for n in 1..=plan.agents {
-            let device = site.device(plan, n, &logs).await?;
-            site.devices.push(device);
-        }
-        if plan.updates {
-            // It has to be there first: from its folder the devices get the root of their trust.
-            for process in site.broker.iter_mut().chain([&mut site.coordinator]) {
-                process.start()?;
-            }
-            site.ready().await?;
-        }
+        // The coordinator comes first: it lets the devices in, and in its folder is the root of their trust.
         site.start_all()?;
         site.ready().await?;
+        let token = if plan.tls && plan.agents > 0 {
+            Some(site.entry(plan).await?)
+        } else {
+            None
+        };
+        for n in 1..=plan.agents {
+            let device = site.device(plan, n, &logs, token.clone()).await?;
+            site.devices.push(device);
+        }
+        site.start_all()?;
         Ok(site)
     }
 
-    async fn device(&self, plan: &Plan, n: usize, logs: &Path) -> Result<Device, SiteError> {
+    /// Lets the devices enrol, and somebody listen.
+    async fn entry(&mut self, plan: &Plan) -> Result<String, SiteError> {
+        let api = Api::of(self).map_err(|error| SiteError::Entry(format!("{error:#}")))?;
+        let (uses, embedded) = (plan.agents, plan.broker == Broker::Embedded);
+        let asked = spawn_blocking(move || -> anyhow::Result<_> {
+            let token = api.post("/enrolment-tokens", &json!({"site": SITE, "uses": uses}))?;
+            let subscriber = if embedded {
+                Some(api.post("/subscribers", &json!({"name": SUBSCRIBER}))?)
+            } else {
+                None
+            };
+            Ok((token, subscriber))
+        });
+        let failed = |error: &dyn std::fmt::Display| SiteError::Entry(format!("{error:#}"));
+        let (token, subscriber) = asked
+            .await
+            .map_err(|e| failed(&e))?
+            .map_err(|e| failed(&e))?;
+        if let Some(password) = subscriber.as_ref().and_then(|s| s["password"].as_str()) {
+            self.way.with_subscriber(SUBSCRIBER, password);
+        }
+        let token = token["token"].as_str().map(str::to_owned);
+        token.ok_or_else(|| SiteError::Entry("there is no token in the answer".into()))
+    }
+
+    async fn device(
+        &self,
+        plan: &Plan,
+        n: usize,
+        logs: &Path,
+        token: Option<String>,
+    ) -> Result<Device, SiteError> {
         let name = format!("d{n}");
         let dir = plan.root.join(&name);
         make_dir(&dir)?;
@@ -336,11 +385,15 @@ impl Site {
             Camera::None => false,
         };
         let file = AgentFile {
-            site: "demo".into(),
+            site: SITE.into(),
             device: name.clone(),
             data: data.join("data"),
+            coordinator: token.map(|token| CoordinatorPart { token }),
             broker: BrokerPart {
-                url: format!("mqtt://{}", link.address()),
+                url: match (plan.tls, plan.broker) {
+                    (true, Broker::Embedded) => format!("mqtts://{}", link.address()),
+                    _ => format!("mqtt://{}", link.address()),
+                },
                 keep_alive_s: KEEP_ALIVE_S,
                 max_backoff_s: MAX_BACKOFF_S,
             },
@@ -357,13 +410,13 @@ impl Site {
                 .or(plan.kept)
                 .map(|random| SamplesPart {
                     random,
-                    ..SamplesPart::everything(format!("http://{}", self.http))
+                    ..SamplesPart::everything(self.way.console())
                 }),
             drift: plan.ageing.map(|ageing| DriftPart {
                 frames: ageing.window,
             }),
             update: plan.updates.then(|| UpdatePart {
-                coordinator: format!("http://{}", self.http),
+                coordinator: self.way.console(),
                 root: plan.root.join("coordinator/root.json"),
             }),
         };
@@ -392,6 +445,12 @@ impl Site {
     #[must_use]
     pub fn data(&self) -> PathBuf {
         self.root.join("coordinator")
+    }
+
+    /// The way to the coordinator and the broker.
+    #[must_use]
+    pub const fn way(&self) -> &Way {
+        &self.way
     }
 
     /// Where the console is.

@@ -39,6 +39,8 @@ pub(crate) async fn run(args: &BenchArgs, results: &mut Results) -> anyhow::Resu
         Default::default(),
     );
     plan.agents = 0;
+    // As the peer does: plain text on loopback.
+    plan.tls = false;
     // One coordinator for all rounds: its memory must not grow with what it has seen.
     let mut site = Site::start(&plan).await?;
     let pid = site.coordinator.pid().context("the coordinator")?;

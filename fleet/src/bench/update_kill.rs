@@ -72,7 +72,7 @@ async fn play(
     plan.updates = true;
     plan.coordinator_config = Some(config);
     let mut site = Site::start(&plan).await?;
-    let api = Api::of(&site);
+    let api = Api::of(&site)?;
     for version in VERSIONS {
         let to = root.join(version);
         write_version(&bundle, version, &to, dice)?;

@@ -1,0 +1,126 @@
+//! The way to a site's coordinator and broker: over TLS, only to the one whose authority lies in its data folder, and as
+//! somebody whom it knows.
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::Context;
+use rumqttc::{MqttOptions, Transport};
+use rustls::{
+    ClientConfig, RootCertStore,
+    crypto::aws_lc_rs::default_provider,
+    pki_types::{CertificateDer, pem::PemObject},
+    version::TLS13,
+};
+use ureq::tls::{Certificate, RootCerts, TlsConfig};
+
+/// In the coordinator's data folder: what commands on its machine show.
+const TOKEN: &str = "trust/operator.token";
+/// There, too: who signs its certificates.
+const AUTHORITY: &str = "trust/ca.pem";
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub struct Way {
+    /// The coordinator's data folder.
+    data: PathBuf,
+    http: SocketAddr,
+    mqtt: SocketAddr,
+    tls: bool,
+    /// A subscriber's name and password.
+    subscriber: Option<(String, String)>,
+}
+
+impl Way {
+    pub(crate) const fn new(data: PathBuf, http: SocketAddr, mqtt: SocketAddr, tls: bool) -> Self {
+        Self {
+            data,
+            http,
+            mqtt,
+            tls,
+            subscriber: None,
+        }
+    }
+
+    pub(crate) fn with_subscriber(&mut self, name: &str, password: &str) {
+        self.subscriber = Some((name.to_owned(), password.to_owned()));
+    }
+
+    /// A subscriber of the broker, if it asks for one: name and password.
+    #[must_use]
+    pub fn subscriber(&self) -> Option<(&str, &str)> {
+        let (name, password) = self.subscriber.as_ref()?;
+        Some((name, password))
+    }
+
+    /// Where the console is, without a slash at its end.
+    #[must_use]
+    pub fn console(&self) -> String {
+        let scheme = if self.tls { "https" } else { "http" };
+        format!("{scheme}://{}", self.http)
+    }
+
+    /// The certificate of who signs the coordinator's.
+    #[must_use]
+    pub fn authority(&self) -> Option<PathBuf> {
+        self.tls.then(|| self.data.join(AUTHORITY))
+    }
+
+    /// What is shown to the API: an admin's token, made anew at each start of the coordinator.
+    ///
+    /// # Errors
+    /// If it is not there (yet).
+    pub fn bearer(&self) -> anyhow::Result<String> {
+        let path = self.data.join(TOKEN);
+        let token = std::fs::read_to_string(&path)
+            .with_context(|| format!("reading {}", path.display()))?;
+        Ok(format!("Bearer {}", token.trim()))
+    }
+
+    /// An HTTP client for the coordinator, which takes any status as an answer.
+    ///
+    /// # Errors
+    /// If the authority cannot be read.
+    pub fn client(&self, timeout: Duration) -> anyhow::Result<ureq::Agent> {
+        let mut config = ureq::Agent::config_builder()
+            .timeout_global(Some(timeout))
+            .http_status_as_error(false);
+        if let Some(path) = self.authority() {
+            let authority = Certificate::from_pem(&read(&path)?)?;
+            let tls = TlsConfig::builder()
+                .root_certs(RootCerts::new_with_certs(&[authority]))
+                .unversioned_rustls_crypto_provider(Arc::new(default_provider()));
+            config = config.tls_config(tls.build());
+        }
+        Ok(config.build().into())
+    }
+
+    /// How somebody who only listens connects to the broker.
+    ///
+    /// # Errors
+    /// If the authority cannot be read.
+    pub fn listener(&self, id: &str) -> anyhow::Result<MqttOptions> {
+        let mut options = MqttOptions::new(id, (self.mqtt.ip().to_string(), self.mqtt.port()));
+        if let Some((name, password)) = &self.subscriber {
+            options.set_credentials(name.as_str(), password.as_str());
+            if let Some(path) = self.authority() {
+                let mut roots = RootCertStore::empty();
+                roots.add(CertificateDer::from_pem_slice(&read(&path)?)?)?;
+                let config = ClientConfig::builder_with_provider(Arc::new(default_provider()))
+                    .with_protocol_versions(&[&TLS13])?
+                    .with_root_certificates(roots)
+                    .with_no_client_auth();
+                options.set_transport(Transport::tls_with_config(config.into()));
+            }
+        }
+        Ok(options)
+    }
+}
+
+fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
+    std::fs::read(path).with_context(|| format!("reading {}", path.display()))
+}
