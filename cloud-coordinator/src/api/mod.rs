@@ -5,6 +5,7 @@ mod datasets;
 mod delivery;
 mod enrol;
 mod exchange;
+mod identities;
 mod labels;
 pub(crate) mod learning;
 pub(crate) mod live;
@@ -188,10 +189,10 @@ fn reading() -> OpenApiRouter<State> {
         .routes(routes!(delivery::metadata))
         .routes(routes!(delivery::target))
         .routes(routes!(settings::settings, settings::unset))
-        .routes(routes!(enrol::revoke_token))
-        .routes(routes!(enrol::identities))
-        .routes(routes!(enrol::approve))
-        .routes(routes!(enrol::revoke))
+        .routes(routes!(identities::revoke_token))
+        .routes(routes!(identities::identities))
+        .routes(routes!(identities::approve))
+        .routes(routes!(identities::revoke))
         .routes(routes!(subscribers::unsubscribe))
 }
 
@@ -217,7 +218,7 @@ fn entering() -> OpenApiRouter<State> {
     OpenApiRouter::new()
         .routes(routes!(enrol::enrol))
         .routes(routes!(enrol::renew))
-        .routes(routes!(enrol::make_token, enrol::tokens))
+        .routes(routes!(identities::make_token, identities::tokens))
         .routes(routes!(subscribers::subscribe, subscribers::subscribers))
         .layer(RequestBodyLimitLayer::new(enrol::MAX_ENROL))
 }
