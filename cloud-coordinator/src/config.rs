@@ -129,7 +129,7 @@ impl Default for Config {
                 url: None,
                 listen: SocketAddr::from(([127, 0, 0, 1], 1883)),
                 max_connections: 20_000,
-                publish_rate: 5_000,
+                publish_rate: 10_000,
             },
             retention: RetentionConfig {
                 max_age_days: 30.0,

@@ -181,6 +181,36 @@ async fn abuse() {
     handle.stop().await;
 }
 
+/// One address cannot take all connections, and one client not all subscriptions.
+#[tokio::test(flavor = "multi_thread")]
+async fn shares() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path());
+    config.broker.max_connections = 4;
+    let handle = cloud_coordinator::Coordinator::start(config).await.unwrap();
+    let broker = handle.mqtt.unwrap();
+    let mut first = Client::connect(broker, "mosq-0").await;
+    let held = [
+        Client::connect(broker, "mosq-1").await,
+        Client::connect(broker, "mosq-2").await,
+    ];
+    assert!(Client::try_connect(broker, "mosq-3", None).await.is_err());
+    let reason = "too many connections from one address";
+    let name = format!("lacewing_broker_refused_total{{reason=\"{reason}\"}}");
+    metric_reaches(handle.http, &name, 1.0).await;
+
+    for n in 0..128 {
+        assert!(first.subscribe(&format!("lacewing/{n}")).await);
+    }
+    assert!(!first.subscribe("lacewing/128").await);
+    assert!(first.subscribe("lacewing/1").await, "the same again");
+    let what = "have another subscription beside 128 to";
+    let name = format!("lacewing_broker_denied_total{{reason=\"{what}\"}}");
+    metric_reaches(handle.http, &name, 1.0).await;
+    assert!(held.iter().all(|c| !c.ended.is_finished()));
+    handle.stop().await;
+}
+
 /// QoS 2 is taken from a publisher exactly once.
 #[tokio::test(flavor = "multi_thread")]
 async fn quality_of_service_two() {

@@ -598,6 +598,38 @@ async fn the_door() {
     site.handle.stop().await;
 }
 
+/// What an operator says on the command line goes over TLS too, to the coordinator of the data folder and to no other.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_command_line() {
+    let site = Site::start().await;
+    let run = async |arguments: &[&str]| {
+        let output = tokio::process::Command::new(env!("CARGO_BIN_EXE_cloud-coordinator"))
+            .args(arguments)
+            .arg("--data")
+            .arg(site.dir.path())
+            .output();
+        let output = timeout(common::WORK, output).await.unwrap().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{arguments:?}: {said}");
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    };
+    let token = run(&["device", "token", "--site", "demo", "--approve"]).await;
+    let key = KeyPair::generate().unwrap();
+    let request = csr(&key, "demo/d1");
+    assert_eq!(site.show(&token, "d1", &request).await.0, 202);
+    assert!(run(&["device", "list"]).await.contains("pending"));
+    run(&["device", "approve", "demo/d1"]).await;
+    assert_eq!(site.show(&token, "d1", &request).await.0, 200);
+    let said = run(&["device", "revoke", "demo/d1"]).await;
+    assert_eq!(said, "demo/d1 is revoked");
+    let password = run(&["subscriber", "add", "panel", "--site", "demo"]).await;
+    drop(site.listen("mosq-1", "panel", &password).await.unwrap());
+    assert!(run(&["subscriber", "list"]).await.contains("demo"));
+    run(&["subscriber", "remove", "panel"]).await;
+    assert!(site.listen("mosq-1", "panel", &password).await.is_err());
+    site.handle.stop().await;
+}
+
 /// A key that others can read stops the start, and the message says how to mend it.
 #[tokio::test]
 async fn a_key_that_others_can_read() {

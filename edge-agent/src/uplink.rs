@@ -304,6 +304,7 @@ impl Uplink {
             return None;
         }
         self.renewed = None;
+        self.tls.seen();
         match Connection::open(&self.config, &self.tls) {
             Ok(connection) => {
                 self.connection = Some(connection);

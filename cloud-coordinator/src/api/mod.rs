@@ -7,6 +7,7 @@ mod delivery;
 mod enrol;
 mod exchange;
 mod gate;
+mod identities;
 mod labels;
 pub(crate) mod learning;
 mod limits;
@@ -201,10 +202,10 @@ fn reading() -> OpenApiRouter<State> {
         .routes(routes!(delivery::metadata))
         .routes(routes!(delivery::target))
         .routes(routes!(settings::settings, settings::unset))
-        .routes(routes!(enrol::revoke_token))
-        .routes(routes!(enrol::identities))
-        .routes(routes!(enrol::approve))
-        .routes(routes!(enrol::revoke))
+        .routes(routes!(identities::revoke_token))
+        .routes(routes!(identities::identities))
+        .routes(routes!(identities::approve))
+        .routes(routes!(identities::revoke))
         .routes(routes!(subscribers::unsubscribe))
 }
 
@@ -230,7 +231,7 @@ fn entering() -> OpenApiRouter<State> {
     OpenApiRouter::new()
         .routes(routes!(enrol::enrol))
         .routes(routes!(enrol::renew))
-        .routes(routes!(enrol::make_token, enrol::tokens))
+        .routes(routes!(identities::make_token, identities::tokens))
         .routes(routes!(subscribers::subscribe, subscribers::subscribers))
         .layer(RequestBodyLimitLayer::new(enrol::MAX_ENROL))
 }

@@ -6,7 +6,7 @@ use axum::{Extension, Json, extract::State as Shared, http::StatusCode};
 use mesh_core::Name;
 use serde::{Deserialize, Serialize};
 
-use super::{At, Said, State, enrol::by, problem::Problem};
+use super::{At, Said, State, identities::by, problem::Problem};
 use crate::{
     clock,
     trust::{

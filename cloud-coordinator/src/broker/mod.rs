@@ -30,9 +30,9 @@ use self::{
 };
 use crate::{ingest::Inbox, metrics::Metrics, notice::Notices};
 
-/// One address gets at most half of the connections, so that it can shut nobody else out. A site behind one router
-/// shares an address.
-const SHARE_OF_ONE_ADDRESS: usize = 2;
+/// A single address gets all connections but one in so many: generous, since a large site behind one router shares an
+/// address, and yet it can shut nobody else out.
+const KEPT_FROM_ONE_ADDRESS: usize = 4;
 /// Connections of one subscriber: every screen and script that was given its password.
 const SESSIONS_OF_ONE_SUBSCRIBER: usize = 256;
 
@@ -126,7 +126,7 @@ impl Broker {
         let sessions = tasks.clone();
         tasks.spawn(async move {
             let room = Arc::new(Semaphore::new(limits.connections));
-            let share = limits.connections.div_ceil(SHARE_OF_ONE_ADDRESS);
+            let share = limits.connections - limits.connections / KEPT_FROM_ONE_ADDRESS;
             let addresses: Arc<Crowd<IpAddr>> = Crowd::new(share);
             loop {
                 let accepted = tokio::select! {

@@ -154,17 +154,31 @@ pub(super) struct Contact {
 }
 
 /// The coordinator shows another authority.
-#[derive(Debug, thiserror::Error)]
+#[derive(thiserror::Error)]
 #[error(
     "none of the certificates that the coordinator shows is the authority {0} that the token names: it is another \
      coordinator, or somebody in between"
 )]
 struct OtherAuthority(Digest);
 
+/// The library shows what is inside of an error this way, to people.
+impl std::fmt::Debug for OtherAuthority {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(self, f)
+    }
+}
+
 /// The authority's certificate is no good.
-#[derive(Debug, thiserror::Error)]
+#[derive(thiserror::Error)]
 #[error("{0}")]
 struct BadAuthority(String);
+
+/// As above.
+impl std::fmt::Debug for BadAuthority {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(self, f)
+    }
+}
 
 fn other(error: impl std::error::Error + Send + Sync + 'static) -> rustls::Error {
     CertificateError::Other(OtherError(Arc::new(error))).into()

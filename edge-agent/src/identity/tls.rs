@@ -78,7 +78,12 @@ impl Tls {
         }
     }
 
-    /// Waits until the material is another one than the last that was taken by this; for ever where it never will be.
+    /// What there is now is about to be used: it is no news any more.
+    pub(crate) fn seen(&mut self) {
+        self.material.mark_unchanged();
+    }
+
+    /// Waits until the material is another one than what this has [`seen`](Self::seen); for ever where it never will be.
     pub(crate) async fn changed(&mut self) {
         if self.material.changed().await.is_err() {
             std::future::pending().await
