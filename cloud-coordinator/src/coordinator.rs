@@ -93,9 +93,6 @@ pub enum StartError {
         /// Why.
         error: String,
     },
-    /// The keys of this coordinator cannot be used.
-    #[error("{0}")]
-    Trust(String),
     /// The address is taken, or not of this machine.
     #[error("cannot listen for {what} on {address}: {error}")]
     Listen {

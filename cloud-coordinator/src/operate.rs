@@ -207,6 +207,11 @@ pub(crate) fn address(data: &Path) -> anyhow::Result<SocketAddr> {
 }
 
 impl Where {
+    /// The coordinator's data folder.
+    pub(crate) fn data(&self) -> &Path {
+        &self.data
+    }
+
     pub(crate) fn address(&self) -> anyhow::Result<SocketAddr> {
         self.http.map_or_else(|| address(&self.data), Ok)
     }

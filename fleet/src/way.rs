@@ -106,7 +106,7 @@ impl Way {
     pub fn listener(&self, id: &str) -> anyhow::Result<MqttOptions> {
         let mut options = MqttOptions::new(id, (self.mqtt.ip().to_string(), self.mqtt.port()));
         if let Some((name, password)) = &self.subscriber {
-            options.set_credentials(name.as_str(), password.as_str());
+            options.set_credentials(name.clone(), password.clone());
             if let Some(path) = self.authority() {
                 let mut roots = RootCertStore::empty();
                 roots.add(CertificateDer::from_pem_slice(&read(&path)?)?)?;

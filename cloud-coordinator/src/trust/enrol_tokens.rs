@@ -68,10 +68,14 @@ impl Signer {
 mod tests {
     use super::*;
 
+    fn open(folder: &std::path::Path) -> Signer {
+        Signer(Arc::new(TokenKey::open(folder).unwrap()))
+    }
+
     #[test]
     fn only_what_was_signed_here_for_enrolment() {
         let (one, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let signer = Signer::open(one.path()).unwrap();
+        let signer = open(one.path());
         let make = |s: &Signer| {
             s.token("j", "demo", 5_000, "ca".into(), "https://x:1".into())
                 .unwrap()
@@ -79,18 +83,15 @@ mod tests {
         let token = make(&signer);
         let claims = signer.read(&token).unwrap();
         assert_eq!((claims.jti.as_str(), claims.exp), ("j", 5));
-        assert_eq!(
-            Signer::open(one.path()).unwrap().read(&token).unwrap(),
-            claims
-        );
-        let stranger = make(&Signer::open(other.path()).unwrap());
+        assert_eq!(open(one.path()).read(&token).unwrap(), claims);
+        let stranger = make(&open(other.path()));
         let body = token.split('.').nth(1).unwrap();
         let none = format!("eyJhbGciOiJub25lIiwidHlwIjoiSldUIn0.{body}.");
         let session = Claims {
             aud: "session".into(),
             ..claims
         };
-        let session = jsonwebtoken::encode(&Header::default(), &session, &signer.sign).unwrap();
+        let session = signer.0.sign(&session).unwrap();
         let cut = &token[..token.len() - 4];
         let long = "a".repeat(MAX_TOKEN + 1);
         for bad in [&stranger, &none, &session, cut, &long, "", "a.b.c"] {
