@@ -133,7 +133,7 @@ fn json_mutant(bytes: &[u8], donors: &[Vec<u8>], dice: &mut Dice) -> Vec<u8> {
             (_, Value::Number(number)) => {
                 let n = number.as_u64().unwrap_or(0);
                 *spot = match dice.below(7) {
-                    0 => json!(n + 1),
+                    0 => json!(n.saturating_add(1)),
                     1 => json!(n.saturating_sub(1)),
                     2 => json!(u64::MAX),
                     3 => json!(n as f64),
