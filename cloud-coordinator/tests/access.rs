@@ -153,6 +153,7 @@ async fn who_may_see_one_site_sees_nothing_of_others() {
         let sample = json!({
             "v": 1, "device": device, "source": "cam0", "epoch": 1, "seq": 1, "ts": 1, "reason": "random",
             "label": "ok", "score": 0.5, "margin": 0.5, "entropy": 0.5, "model": "steel@1",
+            "embedding": [0.5, 1.0],
         });
         let (status, said) = say(http, "POST /api/v1/samples", sample).await;
         assert_eq!(status, 201, "{said}");

@@ -312,6 +312,12 @@ impl Site {
 
     /// Lets the devices enrol, and somebody listen.
     async fn entry(&mut self, plan: &Plan) -> Result<String, SiteError> {
+        // Its port is open a moment before it has written what is needed to ask.
+        let until = tokio::time::Instant::now() + READY;
+        while self.way.bearer().is_err() && tokio::time::Instant::now() < until {
+            self.coordinator.check()?;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
         let api = Api::of(self).map_err(|error| SiteError::Entry(format!("{error:#}")))?;
         let (uses, embedded) = (plan.agents, plan.broker == Broker::Embedded);
         let asked = spawn_blocking(move || -> anyhow::Result<_> {

@@ -26,7 +26,10 @@ use crate::{
     coordinator::ACCEPT_PAUSE,
     metrics::Metrics,
     notice::Notices,
-    trust::{active::Peer, tls::Door},
+    trust::{
+        active::Peer,
+        tls::{AcceptError, Door},
+    },
 };
 
 /// Open connections, watchers included.
@@ -123,6 +126,7 @@ async fn enter(stream: TcpStream, peer: SocketAddr, shared: &Shared) {
             let http2 = stream.get_ref().1.alpn_protocol() == Some(PROTOCOLS[0]);
             one(stream, Who { peer, device }, http2, shared).await;
         }
+        Err(AcceptError::Gone) => tracing::debug!(%peer, "closed before the handshake"),
         Err(error) => shared.refused(peer, error.name(), &error),
     }
 }

@@ -27,7 +27,7 @@ use super::{
     rights::Role,
     router::{Delivery, QUEUE_MESSAGES, Queue, Subscribed},
 };
-use crate::trust::active::Peer;
+use crate::trust::{active::Peer, tls::AcceptError};
 
 /// A CONNECT carries two short texts and a last will.
 const MAX_CONNECT: usize = 16 * 1024;
@@ -160,6 +160,7 @@ pub(super) async fn serve(
             let (read, write) = tokio::io::split(stream);
             converse(read, write, peer, device, &shared, stop).await;
         }
+        Err(AcceptError::Gone) => tracing::debug!(%peer, "closed before the handshake"),
         Err(error) => {
             tracing::debug!(%peer, "{error}");
             shared.refused(peer, error.name());

@@ -1,7 +1,7 @@
 //! TLS at the doors of the coordinator: 1.3 only, a certificate of a client is welcome, and one that is shown has to be
 //! of a device that may come in now.
 
-use std::{sync::Arc, time::Duration};
+use std::{io::ErrorKind, sync::Arc, time::Duration};
 
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig,
@@ -47,6 +47,9 @@ pub(crate) enum AcceptError {
     Slow,
     #[error("the handshake failed: {0}")]
     Failed(std::io::Error),
+    /// Somebody only looked whether there is a door.
+    #[error("closed before the handshake")]
+    Gone,
     /// Between the handshake and now.
     #[error("the device was revoked")]
     Revoked,
@@ -59,6 +62,7 @@ impl AcceptError {
             Self::Busy => "too many handshakes at once",
             Self::Slow => "no handshake within 10 s",
             Self::Failed(_) => "the handshake failed",
+            Self::Gone => "closed before the handshake",
             Self::Revoked => "the device was revoked",
         }
     }
@@ -137,7 +141,10 @@ impl Door {
         let stream = tokio::time::timeout(HANDSHAKE, self.acceptor.accept(stream))
             .await
             .map_err(|_| AcceptError::Slow)?
-            .map_err(AcceptError::Failed)?;
+            .map_err(|error| match error.kind() {
+                ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset => AcceptError::Gone,
+                _ => AcceptError::Failed(error),
+            })?;
         let (_, session) = stream.get_ref();
         let peer = match session.peer_certificates().and_then(<[_]>::first) {
             None => None,

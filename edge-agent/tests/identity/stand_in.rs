@@ -5,7 +5,7 @@ use std::{
     net::{SocketAddr, TcpListener, TcpStream},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicI64, Ordering},
+        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
     },
     thread::JoinHandle,
     time::Duration,
@@ -332,6 +332,9 @@ fn http(mut stream: Stream, shared: &Shared, ca: &Authority) -> std::io::Result<
     stream.flush()
 }
 
+/// Of the next certificate.
+static SERIAL: AtomicU64 = AtomicU64::new(1);
+
 fn grant(csr: &str, shared: &Shared, ca: &Authority, misname: bool) -> Value {
     let mut request = CertificateSigningRequestParams::from_pem(csr).unwrap();
     let key = request.public_key.subject_public_key_info();
@@ -339,6 +342,8 @@ fn grant(csr: &str, shared: &Shared, ca: &Authority, misname: bool) -> Value {
     let (now_ms, life_ms) = (shared.now_ms(), shared.life_ms.load(Ordering::Relaxed));
     at(now_ms)(&mut request.params, now_ms + life_ms);
     request.params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+    // By default it follows from the key, and the key stays.
+    request.params.serial_number = Some(SERIAL.fetch_add(1, Ordering::Relaxed).into());
     if misname {
         let names = &mut request.params.distinguished_name;
         names.push(DnType::CommonName, "hall/other");
