@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use fleet::{site::Site, way::Way};
 use serde_json::Value;
-use ureq::RequestBuilder;
+use ureq::{Body, RequestBuilder, http::Response};
 
 /// Larger answers are a fault.
 const MAX_ANSWER: u64 = 64 << 20;
@@ -46,10 +46,13 @@ impl Web {
         }
     }
 
-    fn shown<B>(&self, request: RequestBuilder<B>) -> RequestBuilder<B> {
-        match self.way.as_ref().map(Way::bearer) {
-            Some(Ok(token)) => request.header("authorization", token),
-            _ => request,
+    fn ask(
+        &self,
+        send: impl Fn(Option<&str>) -> Result<Response<Body>, ureq::Error>,
+    ) -> Result<Response<Body>, ureq::Error> {
+        match &self.way {
+            Some(way) => way.ask(|token| send(Some(token))),
+            None => send(None),
         }
     }
 
@@ -67,8 +70,9 @@ impl Web {
     /// # Errors
     /// In words, unless the answer is good.
     pub fn try_get(&self, path: &str) -> Result<Value, String> {
-        let request = self.agent.get(format!("{}{path}", self.base));
-        read(path, self.shown(request).call())
+        let url = format!("{}{path}", self.base);
+        let answer = self.ask(|token| shown(self.agent.get(&url), token).call());
+        read(path, answer)
     }
 
     /// `POST`
@@ -76,10 +80,13 @@ impl Web {
     /// # Panics
     /// Unless the answer is good.
     pub fn post(&self, path: &str, body: &Value) -> Value {
-        let request = self.agent.post(format!("{}{path}", self.base));
-        let request = request.header("content-type", "application/json");
-        let request = self.shown(request);
-        read(path, request.send(body.to_string())).unwrap()
+        let url = format!("{}{path}", self.base);
+        let answer = self.ask(|token| {
+            let request = self.agent.post(&url);
+            let request = request.header("content-type", "application/json");
+            shown(request, token).send(body.to_string())
+        });
+        read(path, answer).unwrap()
     }
 
     /// `DELETE`
@@ -87,8 +94,16 @@ impl Web {
     /// # Errors
     /// In words, unless the answer is good.
     pub fn try_delete(&self, path: &str) -> Result<Value, String> {
-        let request = self.agent.delete(format!("{}{path}", self.base));
-        read(path, self.shown(request).call())
+        let url = format!("{}{path}", self.base);
+        let answer = self.ask(|token| shown(self.agent.delete(&url), token).call());
+        read(path, answer)
+    }
+}
+
+fn shown<B>(request: RequestBuilder<B>, token: Option<&str>) -> RequestBuilder<B> {
+    match token {
+        Some(token) => request.header("authorization", token),
+        None => request,
     }
 }
 

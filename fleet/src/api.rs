@@ -35,32 +35,35 @@ impl Api {
     /// `GET`
     pub(crate) fn get(&self, path: &str) -> anyhow::Result<Value> {
         let url = format!("{}{path}", self.base);
-        let request = self.agent.get(&url);
-        let answer = request.header("authorization", self.way.bearer()?).call();
+        let answer = self
+            .way
+            .ask(|token| self.agent.get(&url).header("authorization", token).call());
         read(&url, answer)
     }
 
     /// `PUT` of JSON.
     pub(crate) fn put(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
         let url = format!("{}{path}", self.base);
-        let answer = self
-            .agent
-            .put(&url)
-            .header("authorization", self.way.bearer()?)
-            .header("content-type", "application/json")
-            .send(body.to_string());
+        let answer = self.way.ask(|token| {
+            self.agent
+                .put(&url)
+                .header("authorization", token)
+                .header("content-type", "application/json")
+                .send(body.to_string())
+        });
         read(&url, answer)
     }
 
     /// `POST` of JSON.
     pub(crate) fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
         let url = format!("{}{path}", self.base);
-        let answer = self
-            .agent
-            .post(&url)
-            .header("authorization", self.way.bearer()?)
-            .header("content-type", "application/json")
-            .send(body.to_string());
+        let answer = self.way.ask(|token| {
+            self.agent
+                .post(&url)
+                .header("authorization", token)
+                .header("content-type", "application/json")
+                .send(body.to_string())
+        });
         read(&url, answer)
     }
 }

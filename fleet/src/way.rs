@@ -16,12 +16,20 @@ use rustls::{
     pki_types::{CertificateDer, pem::PemObject},
     version::TLS13,
 };
-use ureq::tls::{Certificate, RootCerts, TlsConfig};
+use ureq::{
+    Body,
+    http::{Response, StatusCode},
+    tls::{Certificate, RootCerts, TlsConfig},
+};
 
 /// In the coordinator's data folder: what commands on its machine show.
 const TOKEN: &str = "trust/operator.token";
 /// There, too: who signs its certificates.
 const AUTHORITY: &str = "trust/ca.pem";
+
+/// How often a request is made again that nobody was recognised in, and how soon.
+const ASKED_AGAIN: u32 = 50;
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// See the module.
 #[derive(Clone, Debug)]
@@ -79,6 +87,25 @@ impl Way {
         let token = std::fs::read_to_string(&path)
             .with_context(|| format!("reading {}", path.display()))?;
         Ok(format!("Bearer {}", token.trim()))
+    }
+
+    /// Asks as an admin. A coordinator that has just started takes requests a moment before its new token can be read: then it
+    /// is asked again.
+    ///
+    /// # Errors
+    /// As `send`.
+    pub fn ask<E>(
+        &self,
+        send: impl Fn(&str) -> Result<Response<Body>, E>,
+    ) -> Result<Response<Body>, E> {
+        for _ in 0..ASKED_AGAIN {
+            let answer = send(&self.bearer().unwrap_or_default())?;
+            if answer.status() != StatusCode::UNAUTHORIZED {
+                return Ok(answer);
+            }
+            std::thread::sleep(PAUSE);
+        }
+        send(&self.bearer().unwrap_or_default())
     }
 
     /// An HTTP client for the coordinator, which takes any status as an answer.

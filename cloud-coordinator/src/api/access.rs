@@ -1,6 +1,6 @@
 //! Who may use which operation: one table, and what is not in it is refused.
 //!
-//! [`super::gate`] enforces it on every request, the description of the API is completed from it, and
+//! [`mod@super::gate`] enforces it on every request, the description of the API is completed from it, and
 //! `tests/access.rs` holds each role against each operation.
 
 use std::collections::HashMap;
