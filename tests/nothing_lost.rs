@@ -103,6 +103,14 @@ async fn a_full_disk_is_recorded() {
     site.devices[0].agent.kill().await.unwrap();
     site.devices[0].agent.start().unwrap();
     tokio::time::sleep(Duration::from_secs(2)).await;
+    // The device has to wait until somebody listens to what it will say.
+    site.devices[0].link.cut();
+    let begun = tap.begun();
+    site.coordinator.start().unwrap();
+    site.ready().await.unwrap();
+    until("the tap listens again", async || tap.begun() > begun)
+        .await
+        .unwrap();
     let seen = site.finish(Default::default(), BOUND).await.unwrap();
     let tapped = tap.stop().await;
     site.stop().await.unwrap();

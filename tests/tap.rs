@@ -1,6 +1,13 @@
 //! Listens to everything that is said on a broker, and holds each message against its schema.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use fleet::site::Site;
 use jsonschema::Validator;
@@ -69,6 +76,7 @@ impl Tapped {
 pub struct Tap {
     stop: oneshot::Sender<()>,
     heard: JoinHandle<Tapped>,
+    begun: Arc<AtomicU64>,
 }
 
 impl Tap {
@@ -87,15 +95,23 @@ impl Tap {
             schemas.push((kind, validator));
         }
         let (stop, stopped) = oneshot::channel();
+        let begun = Arc::<AtomicU64>::default();
+        let count = begun.clone();
         let heard = tokio::spawn(async move {
             let mut tapped = Tapped::default();
             tokio::select! {
-                () = listen(&options, &schemas, &mut tapped) => {}
+                () = listen(&options, &schemas, &count, &mut tapped) => {}
                 _ = stopped => {}
             }
             tapped
         });
-        Ok(Self { stop, heard })
+        Ok(Self { stop, heard, begun })
+    }
+
+    /// How often it has begun to listen.
+    #[must_use]
+    pub fn begun(&self) -> u64 {
+        self.begun.load(Ordering::Relaxed)
     }
 
     /// Stops, and says what was heard.
@@ -105,13 +121,21 @@ impl Tap {
     }
 }
 
-async fn listen(options: &MqttOptions, schemas: &[(Kind, Validator)], tapped: &mut Tapped) {
+async fn listen(
+    options: &MqttOptions,
+    schemas: &[(Kind, Validator)],
+    begun: &AtomicU64,
+    tapped: &mut Tapped,
+) {
     loop {
         let (client, mut events) = AsyncClient::builder(options.clone()).capacity(4).build();
         loop {
             match events.poll().await {
                 Ok(Event::Incoming(Packet::ConnAck(_))) => {
                     let _ = client.try_subscribe("lacewing/#", QoS::AtMostOnce);
+                }
+                Ok(Event::Incoming(Packet::SubAck(_))) => {
+                    begun.fetch_add(1, Ordering::Relaxed);
                 }
                 Ok(Event::Incoming(Packet::Publish(message))) => {
                     let topic = String::from_utf8_lossy(&message.topic);
