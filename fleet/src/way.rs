@@ -94,6 +94,10 @@ impl Way {
     ///
     /// # Errors
     /// As `send`.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "a blocking client has nothing else to wait on"
+    )]
     pub fn ask<E>(
         &self,
         send: impl Fn(&str) -> Result<Response<Body>, E>,
