@@ -394,7 +394,7 @@ async fn whatever_is_wrong_with_a_directorys_word_is_refused_and_written_down() 
         // The public key, which everybody knows, as if it were a shared secret.
         let mut header = Header::new(Algorithm::HS256);
         header.kid = Some("first".to_owned());
-        let key = EncodingKey::from_secret(&signers[0].key.public_key_raw());
+        let key = EncodingKey::from_secret(signers[0].key.public_key_raw());
         encode(&header, &claims, &key).unwrap()
     });
     let forged: Make = Box::new(|claims, signers| {
