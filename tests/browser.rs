@@ -233,11 +233,6 @@ async fn a_person_sees_the_devices_and_labels_what_they_send() {
     })
     .await
     .unwrap();
-    browser.eval(
-        "const author = document.getElementById('author'); author.value = ''; author.focus()",
-    );
-    browser.keys("Ada");
-    browser.eval("document.getElementById('author').dispatchEvent(new Event('change')); document.activeElement.blur()");
     let classes = api.get("/tasks")["items"][0]["classes"].clone();
     for class in ["<img src=x onerror=alert(1)>", "bad"] {
         if !classes
@@ -273,7 +268,7 @@ async fn a_person_sees_the_devices_and_labels_what_they_send() {
     )
     .await
     .unwrap();
-    assert_eq!(sample()["author"], "Ada", "{}", sample());
+    assert_eq!(sample()["author"], "ada", "{}", sample());
     browser.keys("u");
     until(
         "the label is taken back, and its image is back",

@@ -9,6 +9,7 @@ use std::{
 
 use toml::{Table, Value};
 
+pub use crate::directory::{DirectoryConfig, GroupConfig};
 use crate::objects::folder_of;
 pub use crate::train::StartPolicy;
 
@@ -34,6 +35,8 @@ pub struct Config {
     pub training: TrainingConfig,
     /// Certificates, and whether they are asked for.
     pub tls: TlsConfig,
+    /// A directory that people may come in by.
+    pub oidc: Option<DirectoryConfig>,
 }
 
 /// Certificates, and whether they are asked for.
@@ -159,6 +162,7 @@ impl Default for Config {
                 names: Vec::new(),
                 device_s: 7 * DAY_S,
             },
+            oidc: None,
         }
     }
 }
@@ -338,6 +342,12 @@ impl Config {
     }
 
     fn fill(&mut self, mut table: Table, errors: &mut Vec<String>) {
+        if let Some(section) = table.remove("oidc") {
+            match DirectoryConfig::read(section) {
+                Ok(directory) => self.oidc = Some(directory),
+                Err(mistakes) => errors.extend(mistakes),
+            }
+        }
         let mut sections = Vec::new();
         for name in [
             "broker",

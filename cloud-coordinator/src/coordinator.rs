@@ -22,10 +22,12 @@ use crate::{
     config::{Config, ConfigErrors},
     datasets::Datasets,
     delivery::{Releases, Rollouts},
+    directory::Directory,
     ingest::{self, Acks, External, Inbox, Ingest, Link},
     metrics::Metrics,
     notice::Notices,
     objects::Objects,
+    parts::Parts,
     records::Records,
     registry::Registry,
     samples::Samples,
@@ -169,7 +171,10 @@ impl Coordinator {
                 .await
                 .map_err(|e| unlearnt(&e))?,
         );
+        let metrics = Metrics::shared();
+        let parts = Parts::new(metrics.clone());
         let training = Work {
+            parts: parts.clone(),
             catalog: catalog.clone(),
             datasets: datasets.clone(),
             objects: samples.objects.clone(),
@@ -191,7 +196,7 @@ impl Coordinator {
         let devices = store.devices().await.map_err(broken)?;
         let next_id = store.last_reading().await.map_err(broken)? + 1;
         let registry = Arc::new(Registry::new(devices, config.ingest.max_devices));
-        let (metrics, acks) = (Metrics::shared(), Arc::new(Acks::default()));
+        let acks = Arc::new(Acks::default());
         let live = Live::new(metrics.clone());
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
         let (queue, bytes) = (config.ingest.queue_messages, config.ingest.queue_bytes);
@@ -309,9 +314,13 @@ impl Coordinator {
             stop.clone(),
         ));
         tasks.spawn(jobs.run(Arc::new(training), stop.clone()));
+        let directory = config.oidc.map(Directory::open).transpose();
+        let directory = directory.map_err(StartError::Trust)?.map(Arc::new);
         trust.start(http, door).await.map_err(untrusted)?;
         let state = api::State {
-            gate: api::gate(&trust, door, &metrics),
+            gate: api::gate(&trust, door, &metrics, &parts),
+            parts,
+            directory,
             trust: trust.clone(),
             door,
             samples: samples.clone(),

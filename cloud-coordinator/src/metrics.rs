@@ -19,6 +19,19 @@ pub(crate) struct Reason {
     pub(crate) reason: &'static str,
 }
 
+/// A part behind the API.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct Part {
+    pub(crate) part: &'static str,
+}
+
+/// A part behind the API, and why it was not asked.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(crate) struct NotAsked {
+    pub(crate) part: &'static str,
+    pub(crate) reason: &'static str,
+}
+
 /// A sign of drift.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct Drifting {
@@ -62,6 +75,9 @@ pub(crate) struct Metrics {
     enrolment_refused: Family<Reason, Counter>,
     http_refused: Family<Reason, Counter>,
     access_refused: Family<Reason, Counter>,
+    part_open: Family<Part, Gauge>,
+    part_failed: Family<Part, Counter>,
+    part_refused: Family<NotAsked, Counter>,
     http: Family<Answer, Counter>,
     pub(crate) http_connections: Gauge,
 }
@@ -193,6 +209,21 @@ impl Default for Metrics {
                 "Requests of which nobody was allowed to ask, or too often",
                 Family::default()
             ),
+            part_open: new!(
+                "part_open",
+                "1 while nobody asks a part behind the API, because it fails",
+                Family::default()
+            ),
+            part_failed: new!(
+                "part_failed",
+                "Requests for which a part behind the API failed",
+                Family::default()
+            ),
+            part_refused: new!(
+                "part_refused",
+                "Requests that were not passed on to a part behind the API",
+                Family::default()
+            ),
             http: new!("http_requests", "Requests answered", Family::default()),
             http_connections: new!(
                 "http_connections",
@@ -243,6 +274,24 @@ impl Metrics {
     /// A request that was not let through.
     pub(crate) fn access_refused(&self, reason: &'static str) {
         self.access_refused.get_or_create(&Reason { reason }).inc();
+    }
+
+    /// Nobody asks this part, or everybody may again.
+    pub(crate) fn part_open(&self, part: &'static str, open: bool) {
+        self.part_open
+            .get_or_create(&Part { part })
+            .set(open.into());
+    }
+
+    /// A part failed.
+    pub(crate) fn part_failed(&self, part: &'static str) {
+        self.part_failed.get_or_create(&Part { part }).inc();
+    }
+
+    /// A part was not asked.
+    pub(crate) fn part_refused(&self, part: &'static str, reason: &'static str) {
+        let why = NotAsked { part, reason };
+        self.part_refused.get_or_create(&why).inc();
     }
 
     /// So many sources show a sign of drift now.

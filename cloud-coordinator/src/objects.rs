@@ -3,15 +3,22 @@
 //! The store is reached through one interface and found by an address, so that a bucket can take the place
 //! of the folder. What is in it has been looked at: whole, of its digest, an image within bounds.
 
-use std::{borrow::Cow, path::Path, sync::Arc};
+use std::{borrow::Cow, path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use mesh_core::MAX_SAMPLE_IMAGE_BYTES;
 use object_store::{
     ObjectStore, ObjectStoreExt, PutPayload, local::LocalFileSystem, path::Path as Key,
 };
-use tokio::sync::{RwLock, RwLockReadGuard, Semaphore};
+use tokio::{
+    sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock, Semaphore},
+    time::timeout,
+};
 
+/// What the store may take for one image, or to let somebody have it alone: a slow disk, or a bucket far away.
+const LIMIT: Duration = Duration::from_secs(5);
+/// What is with the store at a time. Where it hangs that is all that ever hangs with it.
+const AT_ONCE: usize = 16;
 /// Images that are decoded at a time: each may take 150 MB.
 const DECODING: usize = 2;
 
@@ -38,6 +45,14 @@ pub enum ObjectError {
         sha256: String,
         /// What the store says.
         error: object_store::Error,
+    },
+    /// The store does not answer.
+    #[error("cannot {operation} the image {sha256}: the store did not answer within {} s", LIMIT.as_secs())]
+    Late {
+        /// What was being done.
+        operation: &'static str,
+        /// With which.
+        sha256: String,
     },
     /// What is stored is not what was stored.
     #[error("the image {0} is damaged: its bytes have another digest")]
@@ -138,8 +153,17 @@ pub struct Objects {
     /// Whoever stores an image and then names it in the database holds this shared; whoever removes one
     /// that nobody names holds it alone.
     gate: Arc<RwLock<()>>,
+    places: Arc<Semaphore>,
     decoding: Arc<Semaphore>,
 }
+
+/// See [`Objects::shared`]. What the store is still busy with holds it too.
+#[derive(Clone, Debug)]
+pub(crate) struct Shared(#[expect(dead_code, reason = "it is held")] Arc<OwnedRwLockReadGuard<()>>);
+
+/// See [`Objects::alone`]. What the store is still busy with holds it too.
+#[derive(Clone, Debug)]
+pub(crate) struct Alone(#[expect(dead_code, reason = "it is held")] Arc<OwnedRwLockWriteGuard<()>>);
 
 fn key(sha256: &str) -> Result<Key, ObjectError> {
     let hex = |b: u8| matches!(b, b'0'..=b'9' | b'a'..=b'f');
@@ -163,6 +187,13 @@ fn failed(
             sha256,
             error,
         },
+    }
+}
+
+fn waited(operation: &'static str) -> ObjectError {
+    ObjectError::Late {
+        operation,
+        sha256: "that comes next".to_owned(),
     }
 }
 
@@ -191,8 +222,35 @@ impl Objects {
         Ok(Self {
             store: Arc::new(store),
             gate: Arc::default(),
+            places: Arc::new(Semaphore::new(AT_ONCE)),
             decoding: Arc::new(Semaphore::new(DECODING)),
         })
+    }
+
+    /// Does something with the store. Whoever waits does not wait for ever; what hangs keeps its place, and whatever it
+    /// holds, until it has ended.
+    async fn ask<T: Send + 'static>(
+        &self,
+        operation: &'static str,
+        sha256: &str,
+        work: impl Future<Output = object_store::Result<T>> + Send + 'static,
+    ) -> Result<T, ObjectError> {
+        let late = || ObjectError::Late {
+            operation,
+            sha256: sha256.to_owned(),
+        };
+        let place = timeout(LIMIT, self.places.clone().acquire_owned()).await;
+        let Ok(Ok(place)) = place else {
+            return Err(late());
+        };
+        let working = tokio::spawn(async move {
+            let _place = place;
+            work.await
+        });
+        match timeout(LIMIT, working).await {
+            Ok(Ok(done)) => done.map_err(failed(operation, sha256)),
+            Ok(Err(_)) | Err(_) => Err(late()),
+        }
     }
 
     /// The bytes of an image, which are those that were stored.
@@ -200,23 +258,26 @@ impl Objects {
     /// # Errors
     /// If there is none of this digest, it cannot be read, or it is damaged.
     pub async fn read(&self, sha256: &str) -> Result<Bytes, ObjectError> {
-        let found = self.store.get(&key(sha256)?).await;
-        let found = found.map_err(failed("read", sha256))?;
-        if found.meta.size > MAX_SAMPLE_IMAGE_BYTES {
-            return Err(ObjectError::Damaged(sha256.to_owned()));
-        }
-        let bytes = found.bytes().await.map_err(failed("read", sha256))?;
-        if digest(&bytes) == sha256 {
-            Ok(bytes)
-        } else {
-            Err(ObjectError::Damaged(sha256.to_owned()))
-        }
+        let (store, key) = (self.store.clone(), key(sha256)?);
+        let read = async move {
+            let found = store.get(&key).await?;
+            if found.meta.size > MAX_SAMPLE_IMAGE_BYTES {
+                return Ok(None);
+            }
+            found.bytes().await.map(Some)
+        };
+        let bytes = self.ask("read", sha256, read).await?;
+        let damaged = || ObjectError::Damaged(sha256.to_owned());
+        bytes
+            .filter(|bytes| digest(bytes) == sha256)
+            .ok_or_else(damaged)
     }
 
     /// The first bytes of an image, enough for [`kind_of`].
     pub(crate) async fn head(&self, sha256: &str) -> Result<Bytes, ObjectError> {
-        let range = self.store.get_range(&key(sha256)?, 0..16).await;
-        range.map_err(failed("read", sha256))
+        let (store, key) = (self.store.clone(), key(sha256)?);
+        let read = async move { store.get_range(&key, 0..16).await };
+        self.ask("read", sha256, read).await
     }
 
     /// Whether there is an image of this digest.
@@ -224,8 +285,9 @@ impl Objects {
     /// # Errors
     /// If the store cannot tell.
     pub async fn has(&self, sha256: &str) -> Result<bool, ObjectError> {
-        let found = self.store.head(&key(sha256)?).await;
-        match found.map_err(failed("look for", sha256)) {
+        let (store, key) = (self.store.clone(), key(sha256)?);
+        let look = async move { store.head(&key).await };
+        match self.ask("look for", sha256, look).await {
             Ok(_) => Ok(true),
             Err(ObjectError::Missing(_)) => Ok(false),
             Err(error) => Err(error),
@@ -233,29 +295,45 @@ impl Objects {
     }
 
     /// Stores bytes that were [inspected](inspect) and have this digest.
-    pub(crate) async fn put(&self, sha256: &str, bytes: Bytes) -> Result<(), ObjectError> {
-        let key = key(sha256)?;
-        let stored = self.store.put(&key, PutPayload::from_bytes(bytes)).await;
-        stored.map_err(failed("store", sha256)).map(drop)
+    pub(crate) async fn put(
+        &self,
+        shared: &Shared,
+        sha256: &str,
+        bytes: Bytes,
+    ) -> Result<(), ObjectError> {
+        let (store, key, shared) = (self.store.clone(), key(sha256)?, shared.clone());
+        let put = async move {
+            let _shared = shared;
+            store.put(&key, PutPayload::from_bytes(bytes)).await
+        };
+        self.ask("store", sha256, put).await.map(drop)
     }
 
-    /// Removes an image; it is no error if there is none. Hold [`Objects::alone`].
-    pub(crate) async fn remove(&self, sha256: &str) -> Result<(), ObjectError> {
-        let removed = self.store.delete(&key(sha256)?).await;
-        match removed.map_err(failed("remove", sha256)) {
+    /// Removes an image; it is no error if there is none.
+    pub(crate) async fn remove(&self, alone: &Alone, sha256: &str) -> Result<(), ObjectError> {
+        let (store, key, alone) = (self.store.clone(), key(sha256)?, alone.clone());
+        let remove = async move {
+            let _alone = alone;
+            store.delete(&key).await
+        };
+        match self.ask("remove", sha256, remove).await {
             Err(ObjectError::Missing(_)) => Ok(()),
             done => done,
         }
     }
 
     /// Held from before an image is stored until the database names it.
-    pub(crate) async fn shared(&self) -> RwLockReadGuard<'_, ()> {
-        self.gate.read().await
+    pub(crate) async fn shared(&self) -> Result<Shared, ObjectError> {
+        let held = timeout(LIMIT, self.gate.clone().read_owned()).await;
+        held.map(|held| Shared(Arc::new(held)))
+            .map_err(|_| waited("store"))
     }
 
     /// Held from before the database is asked who names an image until it is removed.
-    pub(crate) async fn alone(&self) -> tokio::sync::RwLockWriteGuard<'_, ()> {
-        self.gate.write().await
+    pub(crate) async fn alone(&self) -> Result<Alone, ObjectError> {
+        let held = timeout(LIMIT, self.gate.clone().write_owned()).await;
+        held.map(|held| Alone(Arc::new(held)))
+            .map_err(|_| waited("remove"))
     }
 
     /// [`inspect`] on a thread where nobody waits, a few at a time.
@@ -293,7 +371,9 @@ mod tests {
         let bytes = Bytes::from_static(b"hello");
         let sha256 = digest(&bytes);
         assert!(!objects.has(&sha256).await.unwrap());
-        objects.put(&sha256, bytes.clone()).await.unwrap();
+        let shared = objects.shared().await.unwrap();
+        objects.put(&shared, &sha256, bytes.clone()).await.unwrap();
+        drop(shared);
         assert!(objects.has(&sha256).await.unwrap());
         assert_eq!(objects.read(&sha256).await.unwrap(), bytes);
         for bad in ["../../etc/passwd", "", "AB", &"g".repeat(64)] {
@@ -304,8 +384,9 @@ mod tests {
         std::fs::write(file, b"hallo").unwrap();
         let error = objects.read(&sha256).await.unwrap_err();
         assert!(matches!(error, ObjectError::Damaged(_)), "{error}");
-        objects.remove(&sha256).await.unwrap();
-        objects.remove(&sha256).await.unwrap();
+        let alone = objects.alone().await.unwrap();
+        objects.remove(&alone, &sha256).await.unwrap();
+        objects.remove(&alone, &sha256).await.unwrap();
         let error = objects.read(&sha256).await.unwrap_err();
         assert!(matches!(error, ObjectError::Missing(_)), "{error}");
         assert!(Objects::open(Some("s3://bucket"), dir.path()).is_err());

@@ -25,7 +25,7 @@ use crate::{
     trust::operator_token,
 };
 pub(crate) use audit::{AuditCommand, audit};
-pub(crate) use connect::connect;
+pub(crate) use connect::{Wire, connect};
 pub(crate) use identity::{IdentityCommand, SubscriberCommand, subscriber};
 pub(crate) use people::{TokenCommand, UserCommand, token, user};
 pub(crate) use settings::{SettingsCommand, settings};

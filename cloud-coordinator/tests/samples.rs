@@ -13,101 +13,8 @@ mod common;
 use std::net::SocketAddr;
 
 use cloud_coordinator::objects::{ObjectError, digest};
-use common::*;
+use common::{images::*, *};
 use serde_json::{Value, json};
-
-fn checksum(kind_and_data: &[u8]) -> u32 {
-    let mut crc = u32::MAX;
-    for byte in kind_and_data {
-        crc ^= u32::from(*byte);
-        for _ in 0..8 {
-            crc = if crc & 1 == 1 {
-                (crc >> 1) ^ 0xedb8_8320
-            } else {
-                crc >> 1
-            };
-        }
-    }
-    !crc
-}
-
-fn chunk(kind: &[u8; 4], data: &[u8]) -> Vec<u8> {
-    let both = [kind.as_slice(), data].concat();
-    let mut chunk = (data.len() as u32).to_be_bytes().to_vec();
-    chunk.extend(&both);
-    chunk.extend(checksum(&both).to_be_bytes());
-    chunk
-}
-
-/// A gray PNG of `side` × `side` pixels, each seed another; not compressed.
-pub fn png(side: u32, seed: u8) -> Vec<u8> {
-    let mut rows = Vec::new();
-    for y in 0..side {
-        rows.push(0);
-        rows.extend((0..side).map(|x| (x * 7 + y * 13) as u8 ^ seed));
-    }
-    let (mut a, mut b) = (1_u32, 0_u32);
-    for byte in &rows {
-        a = (a + u32::from(*byte)) % 65_521;
-        b = (b + a) % 65_521;
-    }
-    let mut zlib = vec![0x78, 0x01];
-    let blocks: Vec<_> = rows.chunks(65_535).collect();
-    for (n, block) in blocks.iter().enumerate() {
-        zlib.push(u8::from(n + 1 == blocks.len()));
-        zlib.extend((block.len() as u16).to_le_bytes());
-        zlib.extend((!(block.len() as u16)).to_le_bytes());
-        zlib.extend(*block);
-    }
-    zlib.extend((b << 16 | a).to_be_bytes());
-    let header = [
-        &side.to_be_bytes()[..],
-        &side.to_be_bytes(),
-        &[8, 0, 0, 0, 0],
-    ]
-    .concat();
-    let mut png = b"\x89PNG\r\n\x1a\n".to_vec();
-    png.extend(chunk(b"IHDR", &header));
-    png.extend(chunk(b"IDAT", &zlib));
-    png.extend(chunk(b"IEND", b""));
-    png
-}
-
-fn sample(seq: u64, image: Option<&[u8]>) -> Value {
-    let mut sample = json!({
-        "v": 1, "device": "d1", "source": "cam0", "epoch": 7, "seq": seq, "ts": 1_700_000_000_000_i64,
-        "reason": "uncertain", "label": "ok", "score": 0.5, "margin": 0.25, "entropy": 0.75,
-        "model": "steel@1.0.0", "embedding": [seq as f32, 1.0, -2.0],
-    });
-    if let Some(image) = image {
-        sample["image"] = json!({ "sha256": digest(image), "bytes": image.len() });
-    }
-    sample
-}
-
-async fn piece(http: SocketAddr, seq: u64, offset: usize, bytes: &[u8]) -> (u16, Value) {
-    let line = format!("PATCH /api/v1/samples/d1/7/{seq}/image");
-    let headers = format!("upload-offset: {offset}\r\n");
-    let (status, _, body) = send(http, &line, &headers, bytes).await;
-    (status, serde_json::from_slice(&body).unwrap_or(Value::Null))
-}
-
-/// A sample with its image, all of it.
-async fn bring(http: SocketAddr, seq: u64, image: &[u8]) -> i64 {
-    assert_eq!(
-        say(http, "POST /api/v1/samples", sample(seq, Some(image)))
-            .await
-            .0,
-        201
-    );
-    for (n, part) in image.chunks(256 * 1024).enumerate() {
-        let (status, here) = piece(http, seq, n * 256 * 1024, part).await;
-        assert_eq!(status, 200, "{here}");
-    }
-    let (_, page) = ask(http, "GET /api/v1/samples?limit=1").await;
-    assert_eq!(page["items"][0]["image"], "stored");
-    page["items"][0]["id"].as_i64().unwrap()
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_upload_goes_on_after_a_restart() {
@@ -283,7 +190,7 @@ async fn where_a_picture_was_taken_is_never_stored() {
     let http = handle.http;
     let photographs = photographs();
     for (seq, photograph) in (1..).zip(&photographs) {
-        let id = bring(http, seq, photograph).await;
+        let id = bring_sample(http, seq, photograph).await;
         // The device may ask again, and hears that all it had is here.
         let again = say(http, "POST /api/v1/samples", sample(seq, Some(photograph))).await;
         assert_eq!(again, (200, json!({ "offset": photograph.len() })));
@@ -439,7 +346,7 @@ async fn from_labels_to_a_dataset() {
     let http = handle.http;
     let mut ids = Vec::new();
     for seq in 1..=6 {
-        ids.push(bring(http, seq, &png(8 + seq as u32, 0)).await);
+        ids.push(bring_sample(http, seq, &png(8 + seq as u32, 0)).await);
     }
     let (status, task) = say(
         http,
@@ -472,27 +379,22 @@ async fn from_labels_to_a_dataset() {
         say(http, &format!("POST /api/v1/samples/{id}/labels"), body).await
     };
     for (body, expected) in [
-        (json!({ "class": "dent", "author": "ana" }), 422),
-        (json!({ "class": "ok", "author": " " }), 422),
-        (json!({ "class": "ok" }), 422),
-        (json!({ "author": "ana" }), 422),
-        (json!({ "class": "ok", "skip": true, "author": "ana" }), 422),
+        (json!({ "class": "dent" }), 422),
+        // Who says it is who asks, not what the request says.
+        (json!({ "class": "ok", "author": "ana" }), 422),
+        (json!({}), 422),
+        (json!({ "class": "ok", "skip": true }), 422),
     ] {
         assert_eq!(say_of(ids[0], body.clone()).await.0, expected, "{body}");
     }
-    assert_eq!(
-        say_of(999, json!({ "class": "ok", "author": "ana" }))
-            .await
-            .0,
-        404
-    );
+    assert_eq!(say_of(999, json!({ "class": "ok" })).await.0, 404);
     // A form of somebody else's page cannot label.
     let line = format!("POST /api/v1/samples/{}/labels", ids[0]);
     let (status, _, _) = send(
         http,
         &line,
         "content-type: text/plain\r\n",
-        br#"{"class":"ok","author":"x"}"#,
+        br#"{"class":"ok"}"#,
     )
     .await;
     assert_eq!(status, 415);
@@ -512,15 +414,10 @@ async fn from_labels_to_a_dataset() {
         (2, json!("ok")),
         (3, Value::Null),
     ] {
-        let (status, row) = say_of(ids[at], json!({ "class": class, "author": "ana" })).await;
-        assert_eq!((status, &row["author"]), (201, &json!("ana")));
+        let (status, row) = say_of(ids[at], json!({ "class": class })).await;
+        assert_eq!((status, &row["author"]), (201, &json!("machine")));
     }
-    assert_eq!(
-        say_of(ids[4], json!({ "skip": true, "author": "ben" }))
-            .await
-            .0,
-        201
-    );
+    assert_eq!(say_of(ids[4], json!({ "skip": true })).await.0, 201);
     let (_, queue) = ask(http, "GET /api/v1/tasks/steel/queue").await;
     assert_eq!(queue["items"].as_array().unwrap().len(), 1);
     assert_eq!(queue["items"][0]["id"], ids[5]);
@@ -537,13 +434,13 @@ async fn from_labels_to_a_dataset() {
     assert_eq!(page["items"].as_array().unwrap().len(), 4);
 
     // Last said, last taken back.
-    say_of(ids[0], json!({ "class": "hole", "author": "ben" })).await;
-    let undo = format!("DELETE /api/v1/samples/{}/labels/last?author=ben", ids[0]);
+    say_of(ids[0], json!({ "class": "hole" })).await;
+    let undo = format!("DELETE /api/v1/samples/{}/labels/last", ids[0]);
     let (status, row) = ask(http, &undo).await;
     assert_eq!((status, &row["class"]), (200, &json!("ok")));
     assert_eq!(ask(http, &undo).await.1["labelled"], Value::Null);
     assert_eq!(ask(http, &undo).await.0, 404);
-    say_of(ids[0], json!({ "class": "ok", "author": "ana" })).await;
+    say_of(ids[0], json!({ "class": "ok" })).await;
 
     let (status, first) = say(http, "POST /api/v1/tasks/steel/datasets", dataset.clone()).await;
     assert_eq!(
@@ -555,12 +452,12 @@ async fn from_labels_to_a_dataset() {
     // Into the holdout by a person only.
     let hold = format!("PUT /api/v1/samples/{}/holdout", ids[2]);
     assert_eq!(
-        say(http, &hold, json!({ "holdout": true, "author": "" }))
+        say(http, &hold, json!({ "holdout": true, "author": "ana" }))
             .await
             .0,
         422
     );
-    let (status, row) = say(http, &hold, json!({ "holdout": true, "author": "ana" })).await;
+    let (status, row) = say(http, &hold, json!({ "holdout": true })).await;
     assert_eq!((status, &row["holdout"]), (200, &json!(true)));
     let (status, second) = say(http, "POST /api/v1/tasks/steel/datasets", dataset).await;
     assert_eq!(
@@ -605,12 +502,7 @@ async fn from_labels_to_a_dataset() {
             .0,
         204
     );
-    assert_eq!(
-        say_of(ids[0], json!({ "class": "ok", "author": "ana" }))
-            .await
-            .0,
-        410
-    );
+    assert_eq!(say_of(ids[0], json!({ "class": "ok" })).await.0, 410);
     // A snapshot stays what it was.
     let again = handle
         .datasets()
@@ -701,7 +593,7 @@ async fn what_comes_in_goes_out_the_same() {
         .iter()
         .find(|s| s["sha256"] == digest(&images[0]).as_str());
     let hold = format!("PUT /api/v1/samples/{}/holdout", first.unwrap()["id"]);
-    let (status, _) = say(http, &hold, json!({ "holdout": true, "author": "ana" })).await;
+    let (status, _) = say(http, &hold, json!({ "holdout": true })).await;
     assert_eq!(status, 200);
 
     let folder = take_out(http, "steel", "folder").await;
@@ -830,7 +722,7 @@ async fn a_later_mark_takes_the_place_of_a_weaker_reason() {
     let handle = start(dir.path()).await;
     let http = handle.http;
     let image = png(16, 3);
-    let id = bring(http, 5, &image).await;
+    let id = bring_sample(http, 5, &image).await;
     let reason = async || {
         let (_, sample) = ask(http, &format!("GET /api/v1/samples/{id}")).await;
         sample["reason"].as_str().unwrap().to_owned()

@@ -422,7 +422,7 @@ async fn label(api: &Api, args: &LoopArgs, most: usize) -> anyhow::Result<usize>
                 let class = class
                     .and_then(|name| name.to_str())
                     .context("a file without a class")?;
-                let said = json!({"class": class, "author": AUTHOR});
+                let said = json!({"class": class});
                 api.post(&format!("/samples/{id}/labels"), &said)?;
             }
             Ok(items.len())

@@ -41,7 +41,6 @@ const PATIENCE: Duration = Duration::from_secs(240);
 const LOOK: Duration = Duration::from_secs(1);
 /// A shorter demo has no time for it.
 pub(crate) const LEAST: Duration = Duration::from_secs(150);
-const AUTHOR: &str = "demo";
 
 /// What the cameras see, at this rate.
 pub(crate) fn ageing(fps: f64) -> Ageing {
@@ -290,10 +289,10 @@ fn label(api: &Api, id: i64, holdout: bool) -> anyhow::Result<bool> {
         return Ok(false);
     };
     if holdout {
-        let said = json!({"holdout": true, "author": AUTHOR});
+        let said = json!({"holdout": true});
         api.put(&format!("/samples/{id}/holdout"), &said)?;
     }
-    let said = json!({"class": truth, "author": AUTHOR});
+    let said = json!({"class": truth});
     api.post(&format!("/samples/{id}/labels"), &said)?;
     Ok(true)
 }

@@ -18,7 +18,7 @@ use rustls::{
 };
 use ureq::{
     Body,
-    http::{Response, StatusCode},
+    http::Response,
     tls::{Certificate, RootCerts, TlsConfig},
 };
 
@@ -26,10 +26,6 @@ use ureq::{
 const TOKEN: &str = "trust/operator.token";
 /// There, too: who signs its certificates.
 const AUTHORITY: &str = "trust/ca.pem";
-
-/// How often a request is made again that nobody was recognised in, and how soon.
-const ASKED_AGAIN: u32 = 50;
-const PAUSE: Duration = Duration::from_millis(100);
 
 /// See the module.
 #[derive(Clone, Debug)]
@@ -78,7 +74,7 @@ impl Way {
         self.tls.then(|| self.data.join(AUTHORITY))
     }
 
-    /// What is shown to the API: an admin's token, made anew at each start of the coordinator.
+    /// What is shown to the API: an admin's token.
     ///
     /// # Errors
     /// If it is not there (yet).
@@ -89,26 +85,14 @@ impl Way {
         Ok(format!("Bearer {}", token.trim()))
     }
 
-    /// Asks as an admin. A coordinator that has just started takes requests a moment before its new token can be read: then it
-    /// is asked again.
+    /// Asks as an admin.
     ///
     /// # Errors
     /// As `send`.
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "a blocking client has nothing else to wait on"
-    )]
     pub fn ask<E>(
         &self,
-        send: impl Fn(&str) -> Result<Response<Body>, E>,
+        send: impl FnOnce(&str) -> Result<Response<Body>, E>,
     ) -> Result<Response<Body>, E> {
-        for _ in 0..ASKED_AGAIN {
-            let answer = send(&self.bearer().unwrap_or_default())?;
-            if answer.status() != StatusCode::UNAUTHORIZED {
-                return Ok(answer);
-            }
-            std::thread::sleep(PAUSE);
-        }
         send(&self.bearer().unwrap_or_default())
     }
 

@@ -112,6 +112,9 @@ const TABLE: &[Rule] = &[
     // Coming in.
     open("POST /api/v1/setup"),
     open("POST /api/v1/login"),
+    open("GET /api/v1/oidc"),
+    open("GET /api/v1/oidc/login"),
+    open("GET /api/v1/oidc/callback"),
     open("POST /api/v1/enrol"),
     open("POST /api/v1/renew"),
     quiet("POST /api/v1/logout", Viewer, Any),

@@ -3,11 +3,12 @@
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::Arc,
+    time::Duration,
 };
 
 use axum::{
     extract::{ConnectInfo, FromRequestParts, MatchedPath, Request, State as Shared},
-    http::{HeaderMap, HeaderValue, Method, header, request::Parts},
+    http::{HeaderMap, HeaderValue, Method, header, request::Parts as Head},
     middleware::Next,
     response::{IntoResponse, Response},
 };
@@ -21,6 +22,7 @@ use super::{
 };
 use crate::{
     metrics::Metrics,
+    parts::{Name, Parts},
     trust::{
         Door, PeerDevice, Principal, Shown, Trust, TrustError, Who,
         audit::{Entry, Outcome},
@@ -35,7 +37,11 @@ pub(crate) struct Gate {
     trust: Trust,
     door: Door,
     metrics: Arc<Metrics>,
+    parts: Arc<Parts>,
 }
+
+/// How long the database may take to say who shows something.
+const KNOW: Duration = Duration::from_secs(5);
 
 /// Who asks, for the handlers.
 #[derive(Clone, Debug)]
@@ -59,6 +65,21 @@ impl Caller {
                 ..
             }) => format!("{principal} by token {label:?}"),
             Some(who) => who.principal.to_string(),
+        }
+    }
+
+    /// As whom it says something about a sample: the name of its owner, and the token if it is one.
+    pub(super) fn author(&self) -> Result<String, Problem> {
+        match &self.who {
+            Some(Who {
+                principal: Principal::User { name, .. },
+                label,
+                ..
+            }) => Ok(match label {
+                Some(token) => format!("{name} (token {token})"),
+                None => name.clone(),
+            }),
+            _ => Err(Problem::new(403, "Forbidden", "this is for people")),
         }
     }
 
@@ -87,7 +108,7 @@ impl Caller {
 impl FromRequestParts<State> for Caller {
     type Rejection = Problem;
 
-    async fn from_request_parts(parts: &mut Parts, _: &State) -> Result<Self, Problem> {
+    async fn from_request_parts(parts: &mut Head, _: &State) -> Result<Self, Problem> {
         // What does not come through the gate is not answered.
         let caller = parts.extensions.get::<Self>().cloned();
         caller.ok_or_else(|| Problem::new(403, "Forbidden", "nobody knows who asks"))
@@ -102,7 +123,7 @@ enum By {
 }
 
 impl Gate {
-    pub(super) fn new(trust: Trust, door: Door, metrics: Arc<Metrics>) -> Self {
+    pub(super) fn new(trust: Trust, door: Door, metrics: Arc<Metrics>, parts: Arc<Parts>) -> Self {
         let (table, limits) = (Table::new(), Limits::new());
         Self {
             table,
@@ -110,7 +131,20 @@ impl Gate {
             trust,
             door,
             metrics,
+            parts,
         }
+    }
+
+    /// Who shows this; nobody if it does not count.
+    async fn known(&self, shown: Shown, token: &str) -> Result<Option<Who>, Problem> {
+        let pass = self.parts.enter(Name::Trust).await?;
+        let known = tokio::time::timeout(KNOW, self.trust.who(shown, token)).await;
+        pass.settle(matches!(known, Ok(Ok(_))));
+        let late = || {
+            let why = format!("{} does not answer, try again", Name::Trust.words());
+            Problem::of_part(Name::Trust, why)
+        };
+        Ok(known.map_err(|_| late())??)
     }
 
     /// Who asks, and how it says so. What is shown and does not count is as good as nothing, but for a token: who
@@ -122,7 +156,7 @@ impl Gate {
     ) -> Result<(Option<Who>, By), Problem> {
         if headers.contains_key(header::AUTHORIZATION) {
             let token = bearer(headers).unwrap_or_default();
-            return match self.trust.who(Shown::Token, token).await? {
+            return match self.known(Shown::Token, token).await? {
                 Some(who) => Ok((Some(who), By::Other)),
                 None => Err(unknown("this token is none, has run out or was revoked")),
             };
@@ -137,7 +171,7 @@ impl Gate {
             return Ok((Some(who), By::Other));
         }
         match cookie(headers, self.door) {
-            Some(session) => Ok((self.trust.who(Shown::Session, session).await?, By::Cookie)),
+            Some(session) => Ok((self.known(Shown::Session, session).await?, By::Cookie)),
             None => Ok((None, By::Other)),
         }
     }
@@ -217,7 +251,9 @@ impl Rule {
     /// The limit of what can be tried by everybody and must not be tried often.
     fn strict(&self) -> Option<What> {
         match self.operation() {
-            "POST /api/v1/login" => Some(What::LoginAddress),
+            "POST /api/v1/login" | "GET /api/v1/oidc/login" | "GET /api/v1/oidc/callback" => {
+                Some(What::LoginAddress)
+            }
             "POST /api/v1/setup" => Some(What::Setup),
             "POST /api/v1/enrol" | "POST /api/v1/renew" => Some(What::Enrol),
             _ => None,
@@ -270,6 +306,7 @@ pub(super) async fn gate(
     let device = request.extensions().get().cloned();
     let (who, by) = match gate.who(request.headers(), device).await {
         Ok(found) => found,
+        Err(problem) if problem.is_ours() => return problem.into_response(),
         Err(problem) => {
             gate.refused(&nobody, "token", rule.operation(), &path)
                 .await;

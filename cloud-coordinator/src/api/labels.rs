@@ -8,8 +8,8 @@ use super::{At, Params, Said as Body, State, gate::Caller, problem::Problem, sam
 use crate::{
     clock,
     labels::{
-        Candidate, Known, KnownRow, LabelError, Said, TaskRow, at_random, check_classes,
-        checked_author, common, order,
+        Candidate, Known, KnownRow, LabelError, Said, TaskRow, at_random, check_classes, common,
+        order,
     },
     samples::SampleRow,
     train::embeddings_by,
@@ -188,11 +188,9 @@ pub(super) struct LabelBody {
     /// Cannot or need not be said; without `class`.
     #[serde(default)]
     skip: bool,
-    /// Who says it, 1 to 100 characters.
-    author: String,
 }
 
-/// Adds a label to the history of a sample: it is the current one now.
+/// Adds a label to the history of a sample: it is the current one now. Its author is who asks.
 #[utoipa::path(
     post,
     path = "/api/v1/samples/{id}/labels",
@@ -202,7 +200,7 @@ pub(super) struct LabelBody {
         (status = 201, description = "The sample as it is now", body = SampleRow),
         (status = 404, description = "There is no such sample", content_type = "application/problem+json", body = Problem),
         (status = 410, description = "The sample was deleted", content_type = "application/problem+json", body = Problem),
-        (status = 422, description = "The task has no such class, or nobody says it", content_type = "application/problem+json", body = Problem),
+        (status = 422, description = "The task has no such class", content_type = "application/problem+json", body = Problem),
     )
 )]
 pub(super) async fn label(
@@ -211,7 +209,7 @@ pub(super) async fn label(
     At(id): At<i64>,
     Body(body): Body<LabelBody>,
 ) -> Result<(StatusCode, Json<SampleRow>), Problem> {
-    let author = checked_author(&body.author)?;
+    let author = caller.author()?;
     let said = match (body.class, body.skip) {
         (None | Some(None), true) => Said::Skip,
         (Some(None), false) => Said::NoneOfThese,
@@ -225,25 +223,16 @@ pub(super) async fn label(
     };
     seen_by(&caller, &state, id).await?;
     let records = &state.samples.records;
-    records.label(id, &said, author, clock::now_ms()).await?;
+    records.label(id, &said, &author, clock::now_ms()).await?;
     let sample = records.sample(id).await?.ok_or(LabelError::Deleted)?;
     Ok((StatusCode::CREATED, Json(sample)))
-}
-
-/// Who takes it back.
-#[derive(Debug, Deserialize, utoipa::IntoParams)]
-#[serde(deny_unknown_fields)]
-#[into_params(parameter_in = Query)]
-pub(super) struct UndoQuery {
-    /// Who takes it back, 1 to 100 characters.
-    author: String,
 }
 
 /// Takes the current label of a sample back; the one before is the current one again.
 #[utoipa::path(
     delete,
     path = "/api/v1/samples/{id}/labels/last",
-    params(("id" = i64, Path, description = "The sample"), UndoQuery),
+    params(("id" = i64, Path, description = "The sample")),
     responses(
         (status = 200, description = "The sample as it is now", body = SampleRow),
         (status = 404, description = "There is no such sample, or it has no label", content_type = "application/problem+json", body = Problem),
@@ -254,12 +243,11 @@ pub(super) async fn undo(
     Shared(state): Shared<State>,
     caller: Caller,
     At(id): At<i64>,
-    Params(query): Params<UndoQuery>,
 ) -> Result<Json<SampleRow>, Problem> {
-    let author = checked_author(&query.author)?;
+    let author = caller.author()?;
     seen_by(&caller, &state, id).await?;
     let records = &state.samples.records;
-    records.undo_label(id, author, clock::now_ms()).await?;
+    records.undo_label(id, &author, clock::now_ms()).await?;
     let sample = records.sample(id).await?.ok_or(LabelError::Deleted)?;
     Ok(Json(sample))
 }

@@ -12,10 +12,16 @@ use axum::{
 use learn::{features::Features, head};
 use models::{Engine, Outcome};
 use serde::{Deserialize, Serialize};
-use tokio::{sync::Semaphore, task::spawn_blocking};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    task::spawn_blocking,
+};
 
 use super::{At, Params, Said, State, problem::Problem};
-use crate::train::{Catalog, CatalogError, Job, JobError, Jobs, Model, Request};
+use crate::{
+    parts::Name,
+    train::{Catalog, CatalogError, Job, JobError, Jobs, Model, Request, Trainer},
+};
 
 /// The largest body of a prediction: an image, or tensors as JSON.
 pub(super) const MAX_PREDICT_BODY: usize = 16 << 20;
@@ -93,6 +99,11 @@ fn gave_up(error: &tokio::task::JoinError) -> Problem {
     Problem::new(500, "Gave up", "the computation failed, see the log")
 }
 
+async fn place(of: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, Problem> {
+    let place = of.clone().acquire_owned().await;
+    place.map_err(|_| Problem::new(503, "Stopping", "the coordinator stops"))
+}
+
 /// JSON in a body, refused with a problem that names what is wrong.
 fn json<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
     serde_json::from_slice(body).map_err(|error| Problem::bad(format!("the body: {error}")))
@@ -108,6 +119,7 @@ fn json<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
         (status = 202, description = "Queued", body = Job),
         (status = 422, description = "A setting is wrong", content_type = "application/problem+json", body = Problem),
         (status = 429, description = "Too many jobs wait", content_type = "application/problem+json", body = Problem),
+        (status = 503, description = "The external trainer has failed several times and is left alone", content_type = "application/problem+json", body = Problem),
     )
 )]
 pub(super) async fn train(
@@ -115,6 +127,9 @@ pub(super) async fn train(
     At(task): At<String>,
     Said(request): Said<Request>,
 ) -> Result<(StatusCode, Json<Job>), Problem> {
+    if request.trainer == Trainer::External {
+        state.parts.look(Name::Trainer)?;
+    }
     let job = state.learning.jobs.submit(&task, &request).await?;
     Ok((StatusCode::ACCEPTED, Json(job)))
 }
@@ -309,7 +324,13 @@ impl State {
     async fn engine(&self, id: &str) -> Result<Arc<Engine>, Problem> {
         let model = self.learning.catalog.find(id).await?;
         let catalog = self.learning.catalog.clone();
-        let loaded = spawn_blocking(move || catalog.engine(&model)).await;
+        // The place is free when the work has ended, not when somebody no longer waits for it.
+        let place = place(&self.learning.predictions).await?;
+        let load = move || {
+            let _place = place;
+            catalog.engine(&model)
+        };
+        let loaded = spawn_blocking(load).await;
         Ok(loaded.map_err(|error| gave_up(&error))??)
     }
 
@@ -324,10 +345,9 @@ impl State {
             .get(header::CONTENT_TYPE)
             .and_then(|kind| kind.to_str().ok());
         let tensors = kind.is_some_and(|kind| kind.starts_with("application/json"));
-        let Ok(_permit) = self.learning.predictions.acquire().await else {
-            return Err(Problem::new(503, "Stopping", "the coordinator stops"));
-        };
+        let place = place(&self.learning.predictions).await?;
         let done = spawn_blocking(move || {
+            let _place = place;
             let refuse = |error: String| Problem::new(422, "Not possible", error);
             if !tensors {
                 let input = engine
@@ -489,11 +509,10 @@ pub(super) async fn train_raw(
     Shared(state): Shared<State>,
     Said(table): Said<Table>,
 ) -> Result<Json<Classifier>, Problem> {
-    let Ok(_permit) = state.learning.raw.acquire().await else {
-        return Err(Problem::new(503, "Stopping", "the coordinator stops"));
-    };
+    let place = place(&state.learning.raw).await?;
     let stop = state.stop.clone();
     let done = spawn_blocking(move || {
+        let _place = place;
         let refuse = |detail: String| Problem::new(422, "Not possible", detail);
         if table.features.len() != table.labels.len() {
             let (rows, labels) = (table.features.len(), table.labels.len());

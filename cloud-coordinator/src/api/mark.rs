@@ -89,6 +89,10 @@ pub(super) async fn mark(
     if state.link.tell(&topic, bytes).await {
         Ok(StatusCode::ACCEPTED)
     } else {
+        if state.link.stands() {
+            let detail = "the broker is connected and takes nothing, try again";
+            return Err(Problem::of_part(crate::parts::Name::Broker, detail));
+        }
         let detail = "there is no connection to the broker, try again";
         Err(Problem::new(503, "Broker unavailable", detail))
     }

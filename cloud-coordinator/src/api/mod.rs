@@ -2,8 +2,10 @@
 
 mod access;
 mod activity;
+mod behind;
 mod datasets;
 mod delivery;
+mod directory;
 mod enrol;
 mod exchange;
 mod gate;
@@ -32,7 +34,7 @@ use axum::{
         State as Shared,
         rejection::{JsonRejection, PathRejection, QueryRejection},
     },
-    http::{HeaderName, HeaderValue, StatusCode, header, request::Parts},
+    http::{HeaderName, HeaderValue, StatusCode, header, request::Parts as Head},
     middleware::{self, Next},
     response::{IntoResponse, Response},
 };
@@ -52,9 +54,11 @@ use crate::{
     config::BrokerUrl,
     datasets::Datasets,
     delivery::{Releases, Rollouts},
+    directory::Directory,
     exchange::MAX_IMPORT_BYTES,
     ingest::Link,
     metrics::Metrics,
+    parts::{self, Name, Parts},
     registry::Registry,
     samples::Samples,
     store::Store,
@@ -69,12 +73,15 @@ const MAX_SAID: usize = 64 * 1024;
 const MAX_PIECE: usize = 256 * 1024;
 /// A bundle: the largest model and its pictures.
 const MAX_BUNDLE: usize = 320 << 20;
-/// A request that is not answered by then is given up.
-const REQUEST: Duration = Duration::from_secs(20);
+/// A request that is not answered by then is given up: its body, and what its part may take.
+const REQUEST: Duration = Duration::from_secs(40);
 /// An import is as long as what it brings; it is given up after this.
 const IMPORT: Duration = Duration::from_secs(3_600);
 /// Requests that are worked on at a time.
-const AT_ONCE: usize = 256;
+const AT_ONCE: usize = 512;
+/// Of those, what is always left for what needs no part: pages, health, metrics, who asks.
+const SPARE: usize = 128;
+const _: () = assert!(parts::PLACES + SPARE <= AT_ONCE);
 /// How long the database may take to say that it can be written.
 const READY: Duration = Duration::from_secs(2);
 
@@ -102,15 +109,23 @@ pub(crate) struct State {
     pub(crate) broker_url: Option<BrokerUrl>,
     pub(crate) store_error: watch::Receiver<Option<String>>,
     pub(crate) trust: Trust,
+    pub(crate) directory: Option<Arc<Directory>>,
     pub(crate) door: Door,
     pub(crate) gate: Arc<Gate>,
+    pub(crate) parts: Arc<Parts>,
     pub(crate) started: Instant,
     pub(crate) stop: CancellationToken,
 }
 
 /// What decides who may do what.
-pub(crate) fn gate(trust: &Trust, door: Door, metrics: &Arc<Metrics>) -> Arc<Gate> {
-    Arc::new(Gate::new(trust.clone(), door, metrics.clone()))
+pub(crate) fn gate(
+    trust: &Trust,
+    door: Door,
+    metrics: &Arc<Metrics>,
+    parts: &Arc<Parts>,
+) -> Arc<Gate> {
+    let (metrics, parts) = (metrics.clone(), parts.clone());
+    Arc::new(Gate::new(trust.clone(), door, metrics, parts))
 }
 
 impl State {
@@ -126,7 +141,7 @@ struct Params<T>(T);
 impl<S: Send + Sync, T: serde::de::DeserializeOwned> FromRequestParts<S> for Params<T> {
     type Rejection = Problem;
 
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+    async fn from_request_parts(parts: &mut Head, state: &S) -> Result<Self, Problem> {
         let query: Result<Query<T>, QueryRejection> = Query::from_request_parts(parts, state).await;
         query
             .map(|Query(params)| Self(params))
@@ -140,7 +155,7 @@ struct At<T>(T);
 impl<S: Send + Sync, T: serde::de::DeserializeOwned + Send> FromRequestParts<S> for At<T> {
     type Rejection = Problem;
 
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+    async fn from_request_parts(parts: &mut Head, state: &S) -> Result<Self, Problem> {
         let path: Result<Path<T>, PathRejection> = Path::from_request_parts(parts, state).await;
         path.map(|Path(parts)| Self(parts))
             .map_err(|e| Problem::bad(e.body_text()))
@@ -170,20 +185,28 @@ impl<S: Send + Sync, T: serde::de::DeserializeOwned> FromRequest<S> for Said<T> 
 ))]
 struct Description;
 
+fn group() -> OpenApiRouter<State> {
+    OpenApiRouter::new()
+}
+
 /// What reads. Everything else takes a body, and says how much of one.
 fn reading() -> OpenApiRouter<State> {
-    OpenApiRouter::with_openapi(Description::openapi())
+    let readings = group()
         .routes(routes!(routes::devices))
         .routes(routes!(routes::device))
         .routes(routes!(routes::readings))
         .routes(routes!(routes::gaps))
         .routes(routes!(routes::models))
         .routes(routes!(live::live))
-        .routes(routes!(metrics))
-        .routes(routes!(healthz))
-        .routes(routes!(readyz))
-        .routes(routes!(samples::sample, samples::delete))
+        .layer(middleware::from_fn(behind::readings));
+    let images = group()
+        .routes(routes!(samples::delete))
         .routes(routes!(samples::image))
+        .routes(routes!(exchange::export))
+        .layer(middleware::from_fn(behind::images));
+    let learning = group()
+        .routes(routes!(samples::samples))
+        .routes(routes!(samples::sample))
         .routes(routes!(labels::tasks))
         .routes(routes!(labels::queue))
         .routes(routes!(labels::undo))
@@ -193,29 +216,46 @@ fn reading() -> OpenApiRouter<State> {
         .routes(routes!(learning::catalog))
         .routes(routes!(learning::model))
         .routes(routes!(learning::confusion))
-        .routes(routes!(exchange::export))
         .routes(routes!(delivery::rollouts))
         .routes(routes!(delivery::rollout))
         .routes(routes!(delivery::releases))
+        .routes(routes!(settings::settings, settings::unset))
+        .layer(middleware::from_fn(behind::learning));
+    let releases = group()
         .routes(routes!(delivery::chunk))
         .routes(routes!(delivery::delta))
         .routes(routes!(delivery::metadata))
         .routes(routes!(delivery::target))
-        .routes(routes!(settings::settings, settings::unset))
+        .layer(middleware::from_fn(behind::releases));
+    let trust = group()
         .routes(routes!(identities::revoke_token))
         .routes(routes!(identities::identities))
         .routes(routes!(identities::approve))
         .routes(routes!(identities::revoke))
         .routes(routes!(subscribers::unsubscribe))
+        .layer(middleware::from_fn(behind::trust));
+    let directory = group()
+        .routes(routes!(directory::login))
+        .routes(routes!(directory::callback))
+        .layer(middleware::from_fn(behind::directory));
+    OpenApiRouter::with_openapi(Description::openapi())
+        .routes(routes!(directory::ways))
+        .merge(directory)
+        .routes(routes!(metrics))
+        .routes(routes!(healthz))
+        .routes(routes!(readyz))
+        .merge(readings)
+        .merge(images)
+        .merge(learning)
+        .merge(releases)
+        .merge(trust)
 }
 
 fn saying() -> OpenApiRouter<State> {
-    OpenApiRouter::new()
-        .routes(routes!(samples::samples, samples::announce))
+    let learning = group()
         .routes(routes!(samples::holdout))
         .routes(routes!(labels::put_task))
         .routes(routes!(labels::label))
-        .routes(routes!(mark::mark))
         .routes(routes!(datasets::datasets, datasets::snapshot))
         .routes(routes!(learning::train))
         .routes(routes!(delivery::publish))
@@ -223,22 +263,31 @@ fn saying() -> OpenApiRouter<State> {
         .routes(routes!(delivery::command))
         .routes(routes!(delivery::pin))
         .routes(routes!(settings::set))
-        .layer(RequestBodyLimitLayer::new(MAX_SAID))
+        .layer(middleware::from_fn(behind::learning));
+    let images = group()
+        .routes(routes!(samples::announce))
+        .layer(middleware::from_fn(behind::images));
+    let broker = group()
+        .routes(routes!(mark::mark))
+        .layer(middleware::from_fn(behind::broker));
+    let all = learning.merge(images).merge(broker);
+    all.layer(RequestBodyLimitLayer::new(MAX_SAID))
 }
 
 /// What devices say before they are known.
 fn entering() -> OpenApiRouter<State> {
-    OpenApiRouter::new()
+    group()
         .routes(routes!(enrol::enrol))
         .routes(routes!(enrol::renew))
         .routes(routes!(identities::make_token, identities::tokens))
         .routes(routes!(subscribers::subscribe, subscribers::subscribers))
+        .layer(middleware::from_fn(behind::trust))
         .layer(RequestBodyLimitLayer::new(enrol::MAX_ENROL))
 }
 
 /// Coming in, and who may.
 fn knocking() -> OpenApiRouter<State> {
-    OpenApiRouter::new()
+    group()
         .routes(routes!(people::login))
         .routes(routes!(people::logout))
         .routes(routes!(people::setup))
@@ -249,23 +298,27 @@ fn knocking() -> OpenApiRouter<State> {
         .routes(routes!(people::tokens, people::add_token))
         .routes(routes!(people::revoke_token))
         .routes(routes!(people::audit_log))
+        .layer(middleware::from_fn(behind::trust))
         .layer(RequestBodyLimitLayer::new(MAX_BODY))
 }
 
 fn sending() -> OpenApiRouter<State> {
-    OpenApiRouter::new()
+    group()
         .routes(routes!(samples::append))
+        .layer(middleware::from_fn(behind::images))
         .layer(RequestBodyLimitLayer::new(MAX_PIECE))
 }
 
 /// What computes on what is sent.
 fn computing() -> OpenApiRouter<State> {
-    let images = OpenApiRouter::new()
+    let images = group()
         .routes(routes!(learning::predict))
         .routes(routes!(learning::features))
+        .layer(middleware::from_fn(behind::prediction))
         .layer(RequestBodyLimitLayer::new(learning::MAX_PREDICT_BODY));
-    let tables = OpenApiRouter::new()
+    let tables = group()
         .routes(routes!(learning::train_raw))
+        .layer(middleware::from_fn(behind::training))
         .layer(RequestBodyLimitLayer::new(learning::MAX_TRAIN_BODY));
     // The layers above are the limits.
     images.merge(tables).layer(DefaultBodyLimit::disable())
@@ -273,13 +326,14 @@ fn computing() -> OpenApiRouter<State> {
 
 fn bringing() -> OpenApiRouter<State> {
     let most = usize::try_from(MAX_IMPORT_BYTES).unwrap_or(usize::MAX);
-    let bundles = OpenApiRouter::new()
+    let bundles = group()
         .routes(routes!(delivery::bring))
         .layer(RequestBodyLimitLayer::new(MAX_BUNDLE));
-    OpenApiRouter::new()
+    group()
         .routes(routes!(exchange::import))
         .layer(RequestBodyLimitLayer::new(most))
         .merge(bundles)
+        .layer(middleware::from_fn(behind::imports))
         .layer(DefaultBodyLimit::disable())
 }
 
@@ -318,23 +372,39 @@ fn router(state: State) -> Router {
             gate::gate,
         ))
         .layer(middleware::from_fn_with_state(
-            (
-                state.metrics.clone(),
-                Arc::new(Semaphore::new(AT_ONCE)),
-                state.door,
-            ),
+            Around {
+                metrics: state.metrics.clone(),
+                parts: state.parts.clone(),
+                places: Arc::new(Semaphore::new(AT_ONCE)),
+                door: state.door,
+            },
             around,
         ))
         .with_state(state)
 }
 
+#[derive(Clone)]
+struct Around {
+    metrics: Arc<Metrics>,
+    parts: Arc<Parts>,
+    places: Arc<Semaphore>,
+    door: Door,
+}
+
 /// What holds for every request: a bound on how many and how long, problems for errors, headers, a count.
 async fn around(
-    Shared((metrics, places, door)): Shared<(Arc<Metrics>, Arc<Semaphore>, Door)>,
+    Shared(around): Shared<Around>,
     matched: Option<MatchedPath>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Response {
+    let Around {
+        metrics,
+        parts,
+        places,
+        door,
+    } = around;
+    request.extensions_mut().insert(parts);
     let route = matched.map_or_else(|| "other".to_owned(), |m| m.as_str().to_owned());
     let time = if route.ends_with("/import") {
         IMPORT
@@ -408,16 +478,16 @@ async fn healthz() -> &'static str {
     "ok\n"
 }
 
-/// Readings can be taken in: the database can be written and the broker is there.
+/// Readings can be taken in: the database can be written and the broker is there. Names the parts that are unwell.
 #[utoipa::path(
     get,
     path = "/readyz",
     responses(
-        (status = 200, description = "It is ready", content_type = "text/plain", body = String),
+        (status = 200, description = "It is ready; each further line names a part that is unwell", content_type = "text/plain", body = String),
         (status = 503, description = "It is not, and why", content_type = "application/problem+json", body = Problem),
     )
 )]
-async fn readyz(Shared(state): Shared<State>) -> Result<(StatusCode, &'static str), Problem> {
+async fn readyz(Shared(state): Shared<State>) -> Result<(StatusCode, String), Problem> {
     let mut reasons = Vec::new();
     if let Some(error) = state.store_error.borrow().clone() {
         reasons.push(format!("readings cannot be stored: {error}"));
@@ -432,7 +502,12 @@ async fn readyz(Shared(state): Shared<State>) -> Result<(StatusCode, &'static st
         reasons.push("no connection to the broker".to_owned());
     }
     if reasons.is_empty() {
-        Ok((StatusCode::OK, "ready\n"))
+        let line = |name: Name| format!("unwell: {}, {}\n", name.as_str(), name.words());
+        let unwell = state.parts.unwell().into_iter().map(line);
+        Ok((
+            StatusCode::OK,
+            "ready\n".to_owned() + &unwell.collect::<String>(),
+        ))
     } else {
         Err(Problem::new(503, "Not ready", reasons.join("; ")))
     }
@@ -477,6 +552,9 @@ mod tests {
                 "/api/v1/me/password",
                 "/api/v1/models",
                 "/api/v1/models/{call}",
+                "/api/v1/oidc",
+                "/api/v1/oidc/callback",
+                "/api/v1/oidc/login",
                 "/api/v1/readings",
                 "/api/v1/releases",
                 "/api/v1/renew",

@@ -47,7 +47,7 @@ fn me_of(caller: &Caller) -> Result<(Me, &Who), Problem> {
     Ok((me, who))
 }
 
-fn cookie(door: Door, value: &str, seconds: i64) -> Result<HeaderValue, Problem> {
+pub(super) fn cookie(door: Door, value: &str, seconds: i64) -> Result<HeaderValue, Problem> {
     let secure = if door.tls { "; Secure" } else { "" };
     let name = cookie_name(door);
     let text =

@@ -8,8 +8,14 @@ use axum::{
 use serde::Serialize;
 
 use crate::{
-    datasets::DatasetError, exchange::ExchangeError, labels::LabelError, objects::ObjectError,
-    records::RecordError, samples::SampleError, store::StoreError,
+    datasets::DatasetError,
+    exchange::ExchangeError,
+    labels::LabelError,
+    objects::ObjectError,
+    parts::{Name, Refused},
+    records::RecordError,
+    samples::SampleError,
+    store::StoreError,
 };
 
 /// What every 5xx of a database says; the log says what it was.
@@ -33,6 +39,20 @@ pub(crate) struct Problem {
     /// Seconds until it may be tried again, as in `Retry-After`.
     #[serde(skip_serializing_if = "Option::is_none")]
     retry_after_s: Option<u64>,
+    /// The part behind the API that is busy or unwell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    part: Option<&'static str>,
+    #[serde(skip)]
+    failing: Option<Failing>,
+}
+
+/// Goes with an answer: something behind the API failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Failing {
+    /// This part.
+    Part(Name),
+    /// The database that the request was for.
+    Database,
 }
 
 impl Problem {
@@ -44,6 +64,8 @@ impl Problem {
             detail: detail.into(),
             offset: None,
             retry_after_s: None,
+            part: None,
+            failing: None,
         }
     }
 
@@ -60,6 +82,29 @@ impl Problem {
             retry_after_s,
             ..self
         }
+    }
+
+    fn failing(self, what: Failing) -> Self {
+        let part = match what {
+            Failing::Part(name) => Some(name.as_str()),
+            Failing::Database => None,
+        };
+        let failing = Some(what);
+        Self {
+            part,
+            failing,
+            ..self
+        }
+    }
+
+    /// A part behind the API failed.
+    pub(crate) fn of_part(name: Name, detail: impl Into<String>) -> Self {
+        Self::new(503, "Unwell", detail).failing(Failing::Part(name))
+    }
+
+    /// Whether who asks has done nothing wrong.
+    pub(super) fn is_ours(&self) -> bool {
+        self.status >= 500
     }
 
     pub(crate) fn invalid(detail: impl Into<String>) -> Self {
@@ -90,12 +135,15 @@ impl Problem {
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
         let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        let after = self.retry_after_s;
+        let (after, failing) = (self.retry_after_s, self.failing);
         let mut response = (status, Json(self)).into_response();
         response.headers_mut().insert(
             header::CONTENT_TYPE,
             HeaderValue::from_static("application/problem+json"),
         );
+        if let Some(failing) = failing {
+            response.extensions_mut().insert(failing);
+        }
         if status == StatusCode::UNAUTHORIZED {
             let how = HeaderValue::from_static("Bearer realm=\"lacewing\"");
             response.headers_mut().insert(header::WWW_AUTHENTICATE, how);
@@ -111,17 +159,40 @@ impl IntoResponse for Problem {
     }
 }
 
+/// A part was not asked.
+impl From<Refused> for Problem {
+    fn from(refused: Refused) -> Self {
+        let (title, name, seconds, detail) = match refused {
+            Refused::Busy(name) => {
+                let busy = format!("{} has as much to do as it can, try again", name.words());
+                ("Busy", name, 1, busy)
+            }
+            Refused::Unwell(name, seconds) => {
+                let words = name.words();
+                let unwell = format!("{words} fails and is left alone, try again in {seconds} s");
+                ("Unwell", name, seconds, unwell)
+            }
+        };
+        let part = Some(name.as_str());
+        Self {
+            part,
+            ..Self::new(503, title, detail).after(seconds)
+        }
+    }
+}
+
 impl From<StoreError> for Problem {
     fn from(error: StoreError) -> Self {
         tracing::warn!(%error, "a query failed");
-        Self::new(503, "Database unavailable", UNAVAILABLE)
+        let failing = Failing::Part(Name::Readings);
+        Self::new(503, "Database unavailable", UNAVAILABLE).failing(failing)
     }
 }
 
 impl From<RecordError> for Problem {
     fn from(error: RecordError) -> Self {
         tracing::warn!(%error, "a query failed");
-        Self::new(503, "Database unavailable", UNAVAILABLE)
+        Self::new(503, "Database unavailable", UNAVAILABLE).failing(Failing::Database)
     }
 }
 
@@ -135,11 +206,8 @@ impl From<SampleError> for Problem {
             }
             SampleError::Objects(_) | SampleError::Staging(_) => {
                 tracing::warn!(detail, "an image cannot be read or written");
-                Self::new(
-                    503,
-                    "Images unavailable",
-                    "the images cannot be read or written, try again",
-                )
+                let again = "the images cannot be read or written, try again";
+                Self::new(503, "Images unavailable", again).failing(Failing::Part(Name::Images))
             }
             SampleError::Deleted => Self::new(410, "Gone", detail),
             SampleError::Offset(here) => Self::new(409, "Another offset", detail).at(here),

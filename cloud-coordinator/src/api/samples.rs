@@ -18,7 +18,6 @@ use super::{
 };
 use crate::{
     clock,
-    labels::checked_author,
     objects::kind_of,
     samples::{SampleError, SampleFilter, SampleRow},
     trust::Principal,
@@ -269,11 +268,9 @@ pub(super) async fn image(
 pub(super) struct Holdout {
     /// Only ever measured with, never trained with.
     holdout: bool,
-    /// Who decides it, 1 to 100 characters.
-    author: String,
 }
 
-/// Puts a sample into the holdout or takes it out. Only a person decides that.
+/// Puts a sample into the holdout or takes it out. Only a person decides that, and who asks is written down as the one.
 #[utoipa::path(
     put,
     path = "/api/v1/samples/{id}/holdout",
@@ -282,7 +279,6 @@ pub(super) struct Holdout {
     responses(
         (status = 200, description = "The sample as it is now", body = SampleRow),
         (status = 404, description = "There is no such sample", content_type = "application/problem+json", body = Problem),
-        (status = 422, description = "Nobody says it", content_type = "application/problem+json", body = Problem),
     )
 )]
 pub(super) async fn holdout(
@@ -291,11 +287,11 @@ pub(super) async fn holdout(
     At(id): At<i64>,
     Said(said): Said<Holdout>,
 ) -> Result<Json<SampleRow>, Problem> {
-    let author = checked_author(&said.author)?;
+    let author = caller.author()?;
     seen_by(&caller, &state, id).await?;
     let records = &state.samples.records;
     let now = clock::now_ms();
-    if !records.set_holdout(id, said.holdout, author, now).await? {
+    if !records.set_holdout(id, said.holdout, &author, now).await? {
         return Err(SampleError::Missing.into());
     }
     let found = records.sample(id).await?;

@@ -19,12 +19,16 @@ pub(super) fn cookie_name(door: Door) -> &'static str {
 }
 
 pub(super) fn cookie(headers: &HeaderMap, door: Door) -> Option<&str> {
+    cookie_named(headers, cookie_name(door))
+}
+
+pub(super) fn cookie_named<'a>(headers: &'a HeaderMap, wanted: &str) -> Option<&'a str> {
     let lines = headers.get_all(header::COOKIE).into_iter();
     lines
         .filter_map(|line| line.to_str().ok())
         .flat_map(|line| line.split(';'))
         .filter_map(|pair| pair.trim().split_once('='))
-        .find_map(|(name, value)| (name == cookie_name(door)).then_some(value))
+        .find_map(|(name, value)| (name == wanted).then_some(value))
 }
 
 pub(super) fn bearer(headers: &HeaderMap) -> Option<&str> {

@@ -140,14 +140,14 @@ impl Seen {
             author: &wanted.author,
             now_ms: clock::now_ms(),
         };
-        let _shared = samples.objects.shared().await;
+        let shared = samples.objects.shared().await.map_err(SampleError::from)?;
         if !samples
             .objects
             .has(&sha256)
             .await
             .map_err(SampleError::from)?
         {
-            let put = samples.objects.put(&sha256, bytes.clone()).await;
+            let put = samples.objects.put(&shared, &sha256, bytes.clone()).await;
             put.map_err(SampleError::from)?;
         }
         let added = samples.records.add_import(&import).await;

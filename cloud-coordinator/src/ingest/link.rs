@@ -6,7 +6,7 @@ use mesh_core::{Backoff, Topic};
 use rumqttc::{
     AsyncClient, Event, EventLoop, Incoming, MqttOptions, QoS, SubscribeFilter, SubscribeReasonCode,
 };
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{Acks, Inbox, inbox::KINDS};
@@ -24,6 +24,8 @@ const GATHER: Duration = Duration::from_millis(50);
 /// A broker that is away is tried again after at most this, in milliseconds.
 const MAX_RETRY_MS: u64 = 10_000;
 const FIRST_RETRY_MS: u64 = 200;
+/// How long a broker that is connected may take to take a message that somebody waits for.
+const TELL: Duration = Duration::from_secs(5);
 
 /// Where acknowledgements go.
 #[derive(Clone)]
@@ -53,10 +55,9 @@ impl Link {
                 let client = client.borrow().clone();
                 let Some(client) = client else { return false };
                 let options = rumqttc::PublishOptions::at_least_once();
-                client
-                    .publish(topic.to_string(), bytes, options)
-                    .await
-                    .is_ok()
+                let publish = client.publish(topic.to_string(), bytes, options);
+                // Waits while the broker takes nothing.
+                matches!(timeout(TELL, publish).await, Ok(Ok(())))
             }
         }
     }
@@ -72,7 +73,8 @@ impl Link {
             }
             Self::External(client) => {
                 let client = client.borrow().clone();
-                send(client, topic, bytes).await
+                let sent = timeout(TELL, send(client, topic, bytes)).await;
+                sent.unwrap_or(false)
             }
         }
     }

@@ -54,15 +54,6 @@ async function alone(work) {
   }
 }
 
-function author() {
-  const name = byId("author").value.trim();
-  if (!name) {
-    byId("author").focus();
-    throw new Error("say who you are first");
-  }
-  return name;
-}
-
 function choices() {
   const buttons = task.classes.map((name, at) => {
     const button = document.createElement("button");
@@ -135,9 +126,8 @@ async function load() {
 async function label(said) {
   const sample = queue[0];
   if (!sample) return;
-  const who = author();
   try {
-    await ask(`samples/${sample.id}/labels`, "POST", { ...said, author: who });
+    await ask(`samples/${sample.id}/labels`, "POST", said);
   } catch (error) {
     // Somebody deleted it meanwhile: there is nothing to say about it any more.
     if (error.status !== 404 && error.status !== 410) throw error;
@@ -158,8 +148,7 @@ async function label(said) {
 async function undo() {
   const sample = done[done.length - 1];
   if (!sample) return;
-  const who = encodeURIComponent(author());
-  await ask(`samples/${sample.id}/labels/last?author=${who}`, "DELETE");
+  await ask(`samples/${sample.id}/labels/last`, "DELETE");
   done.pop();
   await load();
   queue = [sample, ...queue.filter((other) => other.id !== sample.id)];
@@ -177,8 +166,7 @@ async function add(name) {
 }
 
 async function start() {
-  const who = await me;
-  byId("author").value = localStorage.getItem("author") || (who ? who.name : "");
+  await me;
   const { items } = await ask("tasks");
   const options = items.map((one) => {
     const option = document.createElement("option");
@@ -194,11 +182,6 @@ async function start() {
   await load();
 }
 
-byId("author").addEventListener("change", () => localStorage.setItem("author", byId("author").value.trim()));
-byId("who").addEventListener("submit", (event) => {
-  event.preventDefault();
-  byId("author").blur();
-});
 byId("more").addEventListener("submit", (event) => {
   event.preventDefault();
   const name = byId("class").value.trim();

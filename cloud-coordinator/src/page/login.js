@@ -26,6 +26,14 @@ async function login() {
   throw new Error(said.detail || said.title);
 }
 
+async function directory() {
+  const answer = await fetch("api/v1/oidc");
+  byId("directory").hidden = !(answer.ok && (await answer.json()).enabled);
+}
+
+// Without an answer the password still does.
+directory().catch(() => {});
+
 byId("login").addEventListener("submit", async (event) => {
   event.preventDefault();
   const button = event.target.querySelector("button");

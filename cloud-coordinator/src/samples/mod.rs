@@ -26,7 +26,7 @@ pub(crate) use store::{ImageRow, SampleFilter, SampleRow, WITH_LABEL, note_task}
 use crate::{
     clock,
     config::SamplesConfig,
-    objects::{Inspected, NotAnImage, ObjectError, Objects},
+    objects::{Alone, Inspected, NotAnImage, ObjectError, Objects},
     records::{RecordError, Records},
 };
 use staging::Staging;
@@ -176,7 +176,10 @@ impl Samples {
         let bytes = sample.image.as_ref().map_or(0, |i| i.bytes);
         self.room(bytes)?;
         // The image that another sample brought must not go while this one is written.
-        let _shared = self.objects.shared().await;
+        let _shared = match &sample.image {
+            Some(_) => Some(self.objects.shared().await?),
+            None => None,
+        };
         let image = match &sample.image {
             None => "none",
             Some(image) => match self.records.stored_bytes(&image.sha256).await? {
@@ -277,8 +280,8 @@ impl Samples {
         match looked.await {
             Ok(Inspected { sha256, bytes }) => {
                 let length = bytes.len() as u64;
-                let _shared = self.objects.shared().await;
-                self.objects.put(&sha256, bytes).await?;
+                let shared = self.objects.shared().await?;
+                self.objects.put(&shared, &sha256, bytes).await?;
                 self.records.keep_image(row.id, &sha256, length).await?;
                 self.removed(row.bytes.unsigned_abs());
                 self.room.bytes.fetch_add(length, Ordering::Relaxed);
@@ -312,23 +315,27 @@ impl Samples {
     /// keeps its digest, but the image is gone: who asks for a picture to be deleted means it.
     pub(crate) async fn delete(&self, id: i64) -> Result<(), SampleError> {
         let sample = self.records.sample(id).await?.ok_or(SampleError::Missing)?;
-        let _alone = self.objects.alone().await;
+        let alone = self.objects.alone().await?;
         if !self.records.delete_sample(id, clock::now_ms()).await? {
             return Err(SampleError::Missing);
         }
         self.removed(sample.bytes.unsigned_abs());
         self.staging.remove(id).await?;
         if let Some(sha256) = sample.sha256 {
-            self.remove_unnamed(&sha256).await?;
+            self.remove_unnamed(&alone, &sha256).await?;
         }
         Ok(())
     }
 
-    /// Removes an image that no sample names. Hold [`Objects::alone`].
-    pub(crate) async fn remove_unnamed(&self, sha256: &str) -> Result<(), SampleError> {
+    /// Removes an image that no sample names.
+    pub(crate) async fn remove_unnamed(
+        &self,
+        alone: &Alone,
+        sha256: &str,
+    ) -> Result<(), SampleError> {
         if self.records.stored_bytes(sha256).await?.is_none() {
             self.records.forget_image(sha256).await?;
-            self.objects.remove(sha256).await?;
+            self.objects.remove(alone, sha256).await?;
         }
         Ok(())
     }

@@ -1,7 +1,10 @@
 //! The queue of trainings: in the database, worked on one at a time, taken up again after a restart.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -61,6 +64,8 @@ pub(crate) struct Progress {
 pub(crate) struct Reporter {
     /// Cancelled by a person, by the time limit, or because the coordinator stops.
     pub(crate) stop: CancellationToken,
+    /// It ends because it took too long.
+    late: Arc<AtomicBool>,
     state: Arc<Mutex<(Progress, Instant)>>,
 }
 
@@ -68,6 +73,7 @@ impl Reporter {
     pub(super) fn new(stop: CancellationToken) -> Self {
         Self {
             stop,
+            late: Arc::default(),
             state: Arc::new(Mutex::new((Progress::default(), Instant::now()))),
         }
     }
@@ -98,6 +104,17 @@ impl Reporter {
         } else {
             std::ops::ControlFlow::Continue(())
         }
+    }
+
+    /// It took too long.
+    fn too_late(&self) {
+        self.late.store(true, Ordering::Relaxed);
+        self.stop.cancel();
+    }
+
+    /// Whether it ends because it took too long.
+    pub(super) fn is_late(&self) -> bool {
+        self.late.load(Ordering::Relaxed)
     }
 
     fn progress(&self) -> Progress {
@@ -367,7 +384,7 @@ impl Jobs {
                 tokio::select! {
                     outcome = &mut done => outcome.map_err(|error| error.to_string()),
                     () = tokio::time::sleep(limit) => {
-                        reporter.stop.cancel();
+                        reporter.too_late();
                         let _ = done.await;
                         Err(format!("it took longer than the allowed {} s", limit.as_secs()))
                     }

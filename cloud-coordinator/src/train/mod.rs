@@ -18,7 +18,7 @@ mod work;
 pub(crate) use catalog::{Catalog, CatalogError, Model, ModelState};
 pub(crate) use jobs::{Job, JobError, Jobs};
 pub(crate) use look::embeddings_by;
-pub(crate) use request::Request;
+pub(crate) use request::{Request, Trainer};
 pub use start::StartPolicy;
 pub(crate) use start::by_itself;
 pub(crate) use work::{Settings, Work};

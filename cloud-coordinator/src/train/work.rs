@@ -23,6 +23,7 @@ use super::{
 use crate::{
     datasets::{Dataset, DatasetError, Datasets, Item},
     objects::{ObjectError, Objects},
+    parts::{self, Parts},
 };
 
 /// Golden pictures of a bundle: one for each of the first classes.
@@ -62,6 +63,8 @@ pub(crate) enum WorkError {
     Tune(String),
     #[error("the new model file: {0}")]
     Surgery(#[from] learn::surgery::SurgeryError),
+    #[error("the external trainer has failed several times and is left alone for a while")]
+    LeftAlone,
     #[error("the external trainer: {0}")]
     External(#[from] external::ExternalError),
     #[error("the new bundle: {0}")]
@@ -72,6 +75,21 @@ pub(crate) enum WorkError {
     Judge(String),
     #[error("the training gave up: {0}")]
     Gone(#[from] tokio::task::JoinError),
+}
+
+impl WorkError {
+    /// Whether a trainer did something wrong, or left something that cannot be used.
+    fn is_the_trainers(&self) -> bool {
+        match self {
+            Self::External(external::ExternalError::None) => false,
+            Self::External(_)
+            | Self::Catalog(_)
+            | Self::Write(_)
+            | Self::Engine(_)
+            | Self::Judge(_) => true,
+            _ => false,
+        }
+    }
 }
 
 /// What a trainer hands over.
@@ -105,6 +123,7 @@ pub(crate) struct Work {
     pub(crate) datasets: Datasets,
     pub(crate) objects: Objects,
     pub(crate) settings: Settings,
+    pub(crate) parts: Arc<Parts>,
 }
 
 impl Work {
@@ -113,7 +132,30 @@ impl Work {
     }
 
     /// Trains, judges and records a model. The model that came out, accepted or refused.
+    ///
+    /// An external trainer that has failed several times is left alone for a while.
     pub(super) async fn run(
+        &self,
+        job: i64,
+        task: &str,
+        request: &Request,
+        reporter: &Reporter,
+    ) -> Result<String, WorkError> {
+        if request.trainer != Trainer::External {
+            return self.attempt(job, task, request, reporter).await;
+        }
+        let place = self.parts.enter(parts::Name::Trainer).await;
+        let place = place.map_err(|_| WorkError::LeftAlone)?;
+        let made = self.attempt(job, task, request, reporter).await;
+        match &made {
+            Ok(_) => place.settle(true),
+            Err(error) if error.is_the_trainers() || reporter.is_late() => place.settle(false),
+            Err(_) => drop(place),
+        }
+        made
+    }
+
+    async fn attempt(
         &self,
         job: i64,
         task: &str,

@@ -14,6 +14,7 @@ pub(crate) mod audit;
 mod authority;
 mod csr;
 pub(crate) mod devices;
+mod directory;
 mod enrol;
 mod enrol_tokens;
 mod files;
@@ -35,6 +36,7 @@ use std::{
 };
 
 pub(crate) use authority::Issued;
+pub(crate) use directory::Person;
 pub(crate) use identity::Identity;
 pub(crate) use principal::{PeerDevice, Principal, Role};
 pub(crate) use sessions::{SESSION_MS, Shown, Who};
@@ -128,7 +130,15 @@ async fn note(records: &Records, entry: Entry<'_>) {
 /// # Errors
 /// If it is there and cannot be read, or can be read by others.
 pub(crate) fn operator_token(data: &Path) -> Result<Option<String>, FileError> {
-    let bytes = files::read(&data.join("trust").join("operator.token"))?;
+    secret(&data.join("trust").join("operator.token"))
+}
+
+/// A secret in a file that others cannot read; nothing if there is no such file.
+///
+/// # Errors
+/// If it cannot be read, or can be read by others.
+pub(crate) fn secret(path: &Path) -> Result<Option<String>, FileError> {
+    let bytes = files::read(path)?;
     Ok(bytes.map(|bytes| String::from_utf8_lossy(&bytes).trim().to_owned()))
 }
 

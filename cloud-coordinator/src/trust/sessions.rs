@@ -17,8 +17,10 @@ const IDLE_MS: i64 = 12 * 3_600_000;
 /// A session ends then in any case.
 pub(crate) const SESSION_MS: i64 = 7 * DAY_MS;
 pub(super) const DAY_MS: i64 = 86_400_000;
-/// The machine's own token is made anew at each start; a coordinator may run for years.
+/// The machine's own token counts for so long, whatever restarts there are; a coordinator may run for years.
 const MACHINE_MS: i64 = 3_650 * DAY_MS;
+/// It is replaced at a start that finds less than this left of it.
+const MACHINE_LEFT_MS: i64 = 365 * DAY_MS;
 /// When something was seen is written at most this often: a write for each request would be a disk flush for each.
 const SEEN_MS: i64 = 60_000;
 /// Sessions of one user: a few browsers on a few machines. A new one takes the place of the oldest.
@@ -267,7 +269,20 @@ impl Trust {
         Ok(())
     }
 
-    /// The token that commands on this machine use, in the place of the one of the last start.
+    /// Whether this is the token that commands on this machine use, and will count for long enough.
+    pub(super) async fn is_the_machines(&self, token: &[u8]) -> Result<bool, TrustError> {
+        let token = String::from_utf8_lossy(token);
+        let now = clock::now_ms();
+        let Some(claims) = self.key.read(token.trim(), "api", now) else {
+            return Ok(false);
+        };
+        let found = self.found(&claims.jti).await?;
+        Ok(found.is_some_and(|found| {
+            found.kind == "machine" && found.expires_ms - now >= MACHINE_LEFT_MS
+        }))
+    }
+
+    /// The token that commands on this machine use, in the place of the one before.
     pub(super) async fn machine_token(&self) -> Result<String, TrustError> {
         let mut writer = self.records.writer().await;
         let mut tx = writer.begin().await?;

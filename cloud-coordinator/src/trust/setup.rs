@@ -17,10 +17,18 @@ use crate::{
 const LINK_MS: i64 = 3_600_000;
 
 impl Trust {
-    /// Makes what a start makes: the machine's token, and the setup link as long as there is no admin.
+    /// Makes what a start makes: the machine's token if there is none that is good, and the setup link as long as there
+    /// is no admin.
     pub(crate) async fn start(&self, http: SocketAddr, door: Door) -> Result<(), TrustError> {
-        let token = self.machine_token().await?;
-        files::write(&self.folder.join("operator.token"), token.as_bytes())?;
+        let token = self.folder.join("operator.token");
+        let good = match files::read(&token)? {
+            Some(is) => self.is_the_machines(&is).await?,
+            None => false,
+        };
+        if !good {
+            let new = self.machine_token().await?;
+            files::write(&token, new.as_bytes())?;
+        }
         let path = self.folder.join("setup-link");
         files::remove(&path)?;
         if self.has_admin().await? {

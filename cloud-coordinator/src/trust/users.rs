@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// People; whoever has more has a directory, and should use it.
-const MAX_USERS: i64 = 1_000;
+pub(super) const MAX_USERS: i64 = 1_000;
 /// The name in the audit log of the token that commands on the same machine use.
 pub(super) const MACHINE: &str = "machine";
 

@@ -1,5 +1,8 @@
 //! What the tests share: a coordinator, clients, a mosquitto, and a plain HTTP request.
 
+pub mod images;
+pub mod site;
+
 use std::{
     collections::HashMap,
     net::SocketAddr,
@@ -113,6 +116,20 @@ impl Mosquitto {
             tokio::time::sleep(Duration::from_millis(25)).await;
         }
         None
+    }
+}
+
+impl Mosquitto {
+    /// Stops its process, which stays connected; or lets it go on.
+    pub fn stands_still(&self, stands: bool) {
+        let id = i32::try_from(self.child.id()).unwrap();
+        let id = rustix::process::Pid::from_raw(id).unwrap();
+        let signal = if stands {
+            rustix::process::Signal::STOP
+        } else {
+            rustix::process::Signal::CONT
+        };
+        rustix::process::kill_process(id, signal).unwrap();
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! <data>/identity/key.pem      the private key, made here, never sent; mode 0600
+//! <data>/identity/next.pem     the one that takes its place once the coordinator takes it: the old one was refused
 //! <data>/identity/cert.pem     the device's certificate, then the authority's
 //! <data>/identity/ca.pem       the authority's once more, for other programs
 //! <data>/identity/state.json   where and how it was enrolled, and how late it is at least
@@ -32,6 +33,7 @@ use super::{
 use crate::update::disk::{DiskError, cannot, read_bounded, replace};
 
 const KEY: &str = "key.pem";
+const NEXT: &str = "next.pem";
 const CERTIFICATE: &str = "cert.pem";
 const AUTHORITY: &str = "ca.pem";
 const STATE: &str = "state.json";
@@ -57,6 +59,9 @@ pub(crate) struct Notes {
     renew_after_ms: i64,
     /// The token that the device was enrolled with.
     pub(super) token: Option<Digest>,
+    /// Why the coordinator gives it no certificate any more.
+    #[serde(default)]
+    pub(super) refused: Option<String>,
 }
 
 impl Notes {
@@ -77,6 +82,7 @@ impl Notes {
             certificate: Digest([0; 32]),
             renew_after_ms: 0,
             token,
+            refused: None,
         }
     }
 }
@@ -134,7 +140,27 @@ impl Disk {
 
     /// The key, if there is one. Refuses one that others can read.
     pub(super) fn key(&self) -> Result<Option<Key>, IdentityError> {
-        let path = self.folder.join(KEY);
+        self.key_in(KEY)
+    }
+
+    /// The key that is to take its place, made if there is none.
+    pub(super) fn next_key(&self) -> Result<Key, IdentityError> {
+        match self.key_in(NEXT)? {
+            Some(key) => Ok(key),
+            None => self.make(NEXT),
+        }
+    }
+
+    /// The next key takes the place of the key.
+    pub(super) fn adopt_next(&self) -> Result<(), DiskError> {
+        let next = self.folder.join(NEXT);
+        fs::rename(&next, self.folder.join(KEY)).map_err(cannot("rename", &next))?;
+        let folder = fs::File::open(&self.folder).and_then(|folder| folder.sync_all());
+        folder.map_err(cannot("write", &self.folder))
+    }
+
+    fn key_in(&self, name: &str) -> Result<Option<Key>, IdentityError> {
+        let path = self.folder.join(name);
         let mode = match fs::metadata(&path) {
             Ok(data) => data.permissions().mode() & 0o777,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -155,11 +181,15 @@ impl Disk {
 
     /// Makes a key and keeps it, durably, before anybody sees its public half.
     pub(super) fn make_key(&self) -> Result<Key, IdentityError> {
+        self.make(KEY)
+    }
+
+    fn make(&self, name: &str) -> Result<Key, IdentityError> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)
             .map_err(|error| IdentityError::Make("a private key", error))?;
         self.prepare()?;
         // Private from its first moment: what replaces it keeps the mode.
-        let fresh = self.folder.join(format!("{KEY}.new"));
+        let fresh = self.folder.join(format!("{name}.new"));
         let opened = match fs::remove_file(&fresh) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => OpenOptions::new()
@@ -169,7 +199,7 @@ impl Disk {
                 .open(&fresh),
         };
         opened.map_err(cannot("write", &fresh))?;
-        replace(&self.folder, KEY, key.serialize_pem().as_bytes())?;
+        replace(&self.folder, name, key.serialize_pem().as_bytes())?;
         Ok(Key(key))
     }
 

@@ -28,6 +28,8 @@ pub struct Keeper {
     machine: Enrolment,
     disk: Disk,
     key: Arc<Key>,
+    /// The key of the request that is under way.
+    asked_with: Arc<Key>,
     site: Name,
     device: Name,
     url: String,
@@ -91,6 +93,7 @@ impl Keeper {
         Ok(Some(Self {
             machine,
             disk,
+            asked_with: Arc::clone(&key),
             key,
             site: config.site.clone(),
             device: config.device.clone(),
@@ -194,7 +197,12 @@ impl Keeper {
             chain_pem,
             ca_pem,
         } = issued;
-        let material = tls::material(&stored, &self.key, &self.time)?;
+        let material = tls::material(&stored, &self.asked_with, &self.time)?;
+        if !Arc::ptr_eq(&self.asked_with, &self.key) {
+            tracing::info!("the new key takes the place of the one that was refused");
+            self.disk.adopt_next()?;
+            self.key = Arc::clone(&self.asked_with);
+        }
         self.disk.store(&stored, &chain_pem, &ca_pem)?;
         let validity = stored.validity;
         self.stored = Some(stored);
@@ -214,7 +222,10 @@ impl Keeper {
         let mut errand = None;
         for action in actions {
             match action {
-                Action::Ask { what, ticket } => errand = Some(self.errand(what, ticket)),
+                Action::Ask { what, ticket } => {
+                    self.asked_with = self.key_for(what);
+                    errand = Some(self.errand(what, ticket));
+                }
                 Action::Floor(floor_ms) => self.note(floor_ms),
                 Action::Report => self.report(),
             }
@@ -222,6 +233,30 @@ impl Keeper {
         self.time
             .set(self.machine.anchor(), self.machine.floor_ms());
         errand
+    }
+
+    /// The key to ask with: the device's own. Where that was refused and a token lies ready, another one: a key that was
+    /// revoked never comes back, and the device does so only by being let in again.
+    fn key_for(&self, what: Asked) -> Arc<Key> {
+        let refused = matches!(self.machine.trouble(), Some(Trouble::Refused(_)));
+        let is_new = !Arc::ptr_eq(&self.asked_with, &self.key);
+        match (what, is_new) {
+            (Asked::Renew, _) => return Arc::clone(&self.key),
+            // It may wait for a person, or have been answered to nobody.
+            (Asked::Enrol, true) => return Arc::clone(&self.asked_with),
+            (Asked::Enrol, false) if !refused => return Arc::clone(&self.key),
+            (Asked::Enrol, false) => {}
+        }
+        match self.disk.next_key() {
+            Ok(key) => {
+                tracing::warn!("the device's key is refused: it enrols with a new one");
+                Arc::new(key)
+            }
+            Err(error) => {
+                tracing::error!("there is no new key: {error}");
+                Arc::clone(&self.key)
+            }
+        }
     }
 
     fn errand(&self, what: Asked, ticket: u64) -> Errand {
@@ -240,7 +275,7 @@ impl Keeper {
             device: self.device.clone(),
             token: self.token.clone(),
             authority,
-            key: Arc::clone(&self.key),
+            key: Arc::clone(&self.asked_with),
             time: Arc::clone(&self.time),
             spent: notes.and_then(|notes| notes.token),
             mqtt: notes.and_then(|notes| notes.mqtt.clone()),
@@ -257,7 +292,26 @@ impl Keeper {
         }
     }
 
-    fn report(&self) {
+    /// Writes down why the device is out, for who asks it when it does not run.
+    fn note_refusal(&mut self) {
+        let refused = match self.machine.trouble() {
+            Some(Trouble::Refused(why)) => Some(why.clone()),
+            _ => None,
+        };
+        let Some(stored) = &mut self.stored else {
+            return;
+        };
+        if stored.notes.refused == refused {
+            return;
+        }
+        stored.notes.refused = refused;
+        if let Err(error) = self.disk.note(stored) {
+            tracing::warn!("the refusal is not written down: {error}");
+        }
+    }
+
+    fn report(&mut self) {
+        self.note_refusal();
         match (self.machine.trouble(), self.machine.certificate()) {
             (None, Some(certificate)) => {
                 let until = super::date(certificate.not_after_ms);
@@ -269,7 +323,8 @@ impl Keeper {
             }
             (Some(Trouble::Refused(why)), certificate) => tracing::error!(
                 enrolled = certificate.is_some(),
-                "the coordinator gives this device no certificate: {why}"
+                "the coordinator gives this device no certificate: {why}. It stays out until it is let in again, with a \
+                 new token in coordinator.token"
             ),
             (Some(Trouble::Failed(why)), certificate) => tracing::warn!(
                 enrolled = certificate.is_some(),

@@ -70,6 +70,13 @@ pub(crate) fn doctor(config: &Config) -> (Result<String, String>, Tls) {
         models::digest_of(&stored.chain.ca),
         date(notes.floor_ms),
     );
+    if let Some(why) = &notes.refused {
+        let words = format!(
+            "{words}. The coordinator gives it no further certificate: {why}. The device stays out until it is let in again: \
+             set coordinator.token to a new token, with which it enrols with a new key by itself"
+        );
+        return (Err(words), tls);
+    }
     if now_ms < validity.not_after_ms {
         return (Ok(words), tls);
     }

@@ -272,6 +272,82 @@ async fn a_revoked_device_says_so_and_asks_rarely() {
     assert_eq!(keeper.trouble(), None);
 }
 
+/// Without a new token a revoked device stays out with the key that it has. With one it makes a new key and enrols, also
+/// if its power goes in the middle of it.
+#[tokio::test(start_paused = true)]
+async fn a_revoked_device_comes_back_with_a_new_token_and_a_new_key() {
+    let world = World::new();
+    drop(world.enrolled());
+    let shared = &world.stand_in.shared;
+    let folder = world.data.path().join("identity");
+    let key = || std::fs::read(folder.join("key.pem")).unwrap();
+    let old = key();
+    shared.revoke_all();
+    let mut keeper = world.open("");
+    for _ in 0..4 {
+        until_asked(&world, &mut keeper).await;
+        let refused = Some(&Trouble::Refused("this key was revoked".into()));
+        assert_eq!(keeper.trouble(), refused);
+    }
+    assert!(shared.asked()[1..].iter().all(|route| route == "renew"));
+    assert!(key() == old && !folder.join("next.pem").exists());
+    drop(keeper);
+
+    let token = world.stand_in.another_token();
+    let before = shared.asked().len();
+    shared.feel(Mood::Mute);
+    let mut keeper = world.open(&token);
+    until_asked(&world, &mut keeper).await;
+    until_asked(&world, &mut keeper).await;
+    assert_eq!(shared.asked()[before..], ["renew", "enrol"]);
+    assert_eq!(
+        shared.keys.lock().unwrap().len(),
+        2,
+        "it was given, and nobody heard"
+    );
+    assert!(key() == old, "the old key stays until the new one is taken");
+    let mode = std::fs::metadata(folder.join("next.pem"))
+        .unwrap()
+        .permissions()
+        .mode();
+    assert_eq!(mode & 0o777, 0o600);
+    drop(keeper);
+
+    shared.feel(Mood::Well);
+    let mut keeper = world.open(&token);
+    while keeper.trouble().is_some() || shared.keys.lock().unwrap().len() < 3 {
+        until_asked(&world, &mut keeper).await;
+    }
+    {
+        let keys = shared.keys.lock().unwrap();
+        assert!(keys[1] == keys[2] && keys[0] != keys[1], "the same new key");
+    }
+    assert!(key() != old && !folder.join("next.pem").exists());
+    drop(keeper);
+    let keeper = world.open(&token);
+    assert!(keeper.certificate().is_some() && keeper.trouble().is_none());
+}
+
+/// A new key that waits for a person is asked for again, and not the old one.
+#[tokio::test(start_paused = true)]
+async fn a_device_that_comes_back_can_wait_for_approval() {
+    let world = World::new();
+    drop(world.enrolled());
+    let shared = &world.stand_in.shared;
+    shared.revoke_all();
+    shared.feel(Mood::Pending);
+    let mut keeper = world.open(&world.stand_in.another_token());
+    for _ in 0..4 {
+        until_asked(&world, &mut keeper).await;
+    }
+    assert_eq!(keeper.trouble(), Some(&Trouble::Pending));
+    let asked = shared.asked();
+    assert_eq!(asked[1..], ["renew", "enrol", "enrol", "enrol"]);
+    shared.feel(Mood::Well);
+    until_asked(&world, &mut keeper).await;
+    assert_eq!(keeper.trouble(), None);
+}
+
 #[tokio::test(start_paused = true)]
 async fn no_clock_locks_a_device_out() {
     // 1970, and 2099.

@@ -71,6 +71,8 @@ pub(crate) struct Shared {
     pub(crate) requests: Mutex<Vec<Request>>,
     /// The public keys that it gave certificates for.
     pub(crate) keys: Mutex<Vec<Vec<u8>>>,
+    /// Those of them that it gives no more to.
+    pub(crate) revoked: Mutex<Vec<Vec<u8>>>,
     pub(crate) sessions: Mutex<Vec<Session>>,
     /// Does its own clock run?
     runs: bool,
@@ -100,6 +102,11 @@ impl Shared {
 
     pub(crate) fn feel(&self, mood: Mood) {
         *self.mood.lock().unwrap() = mood;
+    }
+
+    /// Takes back every key that it has given a certificate for.
+    pub(crate) fn revoke_all(&self) {
+        *self.revoked.lock().unwrap() = self.keys.lock().unwrap().clone();
     }
 
     pub(crate) fn asked(&self) -> Vec<String> {
@@ -168,6 +175,7 @@ impl StandIn {
             mood: Mutex::new(Mood::Well),
             requests: Mutex::default(),
             keys: Mutex::default(),
+            revoked: Mutex::default(),
             sessions: Mutex::default(),
             runs,
             begun: tokio::time::Instant::now(),
@@ -224,9 +232,18 @@ impl StandIn {
         self.token_with(&models::digest_of(&self.ca.der).to_string(), "hall")
     }
 
+    /// Not the first one.
+    pub(crate) fn another_token(&self) -> String {
+        self.numbered("2", &models::digest_of(&self.ca.der).to_string(), "hall")
+    }
+
     pub(crate) fn token_with(&self, ca: &str, site: &str) -> String {
+        self.numbered("1", ca, site)
+    }
+
+    fn numbered(&self, jti: &str, ca: &str, site: &str) -> String {
         let claims = json!({
-            "aud": "enrol", "jti": "1", "exp": self.shared.now_ms() / 1_000 + 3_600, "site": site, "ca": ca,
+            "aud": "enrol", "jti": jti, "exp": self.shared.now_ms() / 1_000 + 3_600, "site": site, "ca": ca,
             "url": format!("https://{}", self.https),
         });
         let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
@@ -300,6 +317,15 @@ fn http(mut stream: Stream, shared: &Shared, ca: &Authority) -> std::io::Result<
         .unwrap()
         .push(Request { route, body });
     let mood = shared.mood.lock().unwrap().clone();
+    let revoked = {
+        let request = CertificateSigningRequestParams::from_pem(&csr).unwrap();
+        let key = request.public_key.subject_public_key_info();
+        shared.revoked.lock().unwrap().contains(&key)
+    };
+    let mood = match revoked {
+        true => Mood::Refuses("this key was revoked"),
+        false => mood,
+    };
     let (status, answer) = match mood {
         Mood::Pending => (
             "202 Accepted",

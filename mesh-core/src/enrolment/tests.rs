@@ -519,3 +519,60 @@ fn an_answer_that_makes_no_sense_does_not_make_it_ask_in_circles() {
         assert!(next >= before + WAIT_MS / 2, "{n}: {}", next - before);
     }
 }
+
+/// Asks when it is due. The ticket, and when that was.
+fn ask_when_due(machine: &mut Enrolment, wall: i64) -> (u64, u64) {
+    let mono = machine.due_ms().unwrap();
+    let (_, ticket) = asks(&machine.step(Input::Tick, at(mono, wall))).unwrap();
+    (ticket, mono)
+}
+
+/// A certificate that is to be renewed in the moment in which it comes.
+fn issued_and_due(ticket: u64) -> Input {
+    let now_ms = BEGIN_MS + 6_000;
+    let validity = Validity {
+        not_before_ms: now_ms,
+        not_after_ms: now_ms + 100_000_000,
+        renew_after_ms: now_ms,
+    };
+    Input::Issued {
+        ticket,
+        validity,
+        now_ms,
+    }
+}
+
+#[test]
+fn after_a_success_the_next_refusal_is_the_first_again() {
+    let wall = BEGIN_MS + 6_000;
+    let (mut machine, _) = Enrolment::resume(known(Token::Spent), at(0, wall), 3);
+    let refuse = |machine: &mut Enrolment| {
+        let (ticket, mono) = ask_when_due(machine, wall);
+        let why = "not now".to_string();
+        machine.step(Input::Refused { ticket, why }, at(mono, wall));
+        machine.due_ms().unwrap() - mono
+    };
+    let waits: Vec<_> = (0..6).map(|_| refuse(&mut machine)).collect();
+    assert!(
+        waits[0] <= REFUSED_MS && waits[5] > 8 * REFUSED_MS,
+        "{waits:?}"
+    );
+    let (ticket, mono) = ask_when_due(&mut machine, wall);
+    machine.step(issued_and_due(ticket), at(mono, wall));
+    let wait = refuse(&mut machine);
+    assert!(wait <= REFUSED_MS, "{wait}");
+}
+
+#[test]
+fn after_a_success_it_rests_before_it_asks_again_whatever_the_certificate_says() {
+    let wall = BEGIN_MS + 6_000;
+    let (mut machine, _) = Enrolment::resume(known(Token::Spent), at(0, wall), 3);
+    let (ticket, mono) = ask_when_due(&mut machine, wall);
+    let actions = machine.step(issued_and_due(ticket), at(mono, wall));
+    assert_eq!(asks(&actions), None);
+    assert_eq!(machine.due_ms(), Some(mono + WAIT_MS));
+    for early in [mono, mono + WAIT_MS - 1] {
+        assert_eq!(asks(&machine.step(Input::Tick, at(early, wall))), None);
+    }
+    assert!(asks(&machine.step(Input::Tick, at(mono + WAIT_MS, wall))).is_some());
+}

@@ -8,7 +8,12 @@
     reason = "a test fails by panicking, and not every test file uses all that they share"
 )]
 
+#[path = "../common/mod.rs"]
 mod common;
+
+mod behind;
+mod devices;
+mod directory;
 
 use std::{collections::BTreeMap, net::SocketAddr, path::Path};
 
@@ -200,16 +205,16 @@ async fn who_may_see_one_site_sees_nothing_of_others() {
         (format!("GET /api/v1/samples/{others}/image"), Value::Null),
         (format!("DELETE /api/v1/samples/{others}"), Value::Null),
         (
-            format!("DELETE /api/v1/samples/{others}/labels/last?author=a"),
+            format!("DELETE /api/v1/samples/{others}/labels/last"),
             Value::Null,
         ),
         (
             format!("POST /api/v1/samples/{others}/labels"),
-            json!({"class": "ok", "author": "a"}),
+            json!({"class": "ok"}),
         ),
         (
             format!("PUT /api/v1/samples/{others}/holdout"),
-            json!({"holdout": true, "author": "a"}),
+            json!({"holdout": true}),
         ),
         ("GET /api/v1/devices/other/d2".into(), Value::Null),
         (
@@ -233,7 +238,7 @@ async fn who_may_see_one_site_sees_nothing_of_others() {
         http,
         &operator,
         &format!("POST /api/v1/samples/{own}/labels"),
-        json!({"class": "ok", "author": "a"}),
+        json!({"class": "ok"}),
     )
     .await;
     assert_eq!(status, 201);
@@ -617,6 +622,47 @@ async fn who_guesses_is_slowed_down() {
         "{answers:?}"
     );
     assert_eq!(get(http, "/api/v1/devices").await.0, 200);
+    handle.stop().await;
+}
+
+/// The token for commands on the machine outlives restarts, until somebody takes its file away; then the old one is none.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_machines_token_is_kept_and_can_be_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("trust/operator.token");
+    let handle = start(dir.path()).await;
+    let first = shown(handle.http);
+    handle.stop().await;
+    let handle = start(dir.path()).await;
+    assert_eq!(shown(handle.http), first);
+    assert_eq!(look(handle.http, &first, "/api/v1/users").await.0, 200);
+    handle.stop().await;
+
+    std::fs::remove_file(&file).unwrap();
+    let handle = start(dir.path()).await;
+    let second = shown(handle.http);
+    assert_ne!(second, first);
+    assert_eq!(look(handle.http, &second, "/api/v1/users").await.0, 200);
+    assert_eq!(look(handle.http, &first, "/api/v1/users").await.0, 401);
+    handle.stop().await;
+
+    // What is no token, and another program's, are replaced; a token of this coordinator for less stays what it is.
+    for wrong in ["", "nonsense", "a.b.c"] {
+        std::fs::write(&file, wrong).unwrap();
+        let handle = start(dir.path()).await;
+        let status = look(handle.http, &shown(handle.http), "/api/v1/users")
+            .await
+            .0;
+        assert_eq!(status, 200, "{wrong:?}");
+        handle.stop().await;
+    }
+    let handle = start(dir.path()).await;
+    let viewer = token(handle.http, "viewer", None).await;
+    handle.stop().await;
+    let viewer = viewer.trim().rsplit(' ').next().unwrap().to_owned();
+    std::fs::write(&file, &viewer).unwrap();
+    let handle = start(dir.path()).await;
+    assert!(!shown(handle.http).contains(&viewer));
     handle.stop().await;
 }
 
