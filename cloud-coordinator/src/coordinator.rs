@@ -22,10 +22,12 @@ use crate::{
     config::{Config, ConfigErrors},
     datasets::Datasets,
     delivery::{Releases, Rollouts},
+    erasure::Erasures,
     ingest::{self, Acks, External, Inbox, Ingest, Link},
     metrics::Metrics,
     notice::Notices,
     objects::Objects,
+    quarantine::Quarantine,
     records::Records,
     registry::Registry,
     samples::Samples,
@@ -147,7 +149,8 @@ impl Coordinator {
         let samples = Samples::open(data, &config.samples, records.clone(), objects)
             .await
             .map_err(|e| unlearnt(&e))?;
-        let datasets = Datasets::new(records.clone());
+        let datasets = Datasets::new(records.clone(), config.training.device_share);
+        let quarantine = Quarantine::new(records.clone(), trust.clone());
         let program = match &config.training.program {
             set if !set.is_empty() => set.clone(),
             _ => models::this_program("cloud-coordinator").map_err(|e| unlearnt(&e))?,
@@ -173,10 +176,12 @@ impl Coordinator {
             catalog: catalog.clone(),
             datasets: datasets.clone(),
             objects: samples.objects.clone(),
+            quarantine: quarantine.clone(),
             settings: Settings {
                 time_limit: Duration::from_secs(config.training.time_limit_s),
                 external: config.training.external.clone(),
                 policy: config.training.policy.clone(),
+                suspect: config.training.suspect.clone(),
             },
         };
         let learning = Learning::new(catalog.clone(), jobs.clone());
@@ -301,6 +306,9 @@ impl Coordinator {
         );
         let rollouts = Arc::new(rollouts.await.map_err(|e| unlearnt(&e))?);
         tasks.spawn(rollouts.clone().run(stop.clone()));
+        let erasures = Erasures::new(data, samples.clone(), registry.clone(), rollouts.clone());
+        let erasures = Arc::new(erasures);
+        tasks.spawn(erasures.clone().run(stop.clone()));
         tasks.spawn(train::by_itself(
             config.training.start,
             records,
@@ -316,6 +324,8 @@ impl Coordinator {
             door,
             samples: samples.clone(),
             datasets: datasets.clone(),
+            quarantine,
+            erasures,
             learning,
             releases,
             rollouts,

@@ -5,6 +5,7 @@ mod activity;
 mod datasets;
 mod delivery;
 mod enrol;
+mod erasures;
 mod exchange;
 mod gate;
 mod identities;
@@ -16,6 +17,7 @@ mod mark;
 mod page;
 mod people;
 mod problem;
+mod quarantine;
 mod routes;
 mod samples;
 mod serve;
@@ -52,9 +54,11 @@ use crate::{
     config::BrokerUrl,
     datasets::Datasets,
     delivery::{Releases, Rollouts},
+    erasure::Erasures,
     exchange::MAX_IMPORT_BYTES,
     ingest::Link,
     metrics::Metrics,
+    quarantine::Quarantine,
     registry::Registry,
     samples::Samples,
     store::Store,
@@ -101,6 +105,8 @@ pub(crate) struct State {
     /// The external broker.
     pub(crate) broker_url: Option<BrokerUrl>,
     pub(crate) store_error: watch::Receiver<Option<String>>,
+    pub(crate) quarantine: Quarantine,
+    pub(crate) erasures: Arc<Erasures>,
     pub(crate) trust: Trust,
     pub(crate) door: Door,
     pub(crate) gate: Arc<Gate>,
@@ -184,6 +190,8 @@ fn reading() -> OpenApiRouter<State> {
         .routes(routes!(readyz))
         .routes(routes!(samples::sample, samples::delete))
         .routes(routes!(samples::image))
+        .routes(routes!(quarantine::quarantines))
+        .routes(routes!(erasures::erasure))
         .routes(routes!(labels::tasks))
         .routes(routes!(labels::queue))
         .routes(routes!(labels::undo))
@@ -222,6 +230,8 @@ fn saying() -> OpenApiRouter<State> {
         .routes(routes!(delivery::start))
         .routes(routes!(delivery::command))
         .routes(routes!(delivery::pin))
+        .routes(routes!(quarantine::set, quarantine::lift))
+        .routes(routes!(erasures::erasures, erasures::erase))
         .routes(routes!(settings::set))
         .layer(RequestBodyLimitLayer::new(MAX_SAID))
 }

@@ -141,7 +141,7 @@ impl From<SampleError> for Problem {
                     "the images cannot be read or written, try again",
                 )
             }
-            SampleError::Deleted => Self::new(410, "Gone", detail),
+            SampleError::Deleted | SampleError::Erased => Self::new(410, "Gone", detail),
             SampleError::Offset(here) => Self::new(409, "Another offset", detail).at(here),
             SampleError::Invalid(_) => Self::invalid(detail),
             SampleError::Kind(_) => Self::new(415, "Unsupported Media Type", detail),
