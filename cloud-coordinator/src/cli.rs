@@ -12,8 +12,8 @@ use crate::{
     exchange::{Format, in_query, send},
     keys::{self, KeysCommand},
     operate::{
-        self, AuditCommand, DeviceCommand, HOW, ModelCommand, RolloutCommand, SettingsCommand,
-        SubscriberCommand, TokenCommand, UserCommand, Where,
+        self, AuditCommand, DeviceCommand, EraseCommand, HOW, ModelCommand, RolloutCommand,
+        SettingsCommand, SubscriberCommand, TokenCommand, UserCommand, Where,
     },
 };
 
@@ -54,6 +54,13 @@ enum Command {
         place: Where,
         #[command(subcommand)]
         command: DeviceCommand,
+    },
+    /// Erases samples everywhere: here, and on the devices that may still have them.
+    Erase {
+        #[command(flatten)]
+        place: Where,
+        #[command(subcommand)]
+        command: EraseCommand,
     },
     /// Subscribers: who may listen on the broker without being a device.
     Subscriber {
@@ -247,6 +254,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Model { place, command } => waiting(operate::model(&place, command)),
         Command::Rollout { place, command } => waiting(operate::rollout(&place, command)),
         Command::Device { place, command } => waiting(operate::device(&place, command)),
+        Command::Erase { place, command } => waiting(operate::erase(&place, command)),
         Command::Subscriber { place, command } => waiting(operate::subscriber(&place, command)),
         Command::Settings { place, command } => waiting(operate::settings(&place, command)),
         Command::User { place, command } => waiting(operate::user(&place, command)),

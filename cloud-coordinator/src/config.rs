@@ -13,6 +13,8 @@ pub use crate::directory::{DirectoryConfig, GroupConfig};
 use crate::objects::folder_of;
 pub use crate::train::StartPolicy;
 
+/// A quarter: with eight devices or more, none weighs more than a third of all others together.
+const DEVICE_SHARE: f64 = 0.25;
 /// One day in seconds.
 const DAY_S: u64 = 86_400;
 
@@ -117,6 +119,10 @@ pub struct TrainingConfig {
     pub external: Vec<String>,
     /// What a candidate must fulfil, see [`learn::gate`].
     pub policy: learn::gate::Policy,
+    /// The largest share of a training set that one device may give where there are many, above 0 and at most 1.
+    pub device_share: f64,
+    /// When a device's samples are set apart, see [`learn::suspect`].
+    pub suspect: learn::suspect::Policy,
     /// What starts a training without anybody asking for it.
     pub start: StartPolicy,
     /// The program that tries models, with its first arguments; empty is this one. Not read from the file.
@@ -154,6 +160,8 @@ impl Default for Config {
                 time_limit_s: 3_600,
                 external: Vec::new(),
                 policy: learn::gate::Policy::default(),
+                device_share: DEVICE_SHARE,
+                suspect: learn::suspect::Policy::default(),
                 start: StartPolicy::default(),
                 program: Vec::new(),
             },
@@ -282,6 +290,20 @@ fn days(value: Value) -> Result<f64, String> {
         Ok(number)
     } else {
         Err("is a number of days from 0.05 to 36500".into())
+    }
+}
+
+/// A share above 0 and at most 1.
+fn share(value: Value) -> Result<f64, String> {
+    let number = match value {
+        Value::Integer(n) => n as f64,
+        Value::Float(n) => n,
+        _ => f64::NAN,
+    };
+    if number > 0.0 && number <= 1.0 {
+        Ok(number)
+    } else {
+        Err("is a share above 0 and at most 1".into())
     }
 }
 
@@ -451,6 +473,12 @@ impl Config {
         training.take("time_limit_s", limit, whole(1, 604_800));
         training.take("external", &mut self.training.external, texts);
         training.take("policy", &mut self.training.policy, section_of);
+        training.take("device_share", &mut self.training.device_share, share);
+        let policy = |value| {
+            let policy: learn::suspect::Policy = section_of(value)?;
+            policy.check().map(|()| policy)
+        };
+        training.take("suspect", &mut self.training.suspect, policy);
         training.take("start", &mut self.training.start, section_of);
         training.finish();
 

@@ -23,11 +23,13 @@ use crate::{
     datasets::Datasets,
     delivery::{Releases, Rollouts},
     directory::Directory,
+    erasure::Erasures,
     ingest::{self, Acks, External, Inbox, Ingest, Link},
     metrics::Metrics,
     notice::Notices,
     objects::Objects,
     parts::Parts,
+    quarantine::Quarantine,
     records::Records,
     registry::Registry,
     samples::Samples,
@@ -149,7 +151,8 @@ impl Coordinator {
         let samples = Samples::open(data, &config.samples, records.clone(), objects)
             .await
             .map_err(|e| unlearnt(&e))?;
-        let datasets = Datasets::new(records.clone());
+        let datasets = Datasets::new(records.clone(), config.training.device_share);
+        let quarantine = Quarantine::new(records.clone(), trust.clone());
         let program = match &config.training.program {
             set if !set.is_empty() => set.clone(),
             _ => models::this_program("cloud-coordinator").map_err(|e| unlearnt(&e))?,
@@ -178,10 +181,12 @@ impl Coordinator {
             catalog: catalog.clone(),
             datasets: datasets.clone(),
             objects: samples.objects.clone(),
+            quarantine: quarantine.clone(),
             settings: Settings {
                 time_limit: Duration::from_secs(config.training.time_limit_s),
                 external: config.training.external.clone(),
                 policy: config.training.policy.clone(),
+                suspect: config.training.suspect.clone(),
             },
         };
         let learning = Learning::new(catalog.clone(), jobs.clone());
@@ -306,6 +311,9 @@ impl Coordinator {
         );
         let rollouts = Arc::new(rollouts.await.map_err(|e| unlearnt(&e))?);
         tasks.spawn(rollouts.clone().run(stop.clone()));
+        let erasures = Erasures::new(data, samples.clone(), registry.clone(), rollouts.clone());
+        let erasures = Arc::new(erasures);
+        tasks.spawn(erasures.clone().run(stop.clone()));
         tasks.spawn(train::by_itself(
             config.training.start,
             records,
@@ -325,6 +333,8 @@ impl Coordinator {
             door,
             samples: samples.clone(),
             datasets: datasets.clone(),
+            quarantine,
+            erasures,
             learning,
             releases,
             rollouts,

@@ -150,6 +150,7 @@ pub fn inspect(bytes: &Bytes, wanted: Option<&str>) -> Result<Inspected, NotAnIm
 #[derive(Clone, Debug)]
 pub struct Objects {
     store: Arc<dyn ObjectStore>,
+    folder: std::path::PathBuf,
     /// Whoever stores an image and then names it in the database holds this shared; whoever removes one
     /// that nobody names holds it alone.
     gate: Arc<RwLock<()>>,
@@ -221,6 +222,7 @@ impl Objects {
             .with_fsync(true);
         Ok(Self {
             store: Arc::new(store),
+            folder,
             gate: Arc::default(),
             places: Arc::new(Semaphore::new(AT_ONCE)),
             decoding: Arc::new(Semaphore::new(DECODING)),
@@ -320,6 +322,43 @@ impl Objects {
             Err(ObjectError::Missing(_)) => Ok(()),
             done => done,
         }
+    }
+
+    /// Removes an image and whatever an interrupted write has left of it. Says whether it was there. Hold
+    /// [`Objects::alone`].
+    pub(crate) async fn erase(&self, alone: &Alone, sha256: &str) -> Result<bool, ObjectError> {
+        let was = self.has(sha256).await?;
+        self.remove(alone, sha256).await?;
+        // The store writes beside the name that a file will have, and names that after it.
+        let folder = self.folder.join(&sha256[..2]);
+        let half = format!("{sha256}#");
+        let sha256 = sha256.to_owned();
+        let done = tokio::task::spawn_blocking(move || {
+            let entries = match std::fs::read_dir(&folder) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+                entries => entries?,
+            };
+            for entry in entries {
+                let entry = entry?;
+                if entry.file_name().to_string_lossy().starts_with(&half) {
+                    std::fs::remove_file(entry.path())?;
+                }
+            }
+            // The names are gone when this is said, whatever happens to the power.
+            std::fs::File::open(&folder)?.sync_all()
+        })
+        .await;
+        let failed = |source: Box<dyn std::error::Error + Send + Sync>| ObjectError::Store {
+            operation: "erase",
+            sha256: sha256.clone(),
+            error: object_store::Error::Generic {
+                store: "folder",
+                source,
+            },
+        };
+        done.map_err(|error| failed(error.into()))?
+            .map_err(|error| failed(error.into()))?;
+        Ok(was)
     }
 
     /// Held from before an image is stored until the database names it.

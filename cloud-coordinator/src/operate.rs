@@ -2,8 +2,10 @@
 
 mod audit;
 mod connect;
+mod erase;
 mod identity;
 mod people;
+mod quarantine;
 mod settings;
 
 use std::{
@@ -26,6 +28,7 @@ use crate::{
 };
 pub(crate) use audit::{AuditCommand, audit};
 pub(crate) use connect::{Wire, connect};
+pub(crate) use erase::{EraseCommand, erase};
 pub(crate) use identity::{IdentityCommand, SubscriberCommand, subscriber};
 pub(crate) use people::{TokenCommand, UserCommand, token, user};
 pub(crate) use settings::{SettingsCommand, settings};
@@ -180,6 +183,10 @@ pub(crate) enum DeviceCommand {
         #[command(flatten)]
         who: Who,
     },
+    /// Shows whose samples are not learnt from, and why; sets a device apart, or lifts that.
+    ///
+    /// Example: cloud-coordinator device quarantine plant-3/cam-7 --lift
+    Quarantine(quarantine::QuarantineCommand),
     /// Who may come in.
     #[command(flatten)]
     Identity(IdentityCommand),
@@ -464,6 +471,7 @@ pub(crate) async fn device(place: &Where, command: DeviceCommand) -> anyhow::Res
             }
             return Ok(());
         }
+        DeviceCommand::Quarantine(command) => return quarantine::quarantine(place, command).await,
         DeviceCommand::Identity(command) => return identity::identity(place, command).await,
         DeviceCommand::Pin { device, model, who } => (device, json!(model), who.author),
         DeviceCommand::Unpin { device, who } => (device, Value::Null, who.author),

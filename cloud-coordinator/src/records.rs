@@ -81,6 +81,11 @@ impl Writer<'_> {
         let begin = RecordError::sql("begin a transaction");
         self.0.begin_with("BEGIN IMMEDIATE").await.map_err(begin)
     }
+
+    /// For what cannot be in a transaction.
+    pub(crate) fn connection(&mut self) -> &mut SqliteConnection {
+        &mut self.0
+    }
 }
 
 /// Ends a transaction; what it wrote is on the disk then.
@@ -120,6 +125,8 @@ impl Records {
             .foreign_keys(false)
             .busy_timeout(BUSY)
             .pragma("journal_size_limit", WAL_LIMIT)
+            // What is deleted is overwritten: an erased sample is in no page that is free now.
+            .pragma("secure_delete", "on")
             .pragma("cache_size", "-8192")
             .pragma("temp_store", "memory")
             .disable_statement_logging();

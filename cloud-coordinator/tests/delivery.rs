@@ -135,6 +135,7 @@ impl Played {
             progress: 0.0,
             evidence: Default::default(),
             settings: None,
+            erased: None,
         };
         let message = reported.encode().unwrap();
         self.client

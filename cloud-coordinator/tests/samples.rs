@@ -478,7 +478,7 @@ async fn from_labels_to_a_dataset() {
             digest(&handle.objects().read(&item.sha256).await.unwrap()),
             item.sha256
         );
-        assert_eq!(item.device.as_deref(), Some("d1"));
+        assert_eq!(item.device.as_deref(), Some("_/d1"));
     }
     let features = [(images[0].clone(), vec![1.0, -0.5])];
     handle

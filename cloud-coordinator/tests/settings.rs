@@ -68,6 +68,7 @@ async fn report(device: &Client, name: &str, revision: u64, settings: SettingsRe
         progress: 0.0,
         evidence: Default::default(),
         settings: Some(settings),
+        erased: None,
     };
     let message = reported.encode().unwrap();
     device

@@ -26,7 +26,11 @@ use crate::{
     identity::{self, IdentityError, Keeper, Tls},
     outbox::{Opened, Options, Outbox, OutboxError},
     pipeline::{Drifts, Pipeline},
-    samples::{Samples, desk::Desk},
+    samples::{
+        Samples,
+        desk::Desk,
+        eraser::{self, Eraser},
+    },
     settings::{self, Life},
     store::{Cursor, Store},
     update::{StartError, Updates},
@@ -227,10 +231,20 @@ impl Agent {
             .map(|s| (s.name.clone(), s.gate))
             .collect::<Vec<_>>();
         let samples = start_samples(&config, outbox.epoch(), &counters, &tls);
-        let (tray, sample_writer, sample_sender) = match samples {
-            Some(samples) => (Some(samples.tray), Some(samples.writer), samples.sender),
-            None => (None, None, None),
+        let (tray, sample_writer, sample_sender, eraser) = match samples {
+            Some(samples) => (
+                Some(samples.tray),
+                Some(samples.writer),
+                samples.sender,
+                Some(samples.eraser),
+            ),
+            None => {
+                let eraser = Eraser::of_folder(config.data.join("samples"), &counters);
+                (None, None, None, eraser)
+            }
         };
+        let (erase, erased) = watch::channel(None);
+        let to_erase = ends.desired.subscribe();
         let (mark, marks) = mpsc::sync_channel(MARKS);
         let (found, drifts) = watch::channel(Drifts::new());
         let desk = tray
@@ -280,6 +294,7 @@ impl Agent {
             desired: ends.desired,
             reported: ends.reported,
             settings: answered,
+            erased,
             tls,
             connected: link,
             marks: mark,
@@ -288,6 +303,7 @@ impl Agent {
             wall: clock,
         });
         let uplink = tokio::spawn(uplink.run(stored, stop.clone()));
+        tokio::spawn(eraser::run(eraser, to_erase, erase, stop.clone()));
         let settings_stop = CancellationToken::new();
         let identity = keeper.map(|keeper| tokio::spawn(identity::run(keeper, stop.clone())));
         let settings = life.map(|life| {

@@ -84,6 +84,7 @@ pub(crate) struct Uplink {
     desired: watch::Sender<Option<Desired>>,
     reported: watch::Receiver<Option<Reported>>,
     settings: watch::Receiver<Option<(i64, SettingsReport)>>,
+    erased: watch::Receiver<Option<u64>>,
     reported_said: Option<Reported>,
     /// Whether the broker is there, for whoever wants to know.
     connected: watch::Sender<bool>,
@@ -133,6 +134,8 @@ pub(crate) struct Start {
     pub(crate) reported: watch::Receiver<Option<Reported>>,
     /// The same about settings, and since when.
     pub(crate) settings: watch::Receiver<Option<(i64, SettingsReport)>>,
+    /// How far it is with what is to be erased.
+    pub(crate) erased: watch::Receiver<Option<u64>>,
     /// What the connection is made with.
     pub(crate) tls: Tls,
     /// Is the broker there?
@@ -161,6 +164,7 @@ impl Uplink {
             desired,
             reported,
             settings,
+            erased,
             tls,
             connected,
             marks,
@@ -182,6 +186,7 @@ impl Uplink {
             desired,
             reported,
             settings,
+            erased,
             reported_said: None,
             connected,
             said: (about.model(), about.state()),
@@ -220,6 +225,7 @@ impl Uplink {
                     drifts,
                     reported,
                     settings,
+                    erased,
                     about,
                     tls,
                     renewed,
@@ -253,6 +259,7 @@ impl Uplink {
                     // The same of the models.
                     Ok(()) = reported.changed() => Event::News,
                     Ok(()) = settings.changed() => Event::News,
+                    Ok(()) = erased.changed() => Event::News,
                     () = about.changed() => Event::News,
                     () = tls.changed() => Event::Renewed,
                     // Looked at below.
@@ -721,6 +728,10 @@ impl Uplink {
         {
             report.ts = report.ts.max(*ts);
             report.settings = Some(settings.clone());
+        }
+        let erased = *self.erased.borrow_and_update();
+        if let Some(report) = &mut reported {
+            report.erased = erased;
         }
         if let Some(report) = reported
             && self.reported_said.as_ref() != Some(&report)

@@ -85,6 +85,7 @@ fn watch(data: &Path, new: &Release, watch_frames: u32) -> Release {
             },
             force: false,
             settings: None,
+            erase: Vec::new(),
         }),
         current: Some(new.clone()),
         last_good: Some(factory.clone()),

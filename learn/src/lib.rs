@@ -14,6 +14,7 @@ mod progress;
 mod random;
 mod softmax;
 pub mod surgery;
+pub mod suspect;
 pub mod tune;
 
 pub use progress::{Error, Progress, Report};

@@ -46,6 +46,22 @@ fn at_least(heads: u64, tosses: u64) -> f64 {
     sum.min(1.0)
 }
 
+/// Probability of at least `hits` of `tries`, if each hits with this `chance`.
+pub(crate) fn binomial_at_least(hits: u64, tries: u64, chance: f64) -> f64 {
+    if hits == 0 || chance >= 1.0 {
+        return 1.0;
+    }
+    if hits > tries || chance <= 0.0 {
+        return 0.0;
+    }
+    let (yes, no) = (chance.ln(), (-chance).ln_1p());
+    let term = |k: u64| {
+        let ways = ln_factorial(tries) - ln_factorial(k) - ln_factorial(tries - k);
+        (ways + k as f64 * yes + (tries - k) as f64 * no).exp()
+    };
+    (hits..=tries).map(term).sum::<f64>().min(1.0)
+}
+
 /// The chance that a fair coin gives the candidate at least `wins` of `wins + losses`; with `mid_p` exactly as
 /// many count half (Lancaster 1961).
 pub(crate) fn one_sided(wins: u64, losses: u64, mid_p: bool) -> f64 {

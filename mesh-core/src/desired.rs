@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    EventError, MAX_EVENT_BYTES, Release, Settings, VERSION,
+    Erase, EventError, MAX_ERASE, MAX_EVENT_BYTES, Release, Settings, VERSION,
     event::{MAX_JSON_INTEGER, parse, within},
 };
 
@@ -32,6 +32,9 @@ pub struct Desired {
     /// The settings; nothing is the device's own files alone. An agent that knows none ignores them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub settings: Option<Settings>,
+    /// Samples that it is to have no more, at most [`MAX_ERASE`]; they stand here until the device has answered.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub erase: Vec<Erase>,
 }
 
 /// Where a trial stops. A share is 0..=1; a share of 1 switches its rule off.
@@ -178,6 +181,10 @@ impl Desired {
             (
                 desired.settings.as_ref().is_none_or(Settings::is_valid),
                 "the trial of settings takes 15 to 3600 s, their version is below 2^53",
+            ),
+            (
+                desired.erase.len() <= MAX_ERASE,
+                "at most 64 things are to be erased at a time",
             ),
         ];
         match checks.into_iter().find(|(fine, _)| !fine) {

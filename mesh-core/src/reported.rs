@@ -296,6 +296,9 @@ pub struct Reported {
     /// The same about settings; nothing from a device that takes none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub settings: Option<SettingsReport>,
+    /// The highest [`crate::Erase::id`] of the present wish that is done; nothing where there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub erased: Option<u64>,
 }
 
 /// Where a device is on its way to the settings that it should have.
@@ -445,6 +448,7 @@ mod tests {
                 failure: Some(Failure::with_reasons(Reason::Refused, &"ä".repeat(600))),
                 bad: vec![settings.digest; MAX_BAD],
             }),
+            erased: Some(7),
         };
         let bytes = reported.encode().unwrap();
         assert!(bytes.len() < MAX_EVENT_BYTES / 2, "{}", bytes.len());

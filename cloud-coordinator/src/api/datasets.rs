@@ -34,13 +34,9 @@ pub(super) async fn datasets(
 pub(super) struct DatasetBody {
     /// Who makes it, 1 to 100 characters.
     author: String,
-    /// The largest share of the train images that one device may give, above 0 and at most 1; 1 unless given.
-    #[serde(default = "all")]
-    device_share: f64,
-}
-
-fn all() -> f64 {
-    1.0
+    /// The largest share of the train images that one device may give, above 0 and at most 1; `training.device_share` of
+    /// the coordinator's configuration unless given.
+    device_share: Option<f64>,
 }
 
 /// Takes a snapshot of what is labelled now. The same content is the same dataset.

@@ -7,6 +7,7 @@ mod datasets;
 mod delivery;
 mod directory;
 mod enrol;
+mod erasures;
 mod exchange;
 mod gate;
 mod identities;
@@ -18,6 +19,7 @@ mod mark;
 mod page;
 mod people;
 mod problem;
+mod quarantine;
 mod routes;
 mod samples;
 mod serve;
@@ -55,10 +57,12 @@ use crate::{
     datasets::Datasets,
     delivery::{Releases, Rollouts},
     directory::Directory,
+    erasure::Erasures,
     exchange::MAX_IMPORT_BYTES,
     ingest::Link,
     metrics::Metrics,
     parts::{self, Name, Parts},
+    quarantine::Quarantine,
     registry::Registry,
     samples::Samples,
     store::Store,
@@ -108,6 +112,8 @@ pub(crate) struct State {
     /// The external broker.
     pub(crate) broker_url: Option<BrokerUrl>,
     pub(crate) store_error: watch::Receiver<Option<String>>,
+    pub(crate) quarantine: Quarantine,
+    pub(crate) erasures: Arc<Erasures>,
     pub(crate) trust: Trust,
     pub(crate) directory: Option<Arc<Directory>>,
     pub(crate) door: Door,
@@ -207,6 +213,8 @@ fn reading() -> OpenApiRouter<State> {
     let learning = group()
         .routes(routes!(samples::samples))
         .routes(routes!(samples::sample))
+        .routes(routes!(quarantine::quarantines))
+        .routes(routes!(erasures::erasure))
         .routes(routes!(labels::tasks))
         .routes(routes!(labels::queue))
         .routes(routes!(labels::undo))
@@ -262,6 +270,8 @@ fn saying() -> OpenApiRouter<State> {
         .routes(routes!(delivery::start))
         .routes(routes!(delivery::command))
         .routes(routes!(delivery::pin))
+        .routes(routes!(quarantine::set, quarantine::lift))
+        .routes(routes!(erasures::erasures, erasures::erase))
         .routes(routes!(settings::set))
         .layer(middleware::from_fn(behind::learning));
     let images = group()

@@ -209,7 +209,7 @@ impl From<SampleError> for Problem {
                 let again = "the images cannot be read or written, try again";
                 Self::new(503, "Images unavailable", again).failing(Failing::Part(Name::Images))
             }
-            SampleError::Deleted => Self::new(410, "Gone", detail),
+            SampleError::Deleted | SampleError::Erased => Self::new(410, "Gone", detail),
             SampleError::Offset(here) => Self::new(409, "Another offset", detail).at(here),
             SampleError::Invalid(_) => Self::invalid(detail),
             SampleError::Kind(_) => Self::new(415, "Unsupported Media Type", detail),

@@ -279,6 +279,7 @@ pub(super) struct Holdout {
     responses(
         (status = 200, description = "The sample as it is now", body = SampleRow),
         (status = 404, description = "There is no such sample", content_type = "application/problem+json", body = Problem),
+        (status = 409, description = "Its image is not here", content_type = "application/problem+json", body = Problem),
     )
 )]
 pub(super) async fn holdout(
@@ -292,7 +293,10 @@ pub(super) async fn holdout(
     let records = &state.samples.records;
     let now = clock::now_ms();
     if !records.set_holdout(id, said.holdout, &author, now).await? {
-        return Err(SampleError::Missing.into());
+        records.sample(id).await?.ok_or(SampleError::Missing)?;
+        let why =
+            "its image is not here: only what a device can no longer change goes into the holdout";
+        return Err(Problem::new(409, "Not possible", why));
     }
     let found = records.sample(id).await?;
     Ok(Json(found.ok_or(SampleError::Missing)?))

@@ -47,7 +47,8 @@ pub struct Dataset {
     pub author: String,
     /// When, milliseconds since 1970 by the coordinator's clock.
     pub created_ms: i64,
-    /// The largest share of the train items that one device was allowed to give, above 0 and at most 1.
+    /// The largest share of the train items that one device was allowed to give, above 0 and at most 1. Where there are
+    /// few devices it is [`Report::share_limit`] that held.
     pub device_share: f64,
     /// In order of the image's digest; each image once.
     pub items: Vec<Item>,
@@ -67,7 +68,7 @@ pub struct Item {
     pub class: u32,
     /// Only ever measured with, never trained with.
     pub holdout: bool,
-    /// The device that took it; nothing for an import.
+    /// The device that took it, `SITE/DEVICE`, with `_` where no site was proved; nothing for an import.
     pub device: Option<String>,
 }
 
@@ -93,19 +94,25 @@ pub struct Summary {
     pub holdout: i64,
     /// What was left out, and why.
     pub report: Report,
+    /// Images that were erased since: their digests stay, so that what was trained on can be told.
+    pub erased: i64,
 }
 
 /// The datasets, and what was computed from their images.
 #[derive(Clone, Debug)]
 pub struct Datasets {
     records: Arc<Records>,
+    device_share: f64,
 }
 
 impl Datasets {
-    /// On this database.
+    /// On this database. `device_share` holds where nothing else is asked for.
     #[must_use]
-    pub fn new(records: Arc<Records>) -> Self {
-        Self { records }
+    pub fn new(records: Arc<Records>, device_share: f64) -> Self {
+        Self {
+            records,
+            device_share,
+        }
     }
 
     /// Takes a snapshot of what is labelled now. Says whether it is new: the same content is the same
@@ -117,8 +124,9 @@ impl Datasets {
         &self,
         task: &str,
         author: &str,
-        device_share: f64,
+        device_share: Option<f64>,
     ) -> Result<(bool, Summary), DatasetError> {
+        let device_share = device_share.unwrap_or(self.device_share);
         if !(device_share > 0.0 && device_share <= 1.0) {
             let why = "device_share: is above 0 and at most 1";
             return Err(DatasetError::Unusable(why.into()));
@@ -176,6 +184,16 @@ impl Datasets {
         let found = self.records.dataset(digest).await?;
         let short = || digest.chars().take(64).collect::<String>();
         found.ok_or_else(|| DatasetError::Missing(format!("dataset {:?}", short())))
+    }
+
+    /// Was this image erased?
+    pub(crate) async fn was_erased(&self, sha256: &str) -> Result<bool, DatasetError> {
+        Ok(self.records.was_erased(sha256).await?)
+    }
+
+    /// How many datasets of a task there are.
+    pub(crate) async fn count(&self, task: &str) -> Result<u64, DatasetError> {
+        Ok(self.records.count_datasets(task).await?)
     }
 
     /// The newest datasets of a task, at most 1,000.

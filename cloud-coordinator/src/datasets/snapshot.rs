@@ -12,6 +12,9 @@ use crate::objects::digest;
 
 /// Embeddings whose cosine is at least this are of the same picture.
 const SAME: f32 = 0.999;
+/// With few devices one may give so many times what it would give if all gave the same: nobody with two or three cameras
+/// wants labels thrown away because one of them sees more.
+const EVEN: f64 = 2.0;
 /// Rows of a kind that a report names; it counts all of them.
 const NAMED: usize = 100;
 /// Values that are compared before looking whether two embeddings can still be the same.
@@ -44,6 +47,14 @@ pub struct Report {
     pub repeated: usize,
     /// Images beyond the share of their device.
     pub over_share: usize,
+    /// The largest share that one device could have. Above the one that was asked for where there are few devices: then
+    /// one may give at most twice what it would give if all gave the same. 1 is no limit, as with one or two devices.
+    #[serde(default = "no_limit")]
+    pub share_limit: f64,
+}
+
+const fn no_limit() -> f64 {
+    1.0
 }
 
 /// A sample that was left out because the holdout has it.
@@ -155,23 +166,59 @@ fn apart(train: Vec<Labelled>, holdout: &[Labelled], report: &mut Report) -> Vec
     kept
 }
 
-/// Leaves out what one device gave beyond its share of what there was. Which of its images go is decided by
-/// their digests, which neither time nor the device can steer.
+/// The largest number that each device may give, so that none gives more than this share of what is left.
+fn most_of_one(given: &[usize], others: usize, share: f64) -> usize {
+    let holds = |most: usize| {
+        let left: usize = given.iter().map(|n| (*n).min(most)).sum();
+        let largest = given.iter().copied().max().unwrap_or_default().min(most);
+        largest as f64 <= share * (left + others) as f64 + 1e-9
+    };
+    // With more each, the share of the largest only grows.
+    let (mut low, mut high) = (1, given.iter().copied().max().unwrap_or_default().max(1));
+    while low < high {
+        let middle = low + (high - low).div_ceil(2);
+        if holds(middle) {
+            low = middle;
+        } else {
+            high = middle - 1;
+        }
+    }
+    low
+}
+
+/// Leaves out what one device gave beyond its share. Of each of its classes the same number stays, as far as there are
+/// so many; which images go is decided by their digests, which neither time nor the device can steer.
 fn shared(mut train: Vec<Labelled>, share: f64, report: &mut Report) -> Vec<Labelled> {
-    let most = ((train.len() as f64 * share).floor() as usize).max(1);
-    let mut given: BTreeMap<String, usize> = BTreeMap::new();
     train.sort_by(|a, b| a.sha256.cmp(&b.sha256));
-    let before = train.len();
-    train.retain(|sample| {
-        let Some(device) = &sample.device else {
-            return true;
+    let mut given: BTreeMap<&str, usize> = BTreeMap::new();
+    for device in train.iter().filter_map(|s| s.device.as_deref()) {
+        *given.entry(device).or_default() += 1;
+    }
+    let counts: Vec<usize> = given.into_values().collect();
+    let limit = share.max(EVEN / counts.len().max(1) as f64).min(1.0);
+    report.share_limit = limit;
+    let others = train.len() - counts.iter().sum::<usize>();
+    let most = most_of_one(&counts, others, limit);
+    let mut of_class: BTreeMap<(&str, u32), usize> = BTreeMap::new();
+    let mut places: BTreeMap<&str, Vec<(usize, usize)>> = BTreeMap::new();
+    for (at, sample) in train.iter().enumerate() {
+        let Some(device) = sample.device.as_deref() else {
+            continue;
         };
-        let count = given.entry(device.clone()).or_default();
-        *count += 1;
-        *count <= most
-    });
-    report.over_share = before - train.len();
-    train
+        let nth = of_class.entry((device, sample.class)).or_default();
+        places.entry(device).or_default().push((*nth, at));
+        *nth += 1;
+    }
+    let mut gone = BTreeSet::new();
+    for mut places in places.into_values() {
+        places.sort_unstable();
+        gone.extend(places.into_iter().skip(most).map(|(_, at)| at));
+    }
+    report.over_share = gone.len();
+    let kept = train.into_iter().enumerate();
+    kept.filter(|(at, _)| !gone.contains(at))
+        .map(|(_, sample)| sample)
+        .collect()
 }
 
 /// Makes a dataset of labelled samples: its digest, its items in order of their images, and what was left
@@ -336,12 +383,64 @@ mod tests {
             sample.device = Some(if sample.sample < 8 { "loud" } else { "quiet" }.into());
         }
         all[9].class = 1;
+        // Two devices: nothing is thrown away.
+        let (_, items, report) = snapshot("t", &classes(), all.clone(), 0.3).unwrap();
+        assert_eq!((items.len(), report.share_limit), (10, 1.0));
+        // Four, of which one gives much: it may give half.
+        for (at, sample) in (10..14).zip(["third", "fourth"].into_iter().cycle()) {
+            let mut more = labelled(at, at as u8, 1, false);
+            more.device = Some(sample.into());
+            all.push(more);
+        }
         let (_, items, report) = snapshot("t", &classes(), all, 0.3).unwrap();
         let loud = items
             .iter()
             .filter(|i| i.device.as_deref() == Some("loud"))
             .count();
-        assert_eq!((loud, items.len(), report.over_share), (3, 5, 5));
+        assert_eq!(
+            (loud, items.len(), report.over_share, report.share_limit),
+            (6, 12, 2, 0.5)
+        );
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_device_gives_more_than_its_share(
+            given in proptest::collection::vec((1_usize..200, 1_u32..4), 1..14),
+            imported in 0_usize..50,
+            share in 0.05_f64..1.0,
+        ) {
+            let mut all = Vec::new();
+            let mut add = |device: Option<String>, class: u32| {
+                let id = all.len() as i64;
+                let sha256 = digest(&id.to_le_bytes());
+                all.push(Labelled { sample: id, sha256, class, holdout: false, device, embedding: None });
+            };
+            for (device, (count, classes)) in given.iter().enumerate() {
+                for n in 0..*count {
+                    add(Some(format!("s/{device}")), n as u32 % classes);
+                }
+            }
+            (0..imported).for_each(|n| add(None, n as u32 % 2));
+            let mut report = Report::default();
+            let (limit, before) = (share.max(2.0 / given.len() as f64).min(1.0), all.len());
+            let kept = shared(all.clone(), share, &mut report);
+            proptest::prop_assert_eq!(report.share_limit, limit);
+            proptest::prop_assert_eq!(before - kept.len(), report.over_share);
+            let mut again = Report::default();
+            all.reverse();
+            let ids = |kept: &[Labelled]| kept.iter().map(|s| s.sample).collect::<Vec<_>>();
+            proptest::prop_assert_eq!(ids(&shared(all, share, &mut again)), ids(&kept));
+            for (device, (count, classes)) in given.iter().enumerate() {
+                let name = format!("s/{device}");
+                let own: Vec<_> = kept.iter().filter(|s| s.device.as_ref() == Some(&name)).collect();
+                proptest::prop_assert!(own.len() as f64 <= limit * kept.len() as f64 + 1e-6);
+                // A class is not lost because others of the same device are many.
+                let seen: BTreeSet<u32> = own.iter().map(|s| s.class).collect();
+                proptest::prop_assert!(seen.len() >= own.len().min(*count.min(&(*classes as usize))));
+            }
+            proptest::prop_assert_eq!(kept.iter().filter(|s| s.device.is_none()).count(), imported);
+        }
     }
 
     #[test]

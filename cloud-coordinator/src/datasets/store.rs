@@ -6,6 +6,7 @@ use sqlx::{QueryBuilder, Row, Sqlite, sqlite::SqliteRow};
 
 use super::{Dataset, Item, Labelled, MAX_FEATURE_VALUES, MAX_ITEMS, Report, Summary};
 use crate::{
+    quarantine::{FREE, NO_SITE},
     records::{RecordError, Records, commit, floats_of_bytes, floats_to_bytes},
     samples::WITH_LABEL,
 };
@@ -15,8 +16,9 @@ const ROWS: usize = 500;
 /// The most datasets of one answer.
 const LISTED: i64 = 1_000;
 
-const COLUMNS: &str =
-    "digest, task, classes, author, created_ms, device_share, train, holdout, report";
+const COLUMNS: &str = "digest, task, classes, author, created_ms, device_share, train, holdout, report, \
+    (SELECT count(*) FROM dataset_items i JOIN erased_images e ON e.sha256 = i.sha256 \
+    WHERE i.dataset = datasets.digest) AS erased";
 
 fn content(operation: &'static str) -> impl FnOnce(serde_json::Error) -> RecordError {
     move |error| RecordError::Content {
@@ -41,6 +43,7 @@ fn summary(row: &SqliteRow) -> Result<Summary, RecordError> {
         train: row.try_get("train").map_err(get())?,
         holdout: row.try_get("holdout").map_err(get())?,
         report,
+        erased: row.try_get("erased").map_err(get())?,
     })
 }
 
@@ -68,9 +71,12 @@ impl Records {
             return Ok((None, Vec::new()));
         }
         let sql = format!(
-            "SELECT s.id, s.sha256, l.class, s.holdout, s.device, e.model, e.data {WITH_LABEL} \
+            "SELECT s.id, s.sha256, l.class, s.holdout, \
+             CASE WHEN s.device IS NULL THEN NULL ELSE coalesce(s.site, '{NO_SITE}') || '/' || s.device END, \
+             e.model, e.data {WITH_LABEL} \
              LEFT JOIN embeddings e ON e.sample = s.id \
              WHERE s.task = ? AND s.deleted_ms IS NULL AND s.image = 'stored' AND l.kind = 'class' \
+             AND (s.holdout = 1 OR {FREE}) \
              ORDER BY s.id LIMIT {}",
             MAX_ITEMS + 1
         );
@@ -156,6 +162,25 @@ impl Records {
         row.as_ref().map(summary).transpose()
     }
 
+    /// Was this image erased?
+    pub(crate) async fn was_erased(&self, sha256: &str) -> Result<bool, RecordError> {
+        sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM erased_images WHERE sha256 = ?)")
+            .bind(sha256)
+            .fetch_one(self.readers())
+            .await
+            .map_err(RecordError::sql("look whether an image was erased"))
+    }
+
+    /// How many datasets of a task there are.
+    pub(crate) async fn count_datasets(&self, task: &str) -> Result<u64, RecordError> {
+        let count: i64 = sqlx::query_scalar("SELECT count(*) FROM datasets WHERE task = ?")
+            .bind(task)
+            .fetch_one(self.readers())
+            .await
+            .map_err(RecordError::sql("count the datasets of a task"))?;
+        Ok(count.unsigned_abs())
+    }
+
     /// The datasets of a task, the newest first.
     pub(crate) async fn datasets(&self, task: &str) -> Result<Vec<Summary>, RecordError> {
         let sql = format!(
@@ -234,7 +259,9 @@ impl Records {
                     continue;
                 }
                 sqlx::query(
-                    "INSERT INTO features (engine, sha256, data) VALUES (?, ?, ?) \
+                    // Somebody may have been computing when it was erased.
+                    "INSERT INTO features (engine, sha256, data) SELECT ?1, ?2, ?3 \
+                     WHERE NOT EXISTS (SELECT 1 FROM erased_images WHERE sha256 = ?2) \
                      ON CONFLICT (engine, sha256) DO NOTHING",
                 )
                 .bind(engine)

@@ -11,7 +11,7 @@ use std::{
 };
 
 use mesh_core::{
-    Kind, Limits, Name, Release, Topic, Trial,
+    Erase, Kind, Limits, Name, Release, Topic, Trial,
     rollout::{Command, Input, Outcome, Output, Plan, Rollout, Status, Why},
 };
 use serde::{Deserialize, Serialize};
@@ -347,6 +347,25 @@ impl Rollouts {
         };
         let outputs = self.gather(&mut state, false);
         self.carry_out(&mut state, changes, outputs).await
+    }
+
+    /// Tells a device which samples it is to have no more; nothing takes that back. `heard` is the newest wish that the
+    /// device has answered.
+    pub(crate) async fn erase(
+        &self,
+        device: i64,
+        erase: Vec<Erase>,
+        heard: u64,
+    ) -> Result<(), RolloutError> {
+        let mut state = self.state.lock().await;
+        let Some(row) = state.wishes.erase(device, erase, heard) else {
+            return Ok(());
+        };
+        let changes = Changes {
+            wishes: [(row.device, row)].into(),
+            ..Changes::default()
+        };
+        self.carry_out(&mut state, changes, Vec::new()).await
     }
 
     /// The rollouts that count, newest first.

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use mesh_core::{Desired, Limits, Release, Settings, Trial, VERSION};
+use mesh_core::{Desired, Erase, Limits, Release, Settings, Trial, VERSION};
 
 use super::store::WishRow;
 use crate::clock;
@@ -77,6 +77,7 @@ impl Wishes {
             trial,
             force,
             settings: before.and_then(|wish| wish.desired.settings),
+            erase: before.map_or_else(Vec::new, |wish| wish.desired.erase.clone()),
         };
         let message = serde_json::to_string(&desired).ok()?;
         self.all.insert(device, Wish { desired, pinned });
@@ -105,8 +106,27 @@ impl Wishes {
         if before.and_then(|wish| wish.desired.settings) == settings {
             return None;
         }
+        self.change(device, heard, |desired| desired.settings = settings)
+    }
+
+    /// Wishes that other samples are gone, and nothing else; what is to be kept and sent, if it is new.
+    pub(super) fn erase(&mut self, device: i64, erase: Vec<Erase>, heard: u64) -> Option<WishRow> {
+        let before = self.get(device).map(|wish| wish.desired.erase.as_slice());
+        if before.unwrap_or_default() == erase {
+            return None;
+        }
+        self.change(device, heard, |desired| desired.erase = erase)
+    }
+
+    /// Changes a part of what a device is to be.
+    fn change(
+        &mut self,
+        device: i64,
+        heard: u64,
+        change: impl FnOnce(&mut Desired),
+    ) -> Option<WishRow> {
         let pinned = self.is_pinned(device);
-        let mut desired = before.map_or_else(
+        let mut desired = self.get(device).map_or_else(
             || Desired {
                 v: VERSION,
                 revision: 0,
@@ -115,6 +135,7 @@ impl Wishes {
                 trial: Trial::default(),
                 force: false,
                 settings: None,
+                erase: Vec::new(),
             },
             |wish| wish.desired.clone(),
         );
@@ -124,7 +145,7 @@ impl Wishes {
             .max(0)
             .cast_unsigned()
             .max(desired.revision + 1);
-        desired.settings = settings;
+        change(&mut desired);
         let message = serde_json::to_string(&desired).ok()?;
         self.all.insert(device, Wish { desired, pinned });
         Some(WishRow {
@@ -172,6 +193,30 @@ mod tests {
         let revision = wishes.revision(7);
         wishes.wish(7, release(1), terms, true, false).unwrap();
         assert!(wishes.revision(7) > revision);
+    }
+
+    #[test]
+    fn what_is_to_be_gone_stays_until_it_is() {
+        let gone = |id| Erase {
+            id,
+            what: mesh_core::Gone::All,
+        };
+        let mut wishes = Wishes::default();
+        assert!(wishes.erase(7, Vec::new(), 0).is_none());
+        let first = wishes.erase(7, vec![gone(1)], 0).unwrap();
+        assert!(wishes.erase(7, vec![gone(1)], 0).is_none());
+        let terms = (Limits::default(), Trial::default());
+        let release = Release {
+            name: "steel".into(),
+            version: "1".into(),
+            digest: Digest([9; 32]),
+        };
+        wishes.wish(7, Some(release), terms, false, false).unwrap();
+        assert_eq!(wishes.get(7).unwrap().desired.erase, [gone(1)]);
+        let again = Wishes::of_rows(vec![first]);
+        assert_eq!(again.get(7).unwrap().desired.erase, [gone(1)]);
+        assert!(wishes.erase(7, Vec::new(), 0).is_some());
+        assert!(wishes.get(7).unwrap().desired.erase.is_empty());
     }
 
     #[test]

@@ -141,6 +141,11 @@ impl Seen {
             now_ms: clock::now_ms(),
         };
         let shared = samples.objects.shared().await.map_err(SampleError::from)?;
+        let erased = samples.records.was_erased(&sha256).await;
+        if erased.map_err(SampleError::from)? {
+            self.report.error(&path, SampleError::Erased.to_string());
+            return Ok(());
+        }
         if !samples
             .objects
             .has(&sha256)

@@ -63,7 +63,7 @@ impl Records {
         }
         let id = sqlx::query_scalar(
             "INSERT INTO samples (task, origin, ts, received_ms, file, sha256, bytes, image, holdout, \
-             holdout_by, holdout_ms) VALUES (?, 'import', ?, ?, ?, ?, ?, 'stored', ?, ?, ?) RETURNING id",
+             holdout_by, holdout_ms, brought_by) VALUES (?, 'import', ?, ?, ?, ?, ?, 'stored', ?, ?, ?, ?) RETURNING id",
         )
         .bind(import.task)
         .bind(import.now_ms)
@@ -74,6 +74,7 @@ impl Records {
         .bind(import.holdout)
         .bind(decided_by)
         .bind(decided_ms)
+        .bind(import.author)
         .fetch_one(&mut *tx)
         .await
         .map_err(RecordError::sql("write an imported image"))?;

@@ -7,6 +7,7 @@ use sqlx::SqliteConnection;
 
 use super::{Candidate, Known, LabelError, MAX_CANDIDATES, MAX_KNOWN, MAX_TASKS};
 use crate::{
+    quarantine::FREE,
     records::{RecordError, Records, commit, floats_of_bytes},
     samples::{SampleRow, WITH_LABEL, note_task},
 };
@@ -256,7 +257,7 @@ impl Records {
             "SELECT s.id, s.reason, s.margin, s.entropy, e.model, e.data {WITH_LABEL} \
              LEFT JOIN embeddings e ON e.sample = s.id \
              WHERE s.task = ?1 AND (?2 IS NULL OR s.site = ?2) AND s.deleted_ms IS NULL \
-             AND s.image = 'stored' AND l.kind IS NULL \
+             AND s.image = 'stored' AND l.kind IS NULL AND {FREE} \
              ORDER BY CASE WHEN s.reason IN ('wrong', 'missed') THEN 0 ELSE 1 END, \
              coalesce(s.margin, 0.5), s.id LIMIT {MAX_CANDIDATES}"
         );
@@ -287,7 +288,7 @@ impl Records {
         let sql = format!(
             "SELECT coalesce(l.class, -1) AS class, s.sha256, e.model, e.data {WITH_LABEL} \
              LEFT JOIN embeddings e ON e.sample = s.id \
-             WHERE s.task = ? AND s.deleted_ms IS NULL AND s.holdout = 0 AND l.kind IN ('class', 'none') \
+             WHERE s.task = ? AND s.deleted_ms IS NULL AND s.holdout = 0 AND l.kind IN ('class', 'none') AND {FREE} \
              ORDER BY l.id DESC LIMIT {MAX_KNOWN}"
         );
         sqlx::query_as(sqlx::AssertSqlSafe(sql))
@@ -305,7 +306,7 @@ impl Records {
     ) -> Result<Vec<i64>, RecordError> {
         let sql = format!(
             "SELECT s.id {WITH_LABEL} WHERE s.task = ?1 AND (?2 IS NULL OR s.site = ?2) AND s.deleted_ms IS NULL \
-             AND s.image = 'stored' AND l.kind IS NULL ORDER BY s.id"
+             AND s.image = 'stored' AND l.kind IS NULL AND {FREE} ORDER BY s.id"
         );
         sqlx::query_scalar(sqlx::AssertSqlSafe(sql))
             .bind(task)

@@ -18,6 +18,45 @@ const DRIFT = {
   frozen: "picture frozen",
 };
 
+// Devices whose samples are not learnt from, and why.
+let apart = new Map();
+const APART_MS = 5000;
+const MAY_LIFT = ["operator", "admin"];
+
+async function whoIsApart() {
+  try {
+    const answer = await fetch("api/v1/quarantine");
+    if (answer.ok) {
+      const lasting = (await answer.json()).filter((one) => one.lifted_by === undefined);
+      apart = new Map(lasting.map((one) => [`${one.site}/${one.device}`, one.why]));
+    }
+  } catch {
+    // The coordinator is away; the rest of the page says so.
+  }
+}
+
+function drawApart(card, key) {
+  const place = card.querySelector(".apart");
+  const why = apart.get(key);
+  place.hidden = why === undefined;
+  if (why === undefined) return;
+  set(place.querySelector(".why"), `Not learnt from: ${why}`);
+  const lift = place.querySelector(".lift");
+  me.then((who) => {
+    lift.hidden = !who || !MAY_LIFT.includes(who.role);
+  });
+  lift.onclick = async () => {
+    lift.disabled = true;
+    try {
+      const [site, device] = key.split("/").map(encodeURIComponent);
+      const answer = await fetch(`api/v1/devices/${site}/${device}/quarantine`, { method: "DELETE" });
+      if (answer.ok) place.hidden = apart.delete(key);
+    } finally {
+      lift.disabled = false;
+    }
+  };
+}
+
 function rate(perSecond) {
   return perSecond >= 10 ? number.format(Math.round(perSecond)) : perSecond.toFixed(1);
 }
@@ -104,6 +143,7 @@ function draw(entry) {
   const drifts = (device.drift || []).filter((drift) => drift.names);
   find("drift").hidden = drifts.length === 0;
   set(find("drift"), drifts.map((drift) => `${drift.source}: ${drift.names.split(",").map((name) => DRIFT[name] || name).join(", ")}`).join(" · "));
+  drawApart(card, keyOf(device));
   set(find("seen"), ago(device.last_seen_ms));
   card.title = [device.board, device.arch, device.agent && `agent ${device.agent}`, device.rss_bytes && bytes(device.rss_bytes)].filter(Boolean).join(" · ");
 }
@@ -182,3 +222,6 @@ setInterval(() => {
     if (card) set(card.querySelector(".seen"), ago(device.last_seen_ms));
   }
 }, 1000);
+
+whoIsApart();
+setInterval(whoIsApart, APART_MS);

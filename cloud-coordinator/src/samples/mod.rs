@@ -47,6 +47,8 @@ pub(crate) enum SampleError {
     Missing,
     #[error("the sample was deleted")]
     Deleted,
+    #[error("it was erased, and is not taken again")]
+    Erased,
     #[error("the upload stands at {0}")]
     Offset(u64),
     #[error("{0}")]
@@ -137,7 +139,7 @@ impl Samples {
     }
 
     /// The image of a sample is no longer here.
-    fn removed(&self, bytes: u64) {
+    pub(crate) fn removed(&self, bytes: u64) {
         let less = |used: u64| Some(used.saturating_sub(bytes));
         // It always has a next value.
         let _ = self
@@ -174,12 +176,12 @@ impl Samples {
             return Ok((false, self.known(sample, known).await?));
         }
         let bytes = sample.image.as_ref().map_or(0, |i| i.bytes);
+        self.not_erased(sample, site).await?;
         self.room(bytes)?;
         // The image that another sample brought must not go while this one is written.
-        let _shared = match &sample.image {
-            Some(_) => Some(self.objects.shared().await?),
-            None => None,
-        };
+        // It may have been erased while this one waited.
+        let _shared = self.objects.shared().await?;
+        self.not_erased(sample, site).await?;
         let image = match &sample.image {
             None => "none",
             Some(image) => match self.records.stored_bytes(&image.sha256).await? {
@@ -201,6 +203,25 @@ impl Samples {
             self.added(bytes);
         }
         Ok((new.is_some(), if image == "stored" { bytes } else { 0 }))
+    }
+
+    /// What was erased is not taken again, from whomever.
+    async fn not_erased(&self, sample: &Sample, site: Option<&Name>) -> Result<(), SampleError> {
+        let whose = (site.map_or("", Name::as_str), sample.device.as_str());
+        let sha256 = sample.image.as_ref().map(|i| i.sha256.as_str());
+        match self.records.is_erased(whose, sample.ts, sha256).await? {
+            true => Err(SampleError::Erased),
+            false => Ok(()),
+        }
+    }
+
+    /// Removes an upload that is on its way; says whether there was one.
+    pub(crate) async fn drop_upload(&self, id: i64) -> Result<bool, SampleError> {
+        // Whoever is writing to it ends first, and then sees that it is not awaited any more.
+        let _lock = self.staging.lock(id, 0).await?;
+        let was = self.staging.offset(id).await? > 0;
+        self.staging.remove(id).await?;
+        Ok(was)
     }
 
     /// How much is here of the image of a sample that is sent again.
@@ -281,6 +302,11 @@ impl Samples {
             Ok(Inspected { sha256, bytes }) => {
                 let length = bytes.len() as u64;
                 let shared = self.objects.shared().await?;
+                // Another file may have had these pixels; and it may have been erased meanwhile.
+                if !self.records.awaits(row.id, &sha256).await? {
+                    self.staging.remove(row.id).await?;
+                    return Err(SampleError::Erased);
+                }
                 self.objects.put(&shared, &sha256, bytes).await?;
                 self.records.keep_image(row.id, &sha256, length).await?;
                 self.removed(row.bytes.unsigned_abs());

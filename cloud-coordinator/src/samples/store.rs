@@ -179,6 +179,19 @@ impl Records {
         .map_err(RecordError::sql("look for a sample"))
     }
 
+    /// Is the image of a sample still awaited, and was this one not erased?
+    pub(crate) async fn awaits(&self, id: i64, sha256: &str) -> Result<bool, RecordError> {
+        sqlx::query_scalar(
+            "SELECT EXISTS (SELECT 1 FROM samples WHERE id = ? AND image = 'waiting' AND deleted_ms IS NULL) \
+             AND NOT EXISTS (SELECT 1 FROM erased_images WHERE sha256 = ?)",
+        )
+        .bind(id)
+        .bind(sha256)
+        .fetch_one(self.readers())
+        .await
+        .map_err(RecordError::sql("look for an awaited image"))
+    }
+
     /// Bytes of the image of this digest, if some sample has it here.
     pub(crate) async fn stored_bytes(&self, sha256: &str) -> Result<Option<i64>, RecordError> {
         sqlx::query_scalar(
@@ -396,8 +409,9 @@ impl Records {
         let mut writer = self.writer().await;
         let mut tx = writer.begin().await?;
         let done = sqlx::query(
+            // What a device still may fill is not put there.
             "UPDATE samples SET holdout = ?, holdout_by = ?, holdout_ms = ? \
-             WHERE id = ? AND deleted_ms IS NULL",
+             WHERE id = ? AND deleted_ms IS NULL AND image = 'stored'",
         )
         .bind(holdout)
         .bind(author)

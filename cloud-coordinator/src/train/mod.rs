@@ -6,6 +6,7 @@
 
 mod bring;
 mod catalog;
+mod deviate;
 mod external;
 mod jobs;
 mod judge;

@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Jobs, Request, request::Trainer};
 use crate::{
     clock,
+    quarantine::FREE,
     records::{RecordError, Records},
     registry::Registry,
 };
@@ -71,7 +72,7 @@ struct Standing {
 }
 
 async fn standings(records: &Records) -> Result<Vec<Standing>, RecordError> {
-    sqlx::query_as(
+    let sql = format!(
         "WITH last AS (
              SELECT t.name AS task, coalesce(max(j.created_ms), 0) AS at,
                  coalesce(sum(CASE WHEN j.state IN ('queued', 'running') THEN 1 ELSE 0 END), 0) AS busy
@@ -80,11 +81,12 @@ async fn standings(records: &Records) -> Result<Vec<Standing>, RecordError> {
              CASE WHEN last.at > 0 THEN last.at ELSE min(l.created_ms) END AS last_ms
          FROM last JOIN labels l ON l.created_ms > last.at AND l.kind = 'class' AND l.undone_ms IS NULL
          JOIN samples s ON s.id = l.sample AND s.task = last.task AND s.holdout = 0 AND s.deleted_ms IS NULL
-         GROUP BY last.task, last.busy, last.at",
-    )
-    .fetch_all(records.readers())
-    .await
-    .map_err(RecordError::sql("see which tasks have new labels"))
+         WHERE {FREE} GROUP BY last.task, last.busy, last.at"
+    );
+    sqlx::query_as(sqlx::AssertSqlSafe(sql))
+        .fetch_all(records.readers())
+        .await
+        .map_err(RecordError::sql("see which tasks have new labels"))
 }
 
 /// Puts trainings in the queue as `policy` says, until `stop`.

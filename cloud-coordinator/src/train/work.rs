@@ -24,12 +24,11 @@ use crate::{
     datasets::{Dataset, DatasetError, Datasets, Item},
     objects::{ObjectError, Objects},
     parts::{self, Parts},
+    quarantine::{Quarantine, QuarantineError},
 };
 
-/// Golden pictures of a bundle: one for each of the first classes.
+/// Golden pictures of a bundle: each travels to every device, and is tried there.
 const GOLDEN: usize = 8;
-/// The largest golden picture: it travels to every device.
-const GOLDEN_BYTES: usize = 512 * 1024;
 
 /// How trainings are bounded and judged.
 #[derive(Clone, Debug)]
@@ -40,6 +39,8 @@ pub(crate) struct Settings {
     pub(crate) external: Vec<String>,
     /// What a candidate must fulfil.
     pub(crate) policy: Policy,
+    /// When a device is set apart.
+    pub(crate) suspect: learn::suspect::Policy,
 }
 
 /// Why no model came out.
@@ -55,6 +56,8 @@ pub(crate) enum WorkError {
     Dataset(#[from] DatasetError),
     #[error(transparent)]
     Object(#[from] ObjectError),
+    #[error(transparent)]
+    Quarantine(#[from] QuarantineError),
     #[error("cannot learn from these features: {0}")]
     Features(#[from] learn::features::FeaturesError),
     #[error("training the head: {0}")]
@@ -122,6 +125,7 @@ pub(crate) struct Work {
     pub(crate) catalog: Arc<Catalog>,
     pub(crate) datasets: Datasets,
     pub(crate) objects: Objects,
+    pub(crate) quarantine: Quarantine,
     pub(crate) settings: Settings,
     pub(crate) parts: Arc<Parts>,
 }
@@ -162,8 +166,14 @@ impl Work {
         request: &Request,
         reporter: &Reporter,
     ) -> Result<String, WorkError> {
-        let dataset = self.dataset(task, request).await?;
-        let material = Arc::new(self.material(task, request, &dataset).await?);
+        let mut dataset = self.dataset(task, request).await?;
+        let mut material = Arc::new(self.material(task, request, &dataset).await?);
+        if request.dataset.is_some() {
+            self.unfit(&dataset).await?;
+        } else if self.set_apart(&dataset, &material, reporter).await? {
+            dataset = self.dataset(task, request).await?;
+            material = Arc::new(self.material(task, request, &dataset).await?);
+        }
         let made = match request.trainer {
             Trainer::Head => self.head(&material, request, reporter).await?,
             Trainer::FineTune => self.fine_tune(&material, request, reporter).await?,
@@ -220,9 +230,8 @@ impl Work {
         let digest = match &request.dataset {
             Some(digest) => digest.clone(),
             None => {
-                let all = 1.0;
                 self.datasets
-                    .create(task, &request.author, all)
+                    .create(task, &request.author, None)
                     .await?
                     .1
                     .digest
@@ -309,15 +318,18 @@ impl Work {
         let path = self.catalog.path(task, &version);
         // What an interrupted job left there was never recorded.
         let _ = std::fs::remove_dir_all(&path);
+        // Those of the model that it grew out of, never samples: what has travelled to every device under a signature
+        // cannot be erased any more.
         let mut golden = Vec::new();
-        let mut shown = HashSet::new();
-        for (item, class) in &material.train {
-            if golden.len() < GOLDEN && !shown.contains(class) {
-                let bytes = self.objects.read(&item.sha256).await?;
-                if bytes.len() <= GOLDEN_BYTES {
-                    shown.insert(*class);
-                    golden.push(bytes.to_vec());
-                }
+        for case in material.bundle.manifest.golden.iter().take(GOLDEN) {
+            let bytes = material.bundle.image_bytes(&case.image);
+            let bytes = bytes.map_err(CatalogError::from)?;
+            if !self
+                .datasets
+                .was_erased(&crate::objects::digest(&bytes))
+                .await?
+            {
+                golden.push(bytes);
             }
         }
         let mut new = manifest(material, made, &version, Some((dataset, request)));
@@ -441,7 +453,7 @@ pub(super) fn manifest(
 fn card(new: &Manifest, dataset: &Dataset, material: &Material, made: &Made) -> String {
     format!(
         "# {}\n\nTells {} apart.\n\n## Data\n\n{} images of the task {}, dataset `{}`; {} more were held out and \
-         only measured with. The golden pictures are of the training set.\n\n## Training\n\nFrom `{}` by:\n\n\
+         only measured with. The golden pictures are those of the model that it grew out of.\n\n## Training\n\nFrom `{}` by:\n\n\
          ```json\n{:#}\n```\n\nWhat it measured on the holdout is in the coordinator's record of this model.\n",
         new.id(),
         made.labels.join(", "),

@@ -12,6 +12,7 @@
 mod client;
 mod config;
 pub(crate) mod desk;
+pub(crate) mod eraser;
 mod image;
 mod sender;
 mod shelf;
@@ -154,6 +155,7 @@ pub(crate) struct Samples {
     pub(crate) tray: Tray,
     pub(crate) writer: JoinHandle<()>,
     pub(crate) sender: Option<JoinHandle<()>>,
+    pub(crate) eraser: eraser::Eraser,
 }
 
 impl Samples {
@@ -179,6 +181,10 @@ impl Samples {
             tracing::info!(samples = shelf.len(), "samples from before wait to be sent");
         }
         let shelf = Arc::new(Mutex::new(shelf));
+        let eraser = eraser::Eraser {
+            shelf: shelf.clone(),
+            counters: counters.clone(),
+        };
         let (jobs, to_write) = sync_channel(JOBS);
         let (tell, news) = sync_channel(1);
         let writer = Writer {
@@ -222,6 +228,7 @@ impl Samples {
             tray,
             writer,
             sender,
+            eraser,
         })
     }
 }

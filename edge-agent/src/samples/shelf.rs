@@ -10,7 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use mesh_core::{MAX_SAMPLE_BYTES, Sample, SampleImage, SampleReason};
+use mesh_core::{Gone, MAX_SAMPLE_BYTES, Sample, SampleImage, SampleReason};
 
 /// Files on small boards' cards take room in these.
 const BLOCK: u64 = 4_096;
@@ -32,6 +32,7 @@ pub(super) struct Item {
     /// Rises with each sample that is put in: also tells a sample from the one that it replaced.
     pub(super) age: u64,
     pub(super) image: Option<SampleImage>,
+    ts: i64,
     bytes: u64,
 }
 
@@ -51,6 +52,9 @@ pub(super) enum ShelfError {
     /// It does not become JSON.
     #[error("samples: encoding a sample: {0}")]
     Json(#[from] serde_json::Error),
+    /// The coordinator wants it nowhere.
+    #[error("samples: it was erased before it was written")]
+    Erased,
     /// Everything on the shelf matters more.
     #[error("samples: no room for {0} bytes among samples that matter more")]
     Full(u64),
@@ -73,6 +77,8 @@ pub(super) struct Shelf {
     bytes: u64,
     next_age: u64,
     evicted: u64,
+    /// What is not to come any more, though it may be on its way: see [`Shelf::erase`].
+    gone: Vec<Gone>,
 }
 
 /// What matters least goes first.
@@ -104,6 +110,7 @@ impl Shelf {
             bytes: 0,
             next_age: 0,
             evicted: 0,
+            gone: Vec::new(),
         };
         let (mut notes, mut others) = (Vec::new(), Vec::new());
         let list = fs::read_dir(&shelf.root).map_err(disk("listing", &shelf.root))?;
@@ -174,6 +181,10 @@ impl Shelf {
             epoch: sample.epoch,
             seq: sample.seq,
         };
+        let is_gone = |gone: &Gone| gone.has(sample.epoch, sample.seq, sample.ts);
+        if self.gone.iter().any(is_gone) {
+            return Err(ShelfError::Erased);
+        }
         let item = item(key, sample, json.len() as u64);
         let bytes = item.bytes;
         if !self.make_room(bytes, rank(sample.reason)) {
@@ -267,6 +278,34 @@ impl Shelf {
         }
     }
 
+    /// Removes samples for good: when this returns no file of them is there, also after a power cut. What is on its way
+    /// to the shelf and is named by its reading or its time does not come any more, as long as this runs.
+    pub(super) fn erase(&mut self, gone: &[Gone]) -> Result<usize, ShelfError> {
+        self.gone = gone.iter().filter(|g| **g != Gone::All).copied().collect();
+        let keys: Vec<Key> = self
+            .items
+            .values()
+            .filter(|i| gone.iter().any(|g| g.has(i.key.epoch, i.key.seq, i.ts)))
+            .map(|item| item.key)
+            .collect();
+        for key in &keys {
+            for kind in ["json", "jpg", "tmp"] {
+                let path = self.path(*key, kind);
+                match fs::remove_file(&path) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        return Err(disk("erasing", &path)(error));
+                    }
+                    _ => {}
+                }
+            }
+            self.forget(*key);
+        }
+        File::open(&self.root)
+            .and_then(|folder| folder.sync_all())
+            .map_err(disk("syncing", &self.root))?;
+        Ok(keys.len())
+    }
+
     /// What to send next, apart from those in `tried`: what people marked, the newest first; then the oldest.
     pub(super) fn next(&self, tried: &BTreeSet<Key>) -> Option<Item> {
         let open = || self.items.values().filter(|i| !tried.contains(&i.key));
@@ -316,6 +355,7 @@ fn item(key: Key, sample: &Sample, json: u64) -> Item {
         key,
         reason: sample.reason,
         age: 0,
+        ts: sample.ts,
         bytes: room(json) + sample.image.as_ref().map_or(0, |image| room(image.bytes)),
         image: sample.image.clone(),
     }

@@ -188,3 +188,56 @@ proptest! {
         }
     }
 }
+
+/// Every byte of every file in a folder, half-written ones with them.
+fn bytes_of(folder: &Path) -> Vec<u8> {
+    let files = fs::read_dir(folder).unwrap();
+    files
+        .flat_map(|f| fs::read(f.unwrap().path()).unwrap())
+        .collect()
+}
+
+#[test]
+fn what_is_erased_is_in_no_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut shelf, _) = open(folder.path(), 1 << 20);
+    let planted = |seq: u64| format!("planted picture {seq} ").repeat(9).into_bytes();
+    for seq in 1..=5 {
+        let image = planted(seq);
+        let mut sample = sample(seq, SampleReason::Wrong, &image);
+        sample.ts = 100 * seq.cast_signed();
+        sample.file = Some(format!("name-of-{seq}"));
+        shelf.add(&sample, Some(&image)).unwrap();
+    }
+    let there = |seq: u64| {
+        let all = bytes_of(folder.path());
+        let has = |what: &[u8]| all.windows(what.len()).any(|w| w == what);
+        (has(&planted(seq)), has(format!("name-of-{seq}").as_bytes()))
+    };
+    assert_eq!(there(3), (true, true));
+    // Half-written, as a power cut leaves it.
+    fs::write(folder.path().join("7-3.tmp"), planted(3)).unwrap();
+    let one = Gone::One { epoch: 7, seq: 3 };
+    let between = Gone::Between { from: 100, to: 200 };
+    assert_eq!(shelf.erase(&[one, between]).unwrap(), 3);
+    for seq in 1..=3 {
+        assert_eq!(there(seq), (false, false), "{seq}");
+    }
+    assert_eq!((seqs(&shelf), there(4)), (vec![4, 5], (true, true)));
+    // One that was on its way to the shelf does not come; another does.
+    let late = |seq, ts| {
+        let mut sample = sample(seq, SampleReason::Wrong, &planted(seq));
+        sample.ts = ts;
+        sample
+    };
+    let error = shelf.add(&late(3, 900), Some(&planted(3))).unwrap_err();
+    assert!(matches!(error, ShelfError::Erased), "{error}");
+    assert!(shelf.add(&late(9, 150), Some(&planted(9))).is_err());
+    assert!(shelf.add(&late(9, 900), Some(&planted(9))).is_ok());
+    assert_eq!(shelf.erase(&[Gone::All]).unwrap(), 3);
+    assert_eq!((shelf.len(), shelf.bytes()), (0, 0));
+    assert!(bytes_of(folder.path()).is_empty());
+    // Again, with nothing left; and what comes now is new.
+    assert_eq!(shelf.erase(&[Gone::All]).unwrap(), 0);
+    assert!(shelf.add(&late(3, 900), Some(&planted(3))).is_ok());
+}

@@ -499,6 +499,7 @@ fn a_report_counts_for_the_wish_that_it_answers() {
         progress: 0.0,
         evidence: Evidence::default(),
         settings: None,
+        erased: None,
     };
     for (report, outcome) in [
         (reported(5, Phase::Settled, TARGET, &[]), Outcome::Kept),

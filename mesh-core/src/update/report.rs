@@ -57,6 +57,7 @@ impl Update {
                 _ => self.evidence.clone(),
             },
             settings: None,
+            erased: None,
         }
     }
 

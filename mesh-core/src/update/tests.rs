@@ -46,6 +46,7 @@ fn desired(revision: u64, n: u8, force: bool) -> Desired {
         },
         force,
         settings: None,
+        erase: Vec::new(),
     }
 }
 
