@@ -10,246 +10,25 @@
 
 mod common;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use axum::body::Body;
-use cloud_coordinator::{Coordinator, Handle};
-use common::{Client, PATIENCE, encoded, topic};
-use hyper::{Request, client::conn::http1::SendRequest};
+use cloud_coordinator::Coordinator;
+use common::{
+    Client, PATIENCE, encoded,
+    site::{LIFE_S, Site, chain, csr, exchange},
+    topic,
+};
+use hyper::Request;
 use hyper_util::rt::TokioIo;
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, KeyPair,
-    PKCS_ECDSA_P384_SHA384, PKCS_ED25519, PKCS_RSA_SHA256, SanType,
+    BasicConstraints, CertificateParams, DistinguishedName, IsCa, KeyPair, PKCS_ECDSA_P384_SHA384,
+    PKCS_ED25519, PKCS_RSA_SHA256, SanType,
 };
-use rumqttc::{LastWill, MqttOptions, QoS, TlsConfiguration, Transport};
-use rustls::{
-    ClientConfig, RootCertStore,
-    pki_types::{CertificateDer, PrivatePkcs8KeyDer, ServerName, pem::PemObject},
-};
+use rumqttc::{LastWill, MqttOptions, QoS};
+use rustls::pki_types::ServerName;
 use serde_json::{Value, json};
 use tokio::{net::TcpStream, time::timeout};
-
-/// The life of a certificate in these tests.
-const LIFE_S: u64 = 10;
-
-struct Site {
-    handle: Handle,
-    dir: tempfile::TempDir,
-    ca: CertificateDer<'static>,
-}
-
-/// A device's key, and what it was given.
-struct Badge {
-    name: &'static str,
-    key: KeyPair,
-    chain: Vec<CertificateDer<'static>>,
-}
-
-fn csr(key: &KeyPair, name: &str) -> String {
-    let mut params = CertificateParams::default();
-    params.distinguished_name = DistinguishedName::new();
-    params.distinguished_name.push(DnType::CommonName, name);
-    params.serialize_request(key).unwrap().pem().unwrap()
-}
-
-fn chain(pem: &str) -> Vec<CertificateDer<'static>> {
-    CertificateDer::pem_slice_iter(pem.as_bytes())
-        .collect::<Result<_, _>>()
-        .unwrap()
-}
-
-impl Site {
-    async fn start() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let mut config = common::config(dir.path());
-        config.tls.enabled = true;
-        config.tls.device_s = LIFE_S;
-        config.broker.publish_rate = 200;
-        let handle = Coordinator::start(config).await.unwrap();
-        let said = std::fs::read_to_string(dir.path().join("addresses.json")).unwrap();
-        let said: Value = serde_json::from_str(&said).unwrap();
-        assert_eq!(said["tls"], true);
-        let ca = CertificateDer::from_pem_file(said["ca"].as_str().unwrap()).unwrap();
-        Self { handle, dir, ca }
-    }
-
-    fn mqtt(&self) -> SocketAddr {
-        self.handle.mqtt.unwrap()
-    }
-
-    /// What a client trusts, and whose certificate it shows.
-    fn tls(&self, badge: Option<&Badge>) -> Arc<ClientConfig> {
-        let mut roots = RootCertStore::empty();
-        roots.add(self.ca.clone()).unwrap();
-        let provider = rustls::crypto::aws_lc_rs::default_provider();
-        let builder = ClientConfig::builder_with_provider(Arc::new(provider))
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .unwrap()
-            .with_root_certificates(roots);
-        Arc::new(match badge {
-            None => builder.with_no_client_auth(),
-            Some(badge) => {
-                let key = PrivatePkcs8KeyDer::from(badge.key.serialize_der());
-                builder
-                    .with_client_auth_cert(badge.chain.clone(), key.into())
-                    .unwrap()
-            }
-        })
-    }
-
-    async fn door(&self, badge: Option<&Badge>) -> Result<SendRequest<Body>, String> {
-        let stream = TcpStream::connect(self.handle.http).await.unwrap();
-        let name = ServerName::from(self.handle.http.ip());
-        let connector = tokio_rustls::TlsConnector::from(self.tls(badge));
-        let stream = connector.connect(name, stream).await;
-        let stream = TokioIo::new(stream.map_err(|e| e.to_string())?);
-        let (sender, connection) = hyper::client::conn::http1::handshake(stream)
-            .await
-            .map_err(|e| e.to_string())?;
-        tokio::spawn(connection);
-        Ok(sender)
-    }
-
-    async fn try_ask(
-        &self,
-        badge: Option<&Badge>,
-        line: &str,
-        body: Option<Value>,
-    ) -> Result<(u16, Value), String> {
-        let mut sender = self.door(badge).await?;
-        // Who shows no certificate is an operator on the coordinator's machine.
-        let token = match badge {
-            None => Some(self.operator()),
-            Some(_) => None,
-        };
-        timeout(PATIENCE, exchange(&mut sender, line, body, token))
-            .await
-            .unwrap()
-    }
-
-    fn operator(&self) -> String {
-        let path = self.dir.path().join("trust/operator.token");
-        std::fs::read_to_string(path).unwrap()
-    }
-
-    async fn ask(&self, line: &str, body: Option<Value>) -> (u16, Value) {
-        self.try_ask(None, line, body).await.unwrap()
-    }
-
-    async fn token(&self, more: Value) -> String {
-        let mut asked = json!({"site": "demo"});
-        for (name, value) in more.as_object().unwrap() {
-            asked[name] = value.clone();
-        }
-        let (status, said) = self.ask("POST /api/v1/enrolment-tokens", Some(asked)).await;
-        assert_eq!(status, 201, "{said}");
-        said["token"].as_str().unwrap().to_owned()
-    }
-
-    /// Shows a token; the status and what was said.
-    async fn show(&self, token: &str, device: &str, csr: &str) -> (u16, Value) {
-        let asked = json!({"token": token, "site": "demo", "device": device, "csr": csr});
-        self.ask("POST /api/v1/enrol", Some(asked)).await
-    }
-
-    async fn enrol(&self, device: &'static str) -> Badge {
-        let token = self.token(json!({"device": device})).await;
-        let key = KeyPair::generate().unwrap();
-        let (status, said) = self
-            .show(&token, device, &csr(&key, &format!("demo/{device}")))
-            .await;
-        assert_eq!(status, 200, "{said}");
-        let expected = format!("127.0.0.1:{}", self.mqtt().port());
-        assert_eq!(said["mqtt"], expected);
-        Badge {
-            name: device,
-            key,
-            chain: chain(said["certificate"].as_str().unwrap()),
-        }
-    }
-
-    fn options(&self, client: &str, badge: Option<&Badge>) -> MqttOptions {
-        let broker = self.mqtt();
-        let mut options = MqttOptions::new(client, (broker.ip().to_string(), broker.port()));
-        options.set_max_packet_size(2 << 20, 2 << 20);
-        let tls = TlsConfiguration::Rustls(self.tls(badge));
-        options.set_transport(Transport::tls_with_config(tls));
-        options
-    }
-
-    async fn connect(&self, client: &str, badge: &Badge) -> Client {
-        Client::with(self.options(client, Some(badge)))
-            .await
-            .unwrap()
-    }
-
-    async fn subscriber(&self, name: &str, sites: Value) -> String {
-        let asked = json!({"name": name, "sites": sites});
-        let (status, said) = self.ask("POST /api/v1/subscribers", Some(asked)).await;
-        assert_eq!(status, 201, "{said}");
-        said["password"].as_str().unwrap().to_owned()
-    }
-
-    async fn listen(&self, client: &str, name: &str, password: &str) -> Result<Client, String> {
-        let mut options = self.options(client, None);
-        options.set_credentials(name, password.to_owned());
-        Client::with(options).await
-    }
-
-    async fn metric(&self, name: &str) -> f64 {
-        let (_, text) = self.ask("GET /metrics", None).await;
-        let text = text.as_str().unwrap().to_owned();
-        let line = text.lines().find(|l| l.starts_with(&format!("{name} ")));
-        line.map_or(0.0, |l| l.rsplit_once(' ').unwrap().1.parse().unwrap())
-    }
-
-    async fn metric_reaches(&self, name: &str, value: f64) {
-        let reached = async {
-            while self.metric(name).await < value {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-        };
-        timeout(PATIENCE, reached)
-            .await
-            .unwrap_or_else(|_| panic!("{name} does not reach {value}"));
-    }
-
-    async fn readings(&self) -> usize {
-        let (_, said) = self.ask("GET /api/v1/readings?limit=1000", None).await;
-        said["items"].as_array().unwrap().len()
-    }
-}
-
-async fn exchange(
-    sender: &mut SendRequest<Body>,
-    line: &str,
-    body: Option<Value>,
-    token: Option<String>,
-) -> Result<(u16, Value), String> {
-    let (method, path) = line.split_once(' ').unwrap();
-    let mut request = Request::builder()
-        .method(method)
-        .uri(path)
-        .header("host", "127.0.0.1:1")
-        .header("content-type", "application/json");
-    if let Some(token) = token {
-        request = request.header("authorization", format!("Bearer {}", token.trim()));
-    }
-    let request = request
-        .body(Body::from(body.map_or_else(String::new, |b| b.to_string())))
-        .unwrap();
-    let answer = sender.send_request(request).await;
-    let answer = answer.map_err(|e| format!("{e:?}"))?;
-    let status = answer.status().as_u16();
-    let bytes = axum::body::to_bytes(Body::new(answer.into_body()), 1 << 20)
-        .await
-        .map_err(|e| e.to_string())?;
-    let text = || Value::String(String::from_utf8_lossy(&bytes).into_owned());
-    Ok((
-        status,
-        serde_json::from_slice(&bytes).unwrap_or_else(|_| text()),
-    ))
-}
 
 fn will(device: &str) -> LastWill {
     let topic = topic(device, "_", "status");
@@ -563,7 +342,27 @@ async fn the_door() {
     let mut answer = Vec::new();
     let read = tokio::io::AsyncReadExt::read_to_end(&mut plain, &mut answer);
     let _ = timeout(PATIENCE, read).await.unwrap();
-    assert!(!answer.starts_with(b"HTTP"));
+    let said = String::from_utf8_lossy(&answer).into_owned();
+    assert!(
+        said.starts_with("HTTP/1.1 400 ") && said.contains("use https://"),
+        "{said}"
+    );
+    let reason = "lacewing_http_refused_total{reason=\"plain text where TLS is spoken\"}";
+    site.metric_reaches(reason, 1.0).await;
+    let broker = site.mqtt();
+    let options = MqttOptions::new("x", (broker.ip().to_string(), broker.port()));
+    let refused = Client::with(options).await;
+    assert!(refused.is_err_and(|e| e.contains("RefusedProtocolVersion")));
+    let reason = "lacewing_broker_refused_total{reason=\"plain text where TLS is spoken\"}";
+    site.metric_reaches(reason, 1.0).await;
+    // What is neither.
+    let mut noise = TcpStream::connect(site.handle.http).await.unwrap();
+    tokio::io::AsyncWriteExt::write_all(&mut noise, &[22, 3, 1, 0, 4, 1, 2, 3, 4])
+        .await
+        .unwrap();
+    let mut rest = Vec::new();
+    let read = tokio::io::AsyncReadExt::read_to_end(&mut noise, &mut rest);
+    let _ = timeout(PATIENCE, read).await.unwrap();
     let reason = "lacewing_http_refused_total{reason=\"the handshake failed\"}";
     site.metric_reaches(reason, 1.0).await;
 

@@ -16,10 +16,11 @@ mod csr;
 pub(crate) mod devices;
 mod enrol;
 mod enrol_tokens;
-mod files;
+pub(crate) mod files;
 pub(crate) mod identity;
 mod passwords;
 mod principal;
+mod serials;
 mod sessions;
 mod setup;
 pub(crate) mod subscribers;
@@ -34,10 +35,13 @@ use std::{
     sync::Arc,
 };
 
-pub(crate) use authority::Issued;
+pub(crate) use authority::{Authority, Issued, SKEW, hex};
+pub(crate) use csr::common_name;
+pub(crate) use files::folder;
 pub(crate) use identity::Identity;
 pub(crate) use principal::{PeerDevice, Principal, Role};
 pub(crate) use sessions::{SESSION_MS, Shown, Who};
+pub(crate) use subscribers::Subscribers;
 pub(crate) use tokens::{GrantRow, NewToken};
 pub(crate) use users::{Change, NewUser, UserRow};
 
@@ -130,6 +134,21 @@ async fn note(records: &Records, entry: Entry<'_>) {
 pub(crate) fn operator_token(data: &Path) -> Result<Option<String>, FileError> {
     let bytes = files::read(&data.join("trust").join("operator.token"))?;
     Ok(bytes.map(|bytes| String::from_utf8_lossy(&bytes).trim().to_owned()))
+}
+
+/// A password from a file that only its owner can read.
+///
+/// # Errors
+/// If it is not there, is empty, or can be read by others.
+pub(crate) fn secret_of(path: &Path) -> Result<String, String> {
+    let shown = path.display();
+    let bytes = files::read(path).map_err(|e| e.to_string())?;
+    let bytes = bytes.ok_or_else(|| format!("{shown} is not there"))?;
+    let text = String::from_utf8_lossy(&bytes).trim().to_owned();
+    if text.is_empty() {
+        return Err(format!("{shown} is empty"));
+    }
+    Ok(text)
 }
 
 /// A line about something that was done.
