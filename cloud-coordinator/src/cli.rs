@@ -7,7 +7,9 @@ use mesh_core::Name;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
-    Config, Coordinator, adopt, api, config,
+    Config, Coordinator, adopt, api, broker,
+    broker::Product,
+    config,
     config::ConfigErrors,
     exchange::{Format, in_query, send},
     keys::{self, KeysCommand},
@@ -62,6 +64,9 @@ enum Command {
         #[command(subcommand)]
         command: EraseCommand,
     },
+    /// A broker that is another program: the files that tell it who may do what.
+    #[command(subcommand)]
+    Broker(BrokerCommand),
     /// Subscribers: who may listen on the broker without being a device.
     Subscriber {
         #[command(flatten)]
@@ -129,6 +134,25 @@ enum ConfigCommand {
     Check(Settings),
 }
 
+#[derive(Subcommand)]
+enum BrokerCommand {
+    /// Writes configuration, rights, certificate, key and list of revoked certificates for the broker into a folder. Works
+    /// on the data folder, also while the coordinator runs. Run it again to renew the certificate.
+    ///
+    /// Example: cloud-coordinator broker rules --broker mqtts://broker.example --for mosquitto --to /etc/mosquitto/lacewing
+    #[command(verbatim_doc_comment)]
+    Rules {
+        #[command(flatten)]
+        settings: Settings,
+        /// Which broker; by default broker.rules_for of the configuration.
+        #[arg(long = "for", value_enum, value_name = "BROKER")]
+        product: Option<Product>,
+        /// The folder, as the broker sees it; by default broker.rules of the configuration.
+        #[arg(long, value_name = "DIR")]
+        to: Option<PathBuf>,
+    },
+}
+
 #[derive(clap::Args)]
 struct Import {
     /// The task, a-z, 0-9, - and _; it is made if it is new.
@@ -157,13 +181,13 @@ struct Settings {
     /// The folder of the database.
     #[arg(long, value_name = "DIR", env = "LACEWING_COORDINATOR_DATA")]
     data: Option<PathBuf>,
-    /// Where the API and the page are served.
+    /// Where the API and the page are served: 127.0.0.1:8443, without TLS 127.0.0.1:8080.
     #[arg(long, value_name = "ADDR", env = "LACEWING_COORDINATOR_HTTP")]
     http: Option<SocketAddr>,
-    /// Where the embedded broker listens.
+    /// Where the embedded broker listens: 127.0.0.1:8883, without TLS 127.0.0.1:1883.
     #[arg(long, value_name = "ADDR", env = "LACEWING_COORDINATOR_MQTT")]
     mqtt: Option<SocketAddr>,
-    /// An external broker, mqtt://HOST:PORT.
+    /// An external broker, mqtts://HOST:PORT.
     #[arg(
         long,
         value_name = "URL",
@@ -179,10 +203,7 @@ struct Settings {
 impl Settings {
     /// The file, changed by the environment and the command line.
     fn read(self) -> Result<Config, ConfigErrors> {
-        let mut config = match &self.config {
-            Some(path) => Config::read(path)?,
-            None => Config::default(),
-        };
+        let mut config = Config::read(self.config.as_deref(), self.no_tls)?;
         let mut errors = Vec::new();
         if let Some(data) = self.data {
             config.data = data;
@@ -199,9 +220,6 @@ impl Settings {
                 Ok(url) => config.broker.url = Some(url),
                 Err(error) => errors.push(format!("--broker: {error}")),
             }
-        }
-        if self.no_tls {
-            config.tls.enabled = false;
         }
         errors.extend(config.contradictions());
         if errors.is_empty() {
@@ -255,6 +273,17 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Rollout { place, command } => waiting(operate::rollout(&place, command)),
         Command::Device { place, command } => waiting(operate::device(&place, command)),
         Command::Erase { place, command } => waiting(operate::erase(&place, command)),
+        Command::Broker(BrokerCommand::Rules {
+            settings,
+            product,
+            to,
+        }) => {
+            let mut config = settings.read()?;
+            let external = &mut config.broker.external;
+            external.rules_for = product.or(external.rules_for);
+            external.rules = to.or(external.rules.take());
+            waiting(rules(config))
+        }
         Command::Subscriber { place, command } => waiting(operate::subscriber(&place, command)),
         Command::Settings { place, command } => waiting(operate::settings(&place, command)),
         Command::User { place, command } => waiting(operate::user(&place, command)),
@@ -313,6 +342,12 @@ async fn bring(import: &Import) -> anyhow::Result<()> {
     if report.imported + report.known == 0 {
         anyhow::bail!("no image could be used");
     }
+    Ok(())
+}
+
+async fn rules(config: Config) -> anyhow::Result<()> {
+    let written = broker::outside::write_once(&config).await?;
+    println!("{written}");
     Ok(())
 }
 

@@ -1,5 +1,7 @@
 //! The configuration: TOML, every mistake reported at once with the name of its field.
 
+mod broker;
+
 use std::{
     ffi::OsString,
     fmt,
@@ -9,6 +11,7 @@ use std::{
 
 use toml::{Table, Value};
 
+pub use self::broker::{BrokerConfig, BrokerUrl, ExternalConfig, Product, broker_url};
 pub use crate::directory::{DirectoryConfig, GroupConfig};
 use crate::objects::folder_of;
 pub use crate::train::StartPolicy;
@@ -17,6 +20,11 @@ pub use crate::train::StartPolicy;
 const DEVICE_SHARE: f64 = 0.25;
 /// One day in seconds.
 const DAY_S: u64 = 86_400;
+
+/// Where HTTP is spoken over TLS.
+pub const HTTPS_PORT: u16 = 8443;
+/// Where it is spoken in the clear.
+pub const HTTP_PORT: u16 = 8080;
 
 /// How a coordinator runs. The default listens on loopback only and keeps its data in `./lacewing-data`.
 #[derive(Clone, Debug, PartialEq)]
@@ -51,28 +59,6 @@ pub struct TlsConfig {
     pub names: Vec<String>,
     /// For how long a device's certificate holds, in seconds; in the file in days, 1..=365.
     pub device_s: u64,
-}
-
-/// Which broker, and its limits.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BrokerConfig {
-    /// An external broker; without it the embedded one runs.
-    pub url: Option<BrokerUrl>,
-    /// Where the embedded broker listens. Port 0 is any free one.
-    pub listen: SocketAddr,
-    /// The most clients of the embedded broker, 1..=1,000,000.
-    pub max_connections: usize,
-    /// Messages that one client may publish a second, 1..=1,000,000; beyond it, it is read more slowly.
-    pub publish_rate: u32,
-}
-
-/// `mqtt://host:port`
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BrokerUrl {
-    /// The host's name or address.
-    pub host: String,
-    /// The port, 1883 unless given.
-    pub port: u16,
 }
 
 /// What is kept of the readings.
@@ -133,10 +119,11 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             data: PathBuf::from("lacewing-data"),
-            http: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            http: SocketAddr::from(([127, 0, 0, 1], HTTPS_PORT)),
             broker: BrokerConfig {
                 url: None,
-                listen: SocketAddr::from(([127, 0, 0, 1], 1883)),
+                external: ExternalConfig::default(),
+                listen: BrokerConfig::default_listen(true),
                 max_connections: 20_000,
                 publish_rate: 10_000,
             },
@@ -251,7 +238,7 @@ fn hosts(value: Value) -> Result<Vec<String>, String> {
 fn address(value: Value) -> Result<SocketAddr, String> {
     text(value)?
         .parse()
-        .map_err(|_| "is an address and a port, as in \"127.0.0.1:8080\"".into())
+        .map_err(|_| "is an address and a port, as in \"127.0.0.1:8443\"".into())
 }
 
 /// A section whose fields serde knows.
@@ -307,41 +294,27 @@ fn share(value: Value) -> Result<f64, String> {
     }
 }
 
-/// Reads `mqtt://host:port`.
-///
-/// # Errors
-/// Says what a broker's address looks like.
-pub fn broker_url(text: &str) -> Result<BrokerUrl, String> {
-    let wrong = || "is an address like \"mqtt://127.0.0.1:1883\"".to_owned();
-    let rest = text.strip_prefix("mqtt://").ok_or_else(wrong)?;
-    let rest = rest.strip_suffix('/').unwrap_or(rest);
-    let (host, port) = match rest.rsplit_once(':') {
-        Some((host, port)) if !host.ends_with(':') => {
-            (host, port.parse::<u16>().map_err(|_| wrong())?)
-        }
-        _ => (rest, 1883),
-    };
-    let plain =
-        |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | '[' | ']' | ':');
-    if host.is_empty() || port == 0 || !host.chars().all(plain) {
-        return Err(wrong());
-    }
-    let host = host
-        .trim_start_matches('[')
-        .trim_end_matches(']')
-        .to_owned();
-    Ok(BrokerUrl { host, port })
-}
-
 impl Config {
     /// Reads a configuration; what it does not say is as in [`Config::default`].
     ///
     /// # Errors
     /// Everything that is wrong with it, each with the name of its field.
     pub fn parse(toml: &str) -> Result<Self, ConfigErrors> {
-        let table: Table = toml
+        Self::parse_as(toml, false)
+    }
+
+    /// The same, and in the clear if `plain`, whatever the text says about that.
+    fn parse_as(toml: &str, plain: bool) -> Result<Self, ConfigErrors> {
+        let mut table: Table = toml
             .parse()
             .map_err(|e| ConfigErrors(vec![format!("not TOML: {e}")]))?;
+        if plain {
+            let tls = table.entry("tls").or_insert_with(|| Table::new().into());
+            // Anything but a table is told of below.
+            if let Some(tls) = tls.as_table_mut() {
+                tls.insert("enabled".into(), false.into());
+            }
+        }
         let mut config = Self::default();
         let mut errors = Vec::new();
         config.fill(table, &mut errors);
@@ -353,14 +326,17 @@ impl Config {
         }
     }
 
-    /// Reads the file.
+    /// Reads the file, if there is one. In the clear if `plain`, whatever the file says about that.
     ///
     /// # Errors
     /// The file cannot be read, or as in [`Config::parse`].
-    pub fn read(path: &Path) -> Result<Self, ConfigErrors> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|e| ConfigErrors(vec![format!("cannot read {}: {e}", path.display())]))?;
-        Self::parse(&text)
+    pub fn read(path: Option<&Path>, plain: bool) -> Result<Self, ConfigErrors> {
+        let text = match path {
+            Some(path) => std::fs::read_to_string(path)
+                .map_err(|e| ConfigErrors(vec![format!("cannot read {}: {e}", path.display())]))?,
+            None => String::new(),
+        };
+        Self::parse_as(&text, plain)
     }
 
     fn fill(&mut self, mut table: Table, errors: &mut Vec<String>) {
@@ -370,6 +346,11 @@ impl Config {
                 Err(mistakes) => errors.extend(mistakes),
             }
         }
+        let listens = |t: &Value| t.get("listen").is_some();
+        let (http, mqtt) = (
+            table.contains_key("http"),
+            table.get("broker").is_some_and(listens),
+        );
         let mut sections = Vec::new();
         for name in [
             "broker",
@@ -400,25 +381,11 @@ impl Config {
         top.take("http", &mut self.http, address);
         top.finish();
 
-        let mut broker = Fields {
+        self.broker.fill(Fields {
             table: section(),
             prefix: "broker.",
             errors,
-        };
-        let both = broker.table.contains_key("url") && broker.table.contains_key("listen");
-        if both {
-            let error = "broker: either url (an external broker) or listen (the embedded one)";
-            broker.errors.push(error.into());
-        }
-        broker.take("url", &mut self.broker.url, |v| {
-            broker_url(&text(v)?).map(Some)
         });
-        broker.take("listen", &mut self.broker.listen, address);
-        let connections = &mut self.broker.max_connections;
-        broker.take("max_connections", connections, size(1, 1_000_000));
-        let rate = |v| u32::try_from(whole(1, 1_000_000)(v)?).map_err(|e| e.to_string());
-        broker.take("publish_rate", &mut self.broker.publish_rate, rate);
-        broker.finish();
 
         let mut retention = Fields {
             table: section(),
@@ -492,26 +459,35 @@ impl Config {
         let days = |v| Ok(whole(1, 365)(v)? * DAY_S);
         tls.take("device_days", &mut self.tls.device_s, days);
         tls.finish();
+
+        // The ports that people expect there.
+        if !self.tls.enabled && !http {
+            self.http.set_port(HTTP_PORT);
+        }
+        if !self.tls.enabled && !mqtt {
+            self.broker.listen = BrokerConfig::default_listen(false);
+        }
     }
 
     /// What cannot be used together, whoever said it: the file, the environment or the command line.
     #[must_use]
     pub fn contradictions(&self) -> Vec<String> {
+        let mut errors = self.broker.contradictions();
         if self.tls.enabled {
-            return Vec::new();
+            return errors;
         }
         let mut doors = vec![("http", self.http)];
         if self.broker.url.is_none() {
             doors.push(("broker.listen", self.broker.listen));
         }
         let open = doors.iter().filter(|(_, a)| !a.ip().is_loopback());
-        open.map(|(name, address)| {
+        errors.extend(open.map(|(name, address)| {
             format!(
                 "{name}: {address} can be reached from outside, and tls.enabled is false; keep it on 127.0.0.1, or \
                  leave tls.enabled as it is"
             )
-        })
-        .collect()
+        }));
+        errors
     }
 }
 
@@ -524,6 +500,10 @@ mod tests {
         let config = Config::parse("").unwrap();
         assert_eq!(config, Config::default());
         assert!(config.http.ip().is_loopback() && config.broker.listen.ip().is_loopback());
+        assert_eq!(
+            (config.http.port(), config.broker.listen.port()),
+            (8443, 8883)
+        );
     }
 
     #[test]
@@ -586,9 +566,9 @@ mod tests {
             (config.retention.max_bytes, config.ingest.max_devices),
             (20_000_000, 7)
         );
-        let external = Config::parse("[broker]\nurl = \"mqtt://broker.local\"").unwrap();
+        let external = Config::parse("[broker]\nurl = \"mqtts://broker.local\"").unwrap();
         let url = external.broker.url.unwrap();
-        assert_eq!((url.host.as_str(), url.port), ("broker.local", 1883));
+        assert_eq!((url.host.as_str(), url.port), ("broker.local", 8883));
     }
 
     #[test]
@@ -596,7 +576,7 @@ mod tests {
         let errors = Config::parse(
             r#"
             data = ""
-            http = "8080"
+            http = "8443"
             htttp = "127.0.0.1:1"
             [broker]
             url = "tcp://x"
@@ -656,23 +636,13 @@ mod tests {
         let said = said.to_string();
         assert!(said.contains("http: 0.0.0.0:80"), "{said}");
         assert!(said.contains("broker.listen: 0.0.0.0:1883"), "{said}");
-        assert!(Config::parse(plain).is_ok());
-    }
-
-    #[test]
-    fn urls() {
-        assert_eq!(broker_url("mqtt://[::1]:99").unwrap().host, "::1");
-        assert_eq!(broker_url("mqtt://a.b:1/").unwrap().port, 1);
-        for bad in [
-            "",
-            "mqtt://",
-            "mqtts://x",
-            "mqtt://x:0",
-            "mqtt://x:99999",
-            "mqtt://a b",
-            "mqtt://u@h",
-        ] {
-            assert!(broker_url(bad).is_err(), "{bad}");
-        }
+        let config = Config::parse(plain).unwrap();
+        assert_eq!(
+            (config.http.port(), config.broker.listen.port()),
+            (8080, 1883)
+        );
+        let some = Config::parse_as("http = \"127.0.0.1:8443\"", true).unwrap();
+        assert!(!some.tls.enabled);
+        assert_eq!((some.http.port(), some.broker.listen.port()), (8443, 1883));
     }
 }

@@ -17,7 +17,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     api::{self, learning::Learning, live::Live},
-    broker::{self, Broker, Gate},
+    broker::{self, Access, Broker, Gate, Outside},
     clock,
     config::{Config, ConfigErrors},
     datasets::Datasets,
@@ -224,11 +224,16 @@ impl Coordinator {
         };
         let connected = Arc::new(Notify::new());
         let mut mqtt = None;
-        let link = if let Some(url) = &config.broker.url {
+        let access = Access::open(&config.broker, &identity.authority);
+        let access = access.map_err(|why| ConfigErrors(vec![why]))?;
+        let link = if let Some(access) = access.map(Arc::new) {
+            let outside = Outside::new(&config.broker, &access, &identity, &metrics);
+            if let Some(outside) = outside {
+                tasks.spawn(outside.run(stop.clone()));
+            }
             let (client, current) = watch::channel(None);
             let external = External {
-                host: url.host.clone(),
-                port: url.port,
+                access,
                 inbox,
                 metrics: metrics.clone(),
                 client,

@@ -21,6 +21,7 @@ pub mod cli;
 mod clock;
 pub mod config;
 pub mod coordinator;
+mod crowd;
 pub mod datasets;
 pub mod delivery;
 mod directory;

@@ -69,9 +69,12 @@ pub(crate) struct Metrics {
     pub(crate) broker_connections: Gauge,
     pub(crate) broker_dropped: Counter,
     pub(crate) broker_cut: Counter,
+    pub(crate) broker_replaced: Counter,
     broker_refused: Family<Reason, Counter>,
     broker_denied: Family<Reason, Counter>,
     pub(crate) broker_slowed: Counter,
+    pub(crate) outside_errors: Counter,
+    pub(crate) outside_turned_out: Counter,
     enrolment_refused: Family<Reason, Counter>,
     http_refused: Family<Reason, Counter>,
     access_refused: Family<Reason, Counter>,
@@ -179,6 +182,11 @@ impl Default for Metrics {
                 "Subscribers that were cut because they were too slow",
                 Counter::default()
             ),
+            broker_replaced: new!(
+                "broker_replaced",
+                "Sessions that another one of the same client took the place of",
+                Counter::default()
+            ),
             broker_refused: new!(
                 "broker_refused",
                 "Connections that the broker refused or ended",
@@ -192,6 +200,16 @@ impl Default for Metrics {
             broker_slowed: new!(
                 "broker_slowed",
                 "Times that a client published too fast and was made to wait",
+                Counter::default()
+            ),
+            outside_errors: new!(
+                "external_broker_errors",
+                "Times that the external broker could not be told who may do what",
+                Counter::default()
+            ),
+            outside_turned_out: new!(
+                "external_broker_turned_out",
+                "Times that the place of a revoked device was taken on the external broker",
                 Counter::default()
             ),
             enrolment_refused: new!(

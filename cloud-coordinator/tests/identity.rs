@@ -25,7 +25,7 @@ use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, IsCa, KeyPair, PKCS_ECDSA_P384_SHA384,
     PKCS_ED25519, PKCS_RSA_SHA256, SanType,
 };
-use rumqttc::{LastWill, QoS};
+use rumqttc::{LastWill, MqttOptions, QoS};
 use rustls::pki_types::ServerName;
 use serde_json::{Value, json};
 use tokio::{net::TcpStream, time::timeout};
@@ -342,7 +342,27 @@ async fn the_door() {
     let mut answer = Vec::new();
     let read = tokio::io::AsyncReadExt::read_to_end(&mut plain, &mut answer);
     let _ = timeout(PATIENCE, read).await.unwrap();
-    assert!(!answer.starts_with(b"HTTP"));
+    let said = String::from_utf8_lossy(&answer).into_owned();
+    assert!(
+        said.starts_with("HTTP/1.1 400 ") && said.contains("use https://"),
+        "{said}"
+    );
+    let reason = "lacewing_http_refused_total{reason=\"plain text where TLS is spoken\"}";
+    site.metric_reaches(reason, 1.0).await;
+    let broker = site.mqtt();
+    let options = MqttOptions::new("x", (broker.ip().to_string(), broker.port()));
+    let refused = Client::with(options).await;
+    assert!(refused.is_err_and(|e| e.contains("RefusedProtocolVersion")));
+    let reason = "lacewing_broker_refused_total{reason=\"plain text where TLS is spoken\"}";
+    site.metric_reaches(reason, 1.0).await;
+    // What is neither.
+    let mut noise = TcpStream::connect(site.handle.http).await.unwrap();
+    tokio::io::AsyncWriteExt::write_all(&mut noise, &[22, 3, 1, 0, 4, 1, 2, 3, 4])
+        .await
+        .unwrap();
+    let mut rest = Vec::new();
+    let read = tokio::io::AsyncReadExt::read_to_end(&mut noise, &mut rest);
+    let _ = timeout(PATIENCE, read).await.unwrap();
     let reason = "lacewing_http_refused_total{reason=\"the handshake failed\"}";
     site.metric_reaches(reason, 1.0).await;
 

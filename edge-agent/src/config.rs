@@ -1,5 +1,6 @@
 //! The agent's configuration: TOML files in layers, then the environment, then one check of everything.
 
+pub(crate) mod broker;
 mod layers;
 
 use std::{fmt, path::PathBuf};
@@ -80,6 +81,12 @@ pub struct BrokerConfig {
     /// Is it the coordinator that says where the broker is?
     #[serde(skip)]
     pub by_coordinator: bool,
+    /// Who signed the broker's certificate, a file in PEM. Default: the coordinator's authority.
+    pub ca: Option<PathBuf>,
+    /// The device's name at a broker that asks for a name and a password. Default: it shows its certificate.
+    pub user: Option<String>,
+    /// The file with the password, which only the agent can read.
+    pub password_file: Option<PathBuf>,
     /// Seconds between signs of life, 5 to 3600. A dead broker is noticed after about 1.5 of them.
     pub keep_alive_s: u16,
     /// The longest wait between two tries to connect, 1 to 3600 seconds.
@@ -140,6 +147,9 @@ impl Default for BrokerConfig {
         Self {
             url: "mqtt://127.0.0.1:1883".into(),
             by_coordinator: false,
+            ca: None,
+            user: None,
+            password_file: None,
             keep_alive_s: 30,
             max_backoff_s: 30,
         }
@@ -275,6 +285,9 @@ impl Config {
         if let Err(why) = self.broker.address() {
             must(false, "broker.url", &why);
         }
+        for (field, what) in broker::mistakes(&self.broker) {
+            must(false, &format!("broker.{field}"), &what);
+        }
         must(
             (5..=3600).contains(&self.broker.keep_alive_s),
             "broker.keep_alive_s",
@@ -342,6 +355,11 @@ impl Config {
 }
 
 impl BrokerConfig {
+    /// Can the device tell who the broker is, and say who it is itself, without an identity?
+    pub(crate) const fn is_enough(&self) -> bool {
+        self.ca.is_some() && self.user.is_some()
+    }
+
     /// Host and port.
     ///
     /// # Errors

@@ -11,8 +11,9 @@ use rumqttc::{
 use tokio::sync::mpsc;
 
 use crate::{
-    config::Config,
+    config::{Config, broker},
     identity::{MQTTS_PORT, Tls, is_about_certificates},
+    trouble::{Peer, explain},
 };
 
 /// What a connection tells its owner.
@@ -107,13 +108,26 @@ fn options(config: &Config, tls: &Tls, client_id: String) -> Result<MqttOptions,
     };
     // First: before that nobody has said where the broker is.
     let transport = if config.broker.is_tls() {
-        let config = tls.config().map_err(|why| wrong(why.into()))?;
+        let ca = config.broker.ca.as_deref().map(broker::roots).transpose();
+        let ca = ca.map_err(|why| wrong(format!("broker.ca: {why}")))?;
+        let with_password = config.broker.user.is_some();
+        let config = tls.to_broker(ca, with_password).map_err(wrong)?;
         Transport::tls_with_config(TlsConfiguration::Rustls(config))
     } else {
         Transport::Tcp
     };
     let (host, port) = address(config, tls).map_err(wrong)?;
     let mut options = MqttOptions::new(client_id, (host, port));
+    if let Some((user, file)) = config
+        .broker
+        .user
+        .clone()
+        .zip(config.broker.password_file.as_ref())
+    {
+        let password =
+            broker::password(file).map_err(|why| wrong(format!("broker.password_file: {why}")))?;
+        options.set_credentials(user, password);
+    }
     options
         .set_transport(transport)
         .set_keep_alive(config.broker.keep_alive_s)
@@ -172,7 +186,7 @@ impl Connection {
         Ok(Self {
             client,
             news,
-            driver: tokio::spawn(drive(event_loop, tell)),
+            driver: tokio::spawn(drive(event_loop, config.broker.is_tls(), tell)),
         })
     }
 
@@ -218,7 +232,7 @@ impl Drop for Connection {
     }
 }
 
-async fn drive(mut event_loop: EventLoop, tell: mpsc::Sender<News>) {
+async fn drive(mut event_loop: EventLoop, tls: bool, tell: mpsc::Sender<News>) {
     loop {
         let news = match event_loop.poll().await {
             Ok(Event::Incoming(Packet::ConnAck(_))) => News::Up,
@@ -230,7 +244,7 @@ async fn drive(mut event_loop: EventLoop, tell: mpsc::Sender<News>) {
             Ok(Event::Incoming(Packet::PubAck(_))) => News::Taken,
             Ok(_) => News::Progress,
             Err(error) => News::Lost {
-                why: error.to_string(),
+                why: explain(&error, Peer::Broker { tls }),
                 // Who is refused by a broker may be known to it under an older certificate.
                 doubt: is_about_certificates(&error)
                     || matches!(error, ConnectionError::ConnectionRefused(_)),

@@ -162,9 +162,7 @@ async fn broker(config: &Config, tls: &Tls) -> Finding {
             match connection.news().await {
                 News::Up => return Ok(format!("{url} answers")),
                 News::Lost { why, doubt: true } => {
-                    return Err(format!(
-                        "{url}: {why}; one of the two certificates is not taken: see identity"
-                    ));
+                    return Err(format!("{url}: {why}; see also identity"));
                 }
                 News::Lost { why, .. } => {
                     return Err(format!(

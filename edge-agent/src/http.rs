@@ -18,7 +18,10 @@ use ureq::{
     },
 };
 
-use crate::identity::{Tls, is_about_certificates};
+use crate::{
+    identity::{Tls, is_about_certificates},
+    trouble::explained,
+};
 
 /// The longest head of an answer in bytes.
 const MAX_HEAD: usize = 16 * 1024;
@@ -110,7 +113,7 @@ impl<In: Transport> Connector<In> for Wrap {
             {
                 tls.doubt();
             }
-            return Err(error.into());
+            return Err(explained(error).into());
         }
         let buffers = LazyBuffers::new(
             details.config.input_buffer_size(),

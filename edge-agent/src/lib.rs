@@ -23,6 +23,7 @@ mod pipeline;
 pub mod samples;
 pub mod settings;
 pub mod store;
+mod trouble;
 pub mod update;
 mod uplink;
 

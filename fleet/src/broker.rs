@@ -24,7 +24,7 @@ const PLACES: [&str; 3] = [
 /// finds its port free when it comes back.
 const PORTS: std::ops::Range<u16> = 15_000..32_000;
 
-/// A free port on loopback that stays free while its server restarts.
+/// A free port on loopback, and the next one, that stay free while their server restarts.
 ///
 /// # Errors
 /// If none is found.
@@ -33,7 +33,8 @@ pub fn free_port() -> io::Result<SocketAddr> {
     for _ in 0..1_000 {
         let offset = u16::try_from(dice.below(PORTS.len())).unwrap_or(0);
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, PORTS.start + offset));
-        if TcpListener::bind(address).is_ok() {
+        let next = SocketAddr::from((Ipv4Addr::LOCALHOST, address.port() + LISTENERS));
+        if TcpListener::bind(address).is_ok() && TcpListener::bind(next).is_ok() {
             return Ok(address);
         }
     }
@@ -51,9 +52,7 @@ pub fn mosquitto() -> Option<&'static str> {
 /// # Errors
 /// If it is not installed or its configuration cannot be written.
 pub fn forgetful(guard: &Program, dir: &Path, address: SocketAddr) -> io::Result<Process> {
-    let program = mosquitto().ok_or_else(|| {
-        io::Error::other("mosquitto is not installed (Debian: apt-get install mosquitto)")
-    })?;
+    let program = installed()?;
     let config = dir.join("mosquitto.conf");
     // The queue holds what its one subscriber has not taken yet; 0 is no bound, since the fleet's load is
     // bounded by what is unacknowledged.
@@ -70,6 +69,68 @@ pub fn forgetful(guard: &Program, dir: &Path, address: SocketAddr) -> io::Result
         command,
         dir.join("mosquitto.log"),
     ))
+}
+
+/// The folder below a site's root where the coordinator writes what a broker needs.
+pub(crate) const RULES: &str = "broker";
+/// Who listens comes in by the next port.
+pub(crate) const LISTENERS: u16 = 1;
+
+/// What a coordinator at `root` is told about a broker that listens on `address` with its rules.
+pub(crate) fn guarded_config(root: &Path, address: SocketAddr) -> String {
+    let (rules, pid) = (root.join(RULES), pid_file(root));
+    format!(
+        "[broker]\nurl = \"mqtts://{address}\"\nrules_for = \"mosquitto\"\nrules = {rules:?}\n\
+         reload = [\"/bin/sh\", \"-c\", \"test ! -e '{pid}' || kill -HUP $(cat '{pid}')\"]\n",
+        pid = pid.display()
+    )
+}
+
+fn pid_file(root: &Path) -> std::path::PathBuf {
+    root.join("mosquitto.pid")
+}
+
+/// Describes a mosquitto with the rules that the coordinator at `root` wrote; it keeps nothing either.
+///
+/// # Errors
+/// If it is not installed or its configuration cannot be written.
+pub(crate) fn guarded(guard: &Program, root: &Path, log: &Path) -> io::Result<Process> {
+    let program = installed()?;
+    let config = root.join("mosquitto.conf");
+    // A mosquitto of root's gives its rights up, and could not read its own key then.
+    let text = format!(
+        "user root\npid_file {}\npersistence false\nmax_queued_messages 0\nlog_type error\nlog_type warning\n\
+         include_dir {}\n",
+        pid_file(root).display(),
+        root.join(RULES).display(),
+    );
+    std::fs::write(&config, text)?;
+    let command = [program.into(), "-c".into(), config.into_os_string()];
+    Ok(Process::other(
+        "mosquitto",
+        guard,
+        command,
+        log.join("mosquitto.log"),
+    ))
+}
+
+/// Notes a listener's password for that mosquitto, as an operator does.
+pub(crate) fn set_password(root: &Path, name: &str, password: &str) -> io::Result<()> {
+    let output = std::process::Command::new("mosquitto_passwd")
+        .arg("-b")
+        .arg(root.join(RULES).join("passwords"))
+        .args([name, password])
+        .output()?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    Err(io::Error::other(format!("mosquitto_passwd: {said}")))
+}
+
+fn installed() -> io::Result<&'static str> {
+    let missing = "mosquitto is not installed (Debian: apt-get install mosquitto)";
+    mosquitto().ok_or_else(|| io::Error::other(missing))
 }
 
 /// Waits until something accepts connections at `address`.

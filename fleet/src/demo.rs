@@ -320,7 +320,8 @@ fn lines(site: &Site, seen: &Testimony, before: Option<(Duration, &Testimony)>) 
 }
 
 fn greet(site: &Site) {
-    let (way, mqtt) = (site.way(), site.mqtt());
+    let way = site.way();
+    let mqtt = way.mqtt();
     println!(
         "Lacewing: a coordinator, {} devices and a network between them.\n",
         site.devices.len()

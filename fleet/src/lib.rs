@@ -1,6 +1,7 @@
 //! A whole fleet on one machine: a real coordinator, real agents, and a network between them that can be
 //! cut, slowed and made to lose answers. The demo, the benchmarks and the end-to-end tests stand on it.
 
+pub mod abuse;
 pub mod agent_file;
 mod api;
 mod bench;

@@ -426,7 +426,7 @@ pub fn children(pid: u32) -> Vec<u32> {
         .collect()
 }
 
-fn own_usage(pid: u32) -> io::Result<Usage> {
+pub(crate) fn own_usage(pid: u32) -> io::Result<Usage> {
     let stat = read(format!("/proc/{pid}/stat"))?;
     // The name in parentheses may hold anything; the fields after it are fixed (proc_pid_stat(5)).
     let fields: Vec<&str> = stat

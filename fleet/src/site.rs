@@ -1,6 +1,7 @@
 //! A whole site on one machine: a coordinator, a broker, devices, and a stretch of network for each.
 
 use std::{
+    ffi::OsString,
     io,
     net::{Ipv4Addr, SocketAddr, TcpListener},
     path::{Path, PathBuf},
@@ -17,6 +18,7 @@ use crate::{
     },
     api::Api,
     broker,
+    dice::Dice,
     net::Link,
     process::{Process, ProcessError, Program},
     way::Way,
@@ -77,7 +79,7 @@ pub enum Broker {
     /// The coordinator's own: it dies with the coordinator.
     #[default]
     Embedded,
-    /// A mosquitto that forgets everything when it ends.
+    /// A mosquitto that forgets everything when it ends; with TLS, under the rules that the coordinator writes for it.
     Mosquitto,
 }
 
@@ -218,6 +220,10 @@ impl Device {
             .map_err(io_error(format!("writing {}", self.config.display())))
     }
 
+    pub(crate) fn config(&self) -> &Path {
+        &self.config
+    }
+
     fn journal(&self) -> Option<Journal> {
         let source = self.file.source.first()?;
         Some(Journal {
@@ -259,8 +265,7 @@ impl Site {
         let mqtt = pick(plan.mqtt)?;
         let data = plan.root.join("coordinator");
         make_dir(&data)?;
-        let mut args: Vec<std::ffi::OsString> =
-            vec!["serve".into(), "--data".into(), data.clone().into()];
+        let mut args: Vec<OsString> = vec!["serve".into(), "--data".into(), data.clone().into()];
         args.extend(["--http".into(), http.to_string().into()]);
         if !plan.tls {
             args.push("--no-tls".into());
@@ -273,6 +278,31 @@ impl Site {
                 args.extend(["--mqtt".into(), mqtt.to_string().into()]);
                 None
             }
+            Broker::Mosquitto if plan.tls => {
+                let config = plan.root.join("coordinator.toml");
+                let text = broker::guarded_config(&plan.root, mqtt);
+                let doing = format!("writing {}", config.display());
+                std::fs::write(&config, text).map_err(io_error(doing))?;
+                let config: [OsString; 2] = ["--config".into(), config.into()];
+                // Before there is any coordinator: as an operator prepares a broker.
+                let mut prepare = vec!["cloud-coordinator", "broker", "rules"];
+                prepare.push("--data");
+                let prepared = std::process::Command::new(&plan.program.0)
+                    .args(prepare)
+                    .arg(&data)
+                    .args(&config)
+                    .output()
+                    .map_err(io_error("writing the rules of the broker"))?;
+                if !prepared.status.success() {
+                    let said = String::from_utf8_lossy(&prepared.stderr).into_owned();
+                    return Err(SiteError::Entry(said));
+                }
+                args.extend(config);
+                Some(
+                    broker::guarded(&plan.program, &plan.root, &logs)
+                        .map_err(io_error("preparing mosquitto"))?,
+                )
+            }
             Broker::Mosquitto => {
                 args.extend(["--broker".into(), format!("mqtt://{mqtt}").into()]);
                 Some(
@@ -281,6 +311,10 @@ impl Site {
                 )
             }
         };
+        let mut listeners = mqtt;
+        if plan.tls && plan.broker == Broker::Mosquitto {
+            listeners.set_port(mqtt.port() + broker::LISTENERS);
+        }
         let log = logs.join("coordinator.log");
         let coordinator =
             Process::part("coordinator", &plan.program, "cloud-coordinator", args, log);
@@ -292,7 +326,7 @@ impl Site {
             http,
             mqtt,
             root: plan.root.clone(),
-            way: Way::new(data, http, mqtt, plan.tls),
+            way: Way::new(data, http, listeners, plan.tls),
         };
         // The coordinator comes first: it lets the devices in, and in its folder is the root of their trust.
         site.start_all()?;
@@ -320,14 +354,18 @@ impl Site {
         }
         let api = Api::of(self).map_err(|error| SiteError::Entry(format!("{error:#}")))?;
         let (uses, embedded) = (plan.agents, plan.broker == Broker::Embedded);
+        let root = plan.root.clone();
         let asked = spawn_blocking(move || -> anyhow::Result<_> {
             let token = api.post("/enrolment-tokens", &json!({"site": SITE, "uses": uses}))?;
-            let subscriber = if embedded {
-                Some(api.post("/subscribers", &json!({"name": SUBSCRIBER}))?)
-            } else {
-                None
-            };
-            Ok((token, subscriber))
+            let mut asked = json!({"name": SUBSCRIBER});
+            if !embedded {
+                // The other broker has passwords of its own; it reads them when the coordinator tells it who may listen.
+                let password = format!("{:032x}", u128::from(Dice::seed()));
+                broker::set_password(&root, SUBSCRIBER, &password)?;
+                asked["password"] = password.into();
+            }
+            let subscriber = api.post("/subscribers", &asked)?;
+            Ok((token, Some(subscriber)))
         });
         let failed = |error: &dyn std::fmt::Display| SiteError::Entry(format!("{error:#}"));
         let (token, subscriber) = asked
@@ -396,9 +434,9 @@ impl Site {
             data: data.join("data"),
             coordinator: token.map(|token| CoordinatorPart { token }),
             broker: BrokerPart {
-                url: match (plan.tls, plan.broker) {
-                    (true, Broker::Embedded) => format!("mqtts://{}", link.address()),
-                    _ => format!("mqtt://{}", link.address()),
+                url: match plan.tls {
+                    true => format!("mqtts://{}", link.address()),
+                    false => format!("mqtt://{}", link.address()),
                 },
                 keep_alive_s: KEEP_ALIVE_S,
                 max_backoff_s: MAX_BACKOFF_S,
@@ -619,6 +657,6 @@ fn pick(wanted: Option<SocketAddr>) -> Result<SocketAddr, SiteError> {
 }
 
 /// The console's usual address.
-pub const HTTP: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
+pub const HTTP: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8443);
 /// MQTT's usual address.
-pub const MQTT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 1883);
+pub const MQTT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8883);

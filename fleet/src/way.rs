@@ -9,11 +9,11 @@ use std::{
 };
 
 use anyhow::Context;
-use rumqttc::{MqttOptions, Transport};
+use rumqttc::{MqttOptions, TlsConfiguration, Transport};
 use rustls::{
     ClientConfig, RootCertStore,
     crypto::aws_lc_rs::default_provider,
-    pki_types::{CertificateDer, pem::PemObject},
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
     version::TLS13,
 };
 use ureq::{
@@ -59,6 +59,12 @@ impl Way {
     pub fn subscriber(&self) -> Option<(&str, &str)> {
         let (name, password) = self.subscriber.as_ref()?;
         Some((name, password))
+    }
+
+    /// Where those who only listen come in.
+    #[must_use]
+    pub const fn mqtt(&self) -> SocketAddr {
+        self.mqtt
     }
 
     /// Where the console is, without a slash at its end.
@@ -122,17 +128,40 @@ impl Way {
         let mut options = MqttOptions::new(id, (self.mqtt.ip().to_string(), self.mqtt.port()));
         if let Some((name, password)) = &self.subscriber {
             options.set_credentials(name.clone(), password.clone());
-            if let Some(path) = self.authority() {
-                let mut roots = RootCertStore::empty();
-                roots.add(CertificateDer::from_pem_slice(&read(&path)?)?)?;
-                let config = ClientConfig::builder_with_provider(Arc::new(default_provider()))
-                    .with_protocol_versions(&[&TLS13])?
-                    .with_root_certificates(roots)
-                    .with_no_client_auth();
-                options.set_transport(Transport::tls_with_config(config.into()));
+            if self.tls {
+                options.set_transport(self.transport(None)?);
             }
         }
         Ok(options)
+    }
+
+    /// TLS with this coordinator, with the certificate in the `identity` folder of a device or without one.
+    ///
+    /// # Errors
+    /// If something cannot be read.
+    pub fn config(&self, identity: Option<&Path>) -> anyhow::Result<Arc<ClientConfig>> {
+        let mut roots = RootCertStore::empty();
+        let authority = read(&self.data.join(AUTHORITY))?;
+        roots.add(CertificateDer::from_pem_slice(&authority)?)?;
+        let builder = ClientConfig::builder_with_provider(Arc::new(default_provider()))
+            .with_protocol_versions(&[&TLS13])?
+            .with_root_certificates(roots);
+        let Some(identity) = identity else {
+            return Ok(Arc::new(builder.with_no_client_auth()));
+        };
+        let chain = CertificateDer::pem_slice_iter(&read(&identity.join("cert.pem"))?)
+            .collect::<Result<_, _>>()?;
+        let key = PrivateKeyDer::from_pem_slice(&read(&identity.join("key.pem"))?)?;
+        Ok(Arc::new(builder.with_client_auth_cert(chain, key)?))
+    }
+
+    /// The same for a client of MQTT.
+    ///
+    /// # Errors
+    /// As [`Way::config`].
+    pub fn transport(&self, identity: Option<&Path>) -> anyhow::Result<Transport> {
+        let config = TlsConfiguration::Rustls(self.config(identity)?);
+        Ok(Transport::tls_with_config(config))
     }
 }
 

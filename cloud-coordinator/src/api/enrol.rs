@@ -104,7 +104,10 @@ impl State {
     /// Where the broker is for one who has reached this server under `host`.
     fn broker_for(&self, uri: &Uri, headers: &HeaderMap) -> Option<String> {
         if let Some(url) = &self.broker_url {
-            return Some(format!("{}:{}", bracketed(&url.host), url.port));
+            // Devices with an identity speak in the clear with nobody.
+            return url
+                .tls
+                .then(|| format!("{}:{}", bracketed(&url.host), url.port));
         }
         let port = self.mqtt?.port();
         // HTTP/2 says it in the address, HTTP/1 in a header. Only the device itself reads it again.

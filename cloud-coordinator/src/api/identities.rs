@@ -68,7 +68,7 @@ pub(super) struct TokenMade {
 }
 
 fn checked_url(url: &str) -> Result<(), Problem> {
-    let wrong = || Problem::invalid("url: is an address like \"https://lacewing.example:8080\"");
+    let wrong = || Problem::invalid("url: is an address like \"https://lacewing.example:8443\"");
     let uri: Uri = url.parse().map_err(|_| wrong())?;
     let plain = uri.scheme_str() == Some("https")
         && uri.authority().is_some_and(|a| !a.as_str().contains('@'))

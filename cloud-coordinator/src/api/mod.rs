@@ -27,13 +27,17 @@ mod settings;
 mod shown;
 mod subscribers;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use axum::{
     Json, Router,
     extract::{
-        DefaultBodyLimit, FromRequest, FromRequestParts, MatchedPath, Path, Query, Request,
-        State as Shared,
+        ConnectInfo, DefaultBodyLimit, FromRequest, FromRequestParts, MatchedPath, Path, Query,
+        Request, State as Shared,
         rejection::{JsonRejection, PathRejection, QueryRejection},
     },
     http::{HeaderName, HeaderValue, StatusCode, header, request::Parts as Head},
@@ -41,7 +45,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use tokio::{
-    sync::{Semaphore, watch},
+    sync::{Semaphore, SemaphorePermit, watch},
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
@@ -54,6 +58,7 @@ pub(crate) use serve::{PROTOCOLS, serve};
 use self::{gate::Gate, live::Live, problem::Problem};
 use crate::{
     config::BrokerUrl,
+    crowd::{Crowd, Place, share_of_one_address},
     datasets::Datasets,
     delivery::{Releases, Rollouts},
     directory::Directory,
@@ -385,7 +390,7 @@ fn router(state: State) -> Router {
             Around {
                 metrics: state.metrics.clone(),
                 parts: state.parts.clone(),
-                places: Arc::new(Semaphore::new(AT_ONCE)),
+                places: Arc::new(Places::new()),
                 door: state.door,
             },
             around,
@@ -397,13 +402,36 @@ fn router(state: State) -> Router {
 struct Around {
     metrics: Arc<Metrics>,
     parts: Arc<Parts>,
-    places: Arc<Semaphore>,
+    places: Arc<Places>,
     door: Door,
+}
+
+/// Requests that are worked on: so many, and not all of them from one address, since whoever sends a body slowly holds his place
+/// for as long as a request may take.
+#[derive(Debug)]
+struct Places {
+    all: Semaphore,
+    addresses: Arc<Crowd<IpAddr>>,
+}
+
+impl Places {
+    fn new() -> Self {
+        Self {
+            all: Semaphore::new(AT_ONCE),
+            addresses: Crowd::new(share_of_one_address(AT_ONCE)),
+        }
+    }
+
+    fn enter(&self, address: IpAddr) -> Option<(SemaphorePermit<'_>, Place<IpAddr>)> {
+        let place = self.addresses.enter(address)?;
+        Some((self.all.try_acquire().ok()?, place))
+    }
 }
 
 /// What holds for every request: a bound on how many and how long, problems for errors, headers, a count.
 async fn around(
     Shared(around): Shared<Around>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
     matched: Option<MatchedPath>,
     mut request: Request,
     next: Next,
@@ -421,9 +449,9 @@ async fn around(
     } else {
         REQUEST
     };
-    let mut response = match places.try_acquire() {
-        Err(_) => Problem::new(503, "Busy", "too many requests at once, try again").into_response(),
-        Ok(_place) => match tokio::time::timeout(time, next.run(request)).await {
+    let mut response = match places.enter(peer.ip()) {
+        None => Problem::new(503, "Busy", "too many requests at once, try again").into_response(),
+        Some(_place) => match tokio::time::timeout(time, next.run(request)).await {
             Ok(response) => response,
             Err(_) => {
                 Problem::new(503, "Too slow", "it took too long, ask for less").into_response()

@@ -1,6 +1,11 @@
 //! Connections: bounded in number, and in the time that a handshake, a request and a silence may take.
 
-use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use axum::{Router, body::Body, extract::ConnectInfo, response::Response};
 use hyper::{Request, body::Incoming, service::Service};
@@ -24,14 +29,19 @@ use super::{
 };
 use crate::{
     coordinator::ACCEPT_PAUSE,
+    crowd::{Crowd, share_of_one_address},
     metrics::Metrics,
     notice::Notices,
     trust::{
         active::Peer,
-        tls::{AcceptError, Door},
+        tls::{AcceptError, Door, tell_and_close},
     },
 };
 
+/// What somebody is told who speaks HTTP in the clear.
+const PLAIN: &[u8] =
+    b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close\r\n\r\n\
+    This port speaks TLS: use https://\n";
 /// Open connections, watchers included.
 const CONNECTIONS: usize = 2_048;
 /// From the first byte of a request, or the last answer, to the end of the request's headers.
@@ -81,6 +91,7 @@ pub(crate) fn serve(
     let connections = tasks.clone();
     tasks.spawn(async move {
         let room = Arc::new(Semaphore::new(CONNECTIONS));
+        let addresses: Arc<Crowd<IpAddr>> = Crowd::new(share_of_one_address(CONNECTIONS));
         loop {
             let accepted = tokio::select! {
                 () = stop.cancelled() => return,
@@ -101,12 +112,17 @@ pub(crate) fn serve(
                 shared.refused(peer, reason, &reason);
                 continue;
             };
+            let Some(place) = addresses.enter(peer.ip()) else {
+                let reason = "too many connections from one address";
+                shared.refused(peer, reason, &reason);
+                continue;
+            };
             let shared = shared.clone();
             connections.spawn(async move {
                 shared.metrics.http_connections.inc();
                 enter(stream, peer, &shared).await;
                 shared.metrics.http_connections.dec();
-                drop(permit);
+                drop((permit, place));
             });
         }
     });
@@ -126,7 +142,15 @@ async fn enter(stream: TcpStream, peer: SocketAddr, shared: &Shared) {
             let http2 = stream.get_ref().1.alpn_protocol() == Some(PROTOCOLS[0]);
             one(stream, Who { peer, device }, http2, shared).await;
         }
-        Err(AcceptError::Gone) => tracing::debug!(%peer, "closed before the handshake"),
+        Err(AcceptError::Plain(stream)) => {
+            let reason = "plain text where TLS is spoken";
+            shared.refused(peer, reason, &"plain HTTP; this port speaks https://");
+            tell_and_close(stream, PLAIN).await;
+        }
+        Err(AcceptError::Gone) => {
+            shared.metrics.http_refused(AcceptError::Gone.name());
+            tracing::debug!(%peer, "closed before the handshake");
+        }
         Err(error) => shared.refused(peer, error.name(), &error),
     }
 }
@@ -224,6 +248,11 @@ where
         }
     };
     if let Err(error) = done {
+        let parse = error.downcast_ref::<hyper::Error>();
+        if parse.is_some_and(hyper::Error::is_parse) {
+            let reason = "the request cannot be read";
+            return shared.refused(peer, reason, &format!("{reason}: {error}"));
+        }
         tracing::debug!(%peer, %error, "an HTTP connection ended");
     }
 }

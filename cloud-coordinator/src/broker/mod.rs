@@ -5,11 +5,12 @@
 //! bounded queues so that a slow subscriber harms nobody else. A session ends with its connection, and nothing survives a restart: readings are safe in
 //! the devices' outboxes until the coordinator has stored them, so the broker needs no disk.
 
-mod crowd;
 mod gate;
+pub(crate) mod outside;
 mod pace;
 mod rights;
 mod router;
+pub(crate) mod rules;
 mod session;
 mod trie;
 
@@ -23,16 +24,19 @@ use rumqttc::QoS;
 use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-pub(crate) use self::gate::Gate;
-use self::{
-    crowd::Crowd,
-    router::{Router, Will},
+use self::router::{Router, Will};
+pub use self::rules::Product;
+pub(crate) use self::{
+    gate::Gate,
+    outside::{Access, Outside},
 };
-use crate::{ingest::Inbox, metrics::Metrics, notice::Notices};
+use crate::{
+    crowd::{Crowd, share_of_one_address},
+    ingest::Inbox,
+    metrics::Metrics,
+    notice::Notices,
+};
 
-/// A single address gets all connections but one in so many: generous, since a large site behind one router shares an
-/// address, and yet it can shut nobody else out.
-const KEPT_FROM_ONE_ADDRESS: usize = 4;
 /// Connections of one subscriber: every screen and script that was given its password.
 const SESSIONS_OF_ONE_SUBSCRIBER: usize = 256;
 
@@ -126,8 +130,7 @@ impl Broker {
         let sessions = tasks.clone();
         tasks.spawn(async move {
             let room = Arc::new(Semaphore::new(limits.connections));
-            let share = limits.connections - limits.connections / KEPT_FROM_ONE_ADDRESS;
-            let addresses: Arc<Crowd<IpAddr>> = Crowd::new(share);
+            let addresses: Arc<Crowd<IpAddr>> = Crowd::new(share_of_one_address(limits.connections));
             loop {
                 let accepted = tokio::select! {
                     () = stop.cancelled() => return,

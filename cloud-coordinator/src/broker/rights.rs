@@ -1,4 +1,4 @@
-//! Who may do what on the embedded broker.
+//! Who may do what on the broker. The embedded one asks here; rules for other brokers are [written](super::rules) from here.
 //!
 //! | who | publishes | last will | subscribes to |
 //! |---|---|---|---|
@@ -9,17 +9,41 @@
 //! A filter has at most 16 levels, `+` and `#` stand alone in theirs, `#` only in the last. A level that is written out
 //! above is not matched by a wildcard.
 //!
-//! The coordinator itself is not a client: it is linked to the router and nobody can pose as it. Who a client is, the
+//! The coordinator itself is not a client of the embedded broker: it is linked to the router and nobody can pose as it. On
+//! another broker it reads what ingest has a use for, and publishes on the kinds that are its own. Who a client is, the
 //! [gate](super::gate) finds out.
 
-use mesh_core::{Kind, Name, Topic};
+use mesh_core::{Kind, Name, ROOT, Topic};
 
-use crate::trust::subscribers::Sites;
+use crate::trust::{common_name, subscribers::Sites};
 
 /// The contract has six levels; a filter has no reason for many more, and each costs a step per message.
 const MAX_LEVELS: usize = 16;
 /// What a subscriber for all sites may see.
 const VIEWER_ROOTS: [&str; 2] = ["lacewing", "homeassistant"];
+
+/// On what a device publishes.
+pub(super) fn kinds_of_a_device() -> impl Iterator<Item = Kind> {
+    Kind::ALL.into_iter().filter(|k| !k.is_coordinators())
+}
+
+/// On what the coordinator publishes.
+pub(super) fn kinds_of_the_coordinator() -> impl Iterator<Item = Kind> {
+    Kind::ALL.into_iter().filter(|k| k.is_coordinators())
+}
+
+/// The beginning of every topic below these levels: a site, or a device as its certificate names it.
+pub(super) fn below(levels: &str) -> String {
+    format!("{ROOT}/{levels}/")
+}
+
+/// With what begins whatever a subscriber may read.
+pub(super) fn beginnings(sites: &Sites) -> Vec<String> {
+    match sites {
+        Sites::All => VIEWER_ROOTS.map(|root| format!("{root}/")).into(),
+        Sites::Some(sites) => sites.iter().map(|site| below(site.as_str())).collect(),
+    }
+}
 
 /// What a client is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,8 +59,8 @@ impl Role {
             return None;
         };
         let topic: Topic = topic.parse().ok()?;
-        (topic.site == *site && topic.device == *device && !topic.kind.is_coordinators())
-            .then_some(topic)
+        let own = topic.site == *site && topic.device == *device;
+        (own && kinds_of_a_device().any(|k| k == topic.kind)).then_some(topic)
     }
 
     /// The topic, if this client may have its last will on it.
@@ -50,18 +74,15 @@ impl Role {
         if !rumqttc::mqttbytes::valid_filter(filter) || filter.split('/').count() > MAX_LEVELS {
             return false;
         }
-        let mut levels = filter.split('/');
         match self {
-            Self::Device { site, device } => filter.starts_with(&Topic::prefix(site, device)),
-            Self::Viewer { sites: Sites::All } => levels
-                .next()
-                .is_some_and(|root| VIEWER_ROOTS.contains(&root)),
-            Self::Viewer {
-                sites: Sites::Some(sites),
-            } => {
-                let root = (levels.next(), levels.next()) == (Some("lacewing"), Some("v1"));
-                let site = levels.next().is_some_and(|site| sites.contains(site));
-                root && site && levels.next().is_some()
+            Self::Device { site, device } => filter.starts_with(&below(&common_name(site, device))),
+            Self::Viewer { sites } => {
+                // A root alone is a first level, too.
+                let whole = match sites {
+                    Sites::All => format!("{filter}/"),
+                    Sites::Some(_) => filter.to_owned(),
+                };
+                beginnings(sites).iter().any(|b| whole.starts_with(b))
             }
         }
     }

@@ -170,6 +170,7 @@ impl Router {
         );
         let old_will = old.and_then(|old| {
             old.queue.cut.cancel();
+            self.metrics.broker_replaced.inc();
             for filter in &old.filters {
                 state.filters.remove(filter, old.number);
             }

@@ -27,7 +27,10 @@ use super::{
     rights::Role,
     router::{Delivery, QUEUE_MESSAGES, Queue, Subscribed},
 };
-use crate::trust::{active::Peer, tls::AcceptError};
+use crate::trust::{
+    active::Peer,
+    tls::{AcceptError, tell_and_close},
+};
 
 /// A CONNECT carries two short texts and a last will.
 const MAX_CONNECT: usize = 16 * 1024;
@@ -160,7 +163,18 @@ pub(super) async fn serve(
             let (read, write) = tokio::io::split(stream);
             converse(read, write, peer, device, &shared, stop).await;
         }
-        Err(AcceptError::Gone) => tracing::debug!(%peer, "closed before the handshake"),
+        Err(error @ AcceptError::Plain(_)) => {
+            shared.refused(peer, error.name());
+            if let AcceptError::Plain(stream) = error {
+                // "Unacceptable protocol version": MQTT has no better word for it, and clients show it to people.
+                tell_and_close(stream, &[0x20, 2, 0, 1]).await;
+            }
+        }
+        Err(AcceptError::Gone) => {
+            // Counted, and no more: whoever looks whether there is a door does this.
+            shared.metrics.broker_refused(AcceptError::Gone.name());
+            tracing::debug!(%peer, "closed before the handshake");
+        }
         Err(error) => {
             tracing::debug!(%peer, "{error}");
             shared.refused(peer, error.name());
@@ -374,7 +388,9 @@ impl Session {
             return Err(End::Refused("too many messages at QoS 2 without a release"));
         }
         if !again {
-            let topic = std::str::from_utf8(&publish.topic).unwrap_or_default();
+            let Ok(topic) = std::str::from_utf8(&publish.topic) else {
+                return Err(End::Refused("a topic that is no text"));
+            };
             match self.role.may_publish(topic) {
                 None => self.shared.denied(&self.id, topic, "publish"),
                 Some(_) if publish.payload.len() > MAX_PAYLOAD => {

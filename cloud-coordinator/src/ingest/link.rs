@@ -3,14 +3,17 @@
 use std::{sync::Arc, time::Duration};
 
 use mesh_core::{Backoff, Topic};
-use rumqttc::{
-    AsyncClient, Event, EventLoop, Incoming, MqttOptions, QoS, SubscribeFilter, SubscribeReasonCode,
-};
+use rumqttc::{AsyncClient, Event, EventLoop, Incoming, QoS, SubscribeFilter, SubscribeReasonCode};
 use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{Acks, Inbox, inbox::KINDS};
-use crate::{broker::Broker, clock, metrics::Metrics, notice::Notices};
+use crate::{
+    broker::{Access, Broker, outside},
+    clock,
+    metrics::Metrics,
+    notice::Notices,
+};
 
 /// The largest packet that is taken from or sent to the broker: the contract's payload and a topic.
 const MAX_PACKET: u32 = 520 * 1024;
@@ -132,8 +135,7 @@ async fn send(client: Option<AsyncClient>, topic: &Topic, bytes: Vec<u8>) -> boo
 
 /// The client of an external broker.
 pub(crate) struct External {
-    pub(crate) host: String,
-    pub(crate) port: u16,
+    pub(crate) access: Arc<Access>,
     pub(crate) inbox: Inbox,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) client: watch::Sender<Option<AsyncClient>>,
@@ -151,27 +153,25 @@ impl External {
             // A fresh client and event loop for each connection: what the old one had in flight is of no
             // use, since devices send again what is not acknowledged.
             let id = format!("lacewing-coordinator-{:016x}", clock::random());
-            let mut options = MqttOptions::new(id, (self.host.as_str(), self.port));
-            options
-                .set_keep_alive(KEEP_ALIVE_S)
-                .set_clean_session(true)
-                .set_max_packet_size(MAX_PACKET as usize, MAX_PACKET as usize);
-            let (client, events) = AsyncClient::builder(options).capacity(REQUESTS).build();
-            let error = tokio::select! {
-                () = stop.cancelled() => break,
-                error = self.connection(client, events, &mut retry, &mut told, &notices) => error,
+            let error = match self.access.options(&id) {
+                Err(error) => error,
+                Ok(mut options) => {
+                    options
+                        .set_keep_alive(KEEP_ALIVE_S)
+                        .set_clean_session(true)
+                        .set_max_packet_size(MAX_PACKET as usize, MAX_PACKET as usize);
+                    let (client, events) = AsyncClient::builder(options).capacity(REQUESTS).build();
+                    tokio::select! {
+                        () = stop.cancelled() => break,
+                        error = self.connection(client, events, &mut retry, &mut told, &notices) => error,
+                    }
+                }
             };
             if self.client.send_replace(None).is_some() {
                 self.metrics.link_losses.inc();
             }
             if !std::mem::replace(&mut told, true) {
-                let (host, port) = (&self.host, self.port);
-                tracing::warn!(
-                    host,
-                    port,
-                    error,
-                    "no connection to the broker, trying again"
-                );
+                tracing::warn!("no connection to the broker, trying again: {error}");
             }
             let wait = Duration::from_millis(retry.next(clock::random()));
             tokio::select! {
@@ -193,7 +193,7 @@ impl External {
     ) -> String {
         loop {
             match events.poll().await {
-                Err(error) => return error.to_string(),
+                Err(error) => return outside::explain(&self.access.url, &error),
                 Ok(Event::Incoming(Incoming::ConnAck(_))) => {
                     let filters = KINDS.map(|kind| SubscribeFilter {
                         path: Topic::filter(kind),
@@ -210,8 +210,8 @@ impl External {
                     }
                     retry.reset();
                     *told = false;
-                    let (host, port) = (&self.host, self.port);
-                    tracing::info!(host, port, "connected to the broker");
+                    let url = outside::shown(&self.access.url);
+                    tracing::info!(url, "connected to the broker");
                     self.client.send_replace(Some(client.clone()));
                     self.connected.notify_one();
                 }

@@ -27,7 +27,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use acks::Acks;
-pub(crate) use inbox::{Inbox, Incoming};
+pub(crate) use inbox::{Inbox, Incoming, KINDS};
 pub(crate) use link::{External, Link, publish_acks};
 use plan::{Plan, Progress, Refusal};
 

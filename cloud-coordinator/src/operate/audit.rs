@@ -40,7 +40,7 @@ pub(crate) enum AuditCommand {
 pub(crate) async fn audit(command: AuditCommand) -> anyhow::Result<()> {
     let AuditCommand::Verify { head, config, data } = command;
     let data = match config {
-        Some(config) => Config::read(&config)?.data,
+        Some(config) => Config::read(Some(&config), false)?.data,
         None => data,
     };
     verify(&data, head.as_ref()).await

@@ -63,7 +63,7 @@ impl From<StagingError> for SampleError {
     fn from(error: StagingError) -> Self {
         match error {
             StagingError::Offset(here) => Self::Offset(here),
-            StagingError::Full => Self::Full(error.to_string()),
+            StagingError::Full | StagingError::Share => Self::Full(error.to_string()),
             error @ StagingError::Io { .. } => Self::Staging(error),
         }
     }
@@ -173,7 +173,7 @@ impl Samples {
                     .mark_sample(known.id, sample.reason.as_str())
                     .await?;
             }
-            return Ok((false, self.known(sample, known).await?));
+            return Ok((false, self.known(sample, site, known).await?));
         }
         let bytes = sample.image.as_ref().map_or(0, |i| i.bytes);
         self.not_erased(sample, site).await?;
@@ -225,7 +225,12 @@ impl Samples {
     }
 
     /// How much is here of the image of a sample that is sent again.
-    async fn known(&self, sample: &Sample, known: ImageRow) -> Result<u64, SampleError> {
+    async fn known(
+        &self,
+        sample: &Sample,
+        site: Option<&Name>,
+        known: ImageRow,
+    ) -> Result<u64, SampleError> {
         let bytes = known.bytes.unsigned_abs();
         let wanted = sample.image.as_ref().map(|i| i.sha256.as_str());
         if known.deleted_ms.is_some() {
@@ -245,7 +250,8 @@ impl Samples {
         }
         // It ended while nobody could look at it. If it is refused now, it is as good as here: the device
         // has nothing better to send.
-        let _lock = self.staging.lock(known.id, bytes).await?;
+        let owner = owner_of(site, &sample.device);
+        let _lock = self.staging.lock(known.id, bytes, &owner).await?;
         let (epoch, seq) = (sample.epoch.cast_signed(), sample.seq.cast_signed());
         let records = &self.records;
         let now = records.image_of(sample.device.as_str(), epoch, seq).await?;
@@ -280,7 +286,8 @@ impl Samples {
             let why = format!("the image was announced with {bytes} bytes");
             return Err(SampleError::Invalid(why));
         }
-        let _lock = self.staging.lock(found.id, bytes).await?;
+        let owner = owner_of(site, device);
+        let _lock = self.staging.lock(found.id, bytes, &owner).await?;
         // Another request may have finished it while this one waited for the lock.
         let found = find().await?.ok_or(SampleError::Missing)?;
         if let Some(settled) = settled(&found, offset)? {
@@ -382,6 +389,11 @@ impl Samples {
             }
         }
     }
+}
+
+/// Whose uploads are counted together.
+fn owner_of(site: Option<&Name>, device: &Name) -> String {
+    format!("{}/{device}", site.map_or("", Name::as_str))
 }
 
 /// Whether a sample can be of this site: devices of different sites may have the same name.

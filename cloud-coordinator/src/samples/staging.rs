@@ -16,6 +16,12 @@ use tokio::{sync::OwnedMutexGuard, time::Instant};
 /// An upload that nobody went on with for this long is removed; the device begins it again.
 const ORPHAN: Duration = Duration::from_secs(24 * 3_600);
 
+/// Where there is no room for another upload, one that nobody went on with for this long gives way: an honest device goes on
+/// within seconds, or begins again when it is back.
+const GIVES_WAY: Duration = Duration::from_secs(60);
+/// One device may set aside one of so many parts of the room, but always enough for one image.
+const SHARE: u64 = 8;
+
 /// Why a piece was not taken.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StagingError {
@@ -23,6 +29,8 @@ pub(crate) enum StagingError {
     Offset(u64),
     #[error("too many images are on their way")]
     Full,
+    #[error("too many images of this device are on their way; it has to end some first")]
+    Share,
     #[error("cannot {operation} the upload {path}: {error}")]
     Io {
         operation: &'static str,
@@ -44,6 +52,8 @@ fn io(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Staging
 struct Part {
     /// Bytes that the whole image has.
     reserved: u64,
+    /// Whose it is; nobody's after a restart, until somebody goes on with it.
+    owner: String,
     touched: Instant,
     /// Held by the one request that works on the file.
     lock: Arc<tokio::sync::Mutex<()>>,
@@ -79,6 +89,7 @@ impl Staging {
                     let lock = Arc::default();
                     let part = Part {
                         reserved,
+                        owner: String::new(),
                         touched: now,
                         lock,
                     };
@@ -98,29 +109,78 @@ impl Staging {
         self.folder.join(format!("{id}.part"))
     }
 
-    /// The right to work on the image of a sample, which has `total` bytes.
+    /// The right of `owner` to work on the image of a sample, which has `total` bytes.
     pub(crate) async fn lock(
         &self,
         id: i64,
         total: u64,
+        owner: &str,
     ) -> Result<OwnedMutexGuard<()>, StagingError> {
-        let lock = {
-            let mut parts = self.parts.lock().unwrap_or_else(|e| e.into_inner());
-            if !parts.contains_key(&id) {
-                let used: u64 = parts.values().map(|p| p.reserved).sum();
-                if used.saturating_add(total) > self.most {
-                    return Err(StagingError::Full);
-                }
-            }
-            let part = parts.entry(id).or_insert_with(|| Part {
-                reserved: total,
-                touched: Instant::now(),
-                lock: Arc::default(),
-            });
-            part.touched = Instant::now();
-            part.lock.clone()
-        };
+        let (lock, gone) = self.enter(id, total, owner, Instant::now())?;
+        for path in gone {
+            tokio::fs::remove_file(&path)
+                .await
+                .or_else(|error| match error.kind() {
+                    io::ErrorKind::NotFound => Ok(()),
+                    _ => Err(io("remove", &path)(error)),
+                })?;
+        }
         Ok(lock.lock_owned().await)
+    }
+
+    /// Sets room aside, and says whose files have to go for it.
+    fn enter(
+        &self,
+        id: i64,
+        total: u64,
+        owner: &str,
+        now: Instant,
+    ) -> Result<(Arc<tokio::sync::Mutex<()>>, Vec<PathBuf>), StagingError> {
+        let mut parts = self.parts.lock().unwrap_or_else(|e| e.into_inner());
+        let mut gone = Vec::new();
+        if !parts.contains_key(&id) {
+            let sum = |of: &dyn Fn(&Part) -> bool| -> u64 {
+                let all = parts.values().filter(|p| of(p));
+                all.map(|p| p.reserved).sum()
+            };
+            let share = (self.most / SHARE).max(mesh_core::MAX_SAMPLE_IMAGE_BYTES);
+            let own = sum(&|p| p.owner == owner);
+            if own > 0 && own.saturating_add(total) > share {
+                return Err(StagingError::Share);
+            }
+            let mut used = sum(&|_| true);
+            let idle = |p: &Part| {
+                Arc::strong_count(&p.lock) == 1
+                    && now.saturating_duration_since(p.touched) >= GIVES_WAY
+            };
+            let mut old: Vec<(Instant, i64)> = parts
+                .iter()
+                .filter(|(_, p)| idle(p))
+                .map(|(id, p)| (p.touched, *id))
+                .collect();
+            old.sort_unstable();
+            let mut old = old.into_iter();
+            let mut leave = Vec::new();
+            while used.saturating_add(total) > self.most {
+                let Some((_, oldest)) = old.next() else {
+                    return Err(StagingError::Full);
+                };
+                used -= parts.get(&oldest).map_or(0, |p| p.reserved);
+                leave.push(oldest);
+            }
+            for id in leave {
+                parts.remove(&id);
+                gone.push(self.path(id));
+            }
+        }
+        let part = parts.entry(id).or_insert_with(|| Part {
+            reserved: total,
+            owner: String::new(),
+            touched: now,
+            lock: Arc::default(),
+        });
+        (part.touched, part.owner) = (now, owner.to_owned());
+        Ok((part.lock.clone(), gone))
     }
 
     /// How many bytes of an image are here.
@@ -220,8 +280,11 @@ mod tests {
     async fn set_aside_and_given_back() {
         let dir = tempfile::tempdir().unwrap();
         let staging = Staging::open(dir.path(), 100, &HashMap::new()).unwrap();
-        let one = staging.lock(1, 60).await.unwrap();
-        assert!(matches!(staging.lock(2, 60).await, Err(StagingError::Full)));
+        let one = staging.lock(1, 60, "d1").await.unwrap();
+        assert!(matches!(
+            staging.lock(2, 60, "d2").await,
+            Err(StagingError::Full)
+        ));
         assert_eq!(
             staging
                 .append(1, 0, Bytes::from_static(b"abc"))
@@ -236,7 +299,47 @@ mod tests {
         assert_eq!(staging.remove_orphans(Instant::now()).await.unwrap(), 0);
         assert_eq!(staging.remove_orphans(late).await.unwrap(), 1);
         assert_eq!(staging.offset(1).await.unwrap(), 0);
-        drop(staging.lock(2, 60).await.unwrap());
+        drop(staging.lock(2, 60, "d2").await.unwrap());
+    }
+
+    /// A thousand uploads that stop half-way: their device gets its share and no more, and what it leaves lying gives way.
+    #[tokio::test(start_paused = true)]
+    async fn a_thousand_that_stop_half_way() {
+        const MIB: u64 = 1 << 20;
+        let dir = tempfile::tempdir().unwrap();
+        let staging = Staging::open(dir.path(), 128 * MIB, &HashMap::new()).unwrap();
+        let half = Bytes::from(vec![7; 1_024]);
+        let mut begun = 0;
+        for id in 0..1_000 {
+            match staging.lock(id, 2 * MIB, "thief").await {
+                Ok(_held) => {
+                    staging.append(id, 0, half.clone()).await.unwrap();
+                    begun += 1;
+                }
+                Err(error) => assert!(matches!(error, StagingError::Share), "{error}"),
+            }
+        }
+        assert_eq!(begun, 8, "an eighth of the room");
+        // Others fill what is left, and stop, too.
+        for id in 1_000..2_000 {
+            let owner = format!("d{}", id % 40);
+            if staging.lock(id, 2 * MIB, &owner).await.is_ok() {
+                staging.append(id, 0, half.clone()).await.unwrap();
+            }
+        }
+        assert!(matches!(
+            staging.lock(5_000, 2 * MIB, "honest").await,
+            Err(StagingError::Full)
+        ));
+        tokio::time::advance(GIVES_WAY).await;
+        for id in 5_000..5_008 {
+            drop(staging.lock(id, 2 * MIB, "honest").await.unwrap());
+        }
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 64 - 8);
+        let late = Instant::now() + ORPHAN;
+        staging.remove_orphans(late).await.unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        drop(staging.lock(9_000, 128 * MIB, "big").await.unwrap());
     }
 
     #[tokio::test]
@@ -248,6 +351,9 @@ mod tests {
         let staging = Staging::open(dir.path(), 100, &HashMap::from([(1, 90)])).unwrap();
         assert_eq!(staging.offset(1).await.unwrap(), 3);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
-        assert!(matches!(staging.lock(2, 60).await, Err(StagingError::Full)));
+        assert!(matches!(
+            staging.lock(2, 60, "d2").await,
+            Err(StagingError::Full)
+        ));
     }
 }

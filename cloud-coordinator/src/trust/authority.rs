@@ -11,9 +11,9 @@ use std::{
 
 use mesh_core::Name;
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType, SerialNumber,
-    date_time_ymd,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, DistinguishedName,
+    DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose,
+    PKCS_ECDSA_P256_SHA256, PublicKeyData, RevokedCertParams, SanType, SerialNumber, date_time_ymd,
 };
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject};
 
@@ -23,7 +23,7 @@ use super::{
 };
 
 /// A device's certificate begins this much earlier: an external broker's clock may be behind ours.
-const SKEW: Duration = Duration::from_secs(300);
+pub(crate) const SKEW: Duration = Duration::from_secs(300);
 /// Of a serial number: 16 random bytes never meet twice.
 const SERIAL: usize = 16;
 
@@ -116,6 +116,48 @@ fn named(common_name: &str) -> CertificateParams {
     params
 }
 
+/// Ends after a life that begins now; says when, in milliseconds.
+fn end(params: &mut CertificateParams, life: Duration, now_ms: i64) -> i64 {
+    let life_ms = i64::try_from(life.as_millis()).unwrap_or(i64::MAX);
+    let (ms, second) = at_second(now_ms.saturating_add(life_ms));
+    params.not_after = date_time_ymd(1970, 1, 1) + Duration::from_secs(second);
+    ms
+}
+
+/// For those who connect, from now on; says when it ends.
+fn as_client(params: &mut CertificateParams, life: Duration, now_ms: i64) -> i64 {
+    let (_, now) = at_second(now_ms);
+    params.not_before = date_time_ymd(1970, 1, 1) + Duration::from_secs(now).saturating_sub(SKEW);
+    params.is_ca = IsCa::ExplicitNoCa;
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+    end(params, life, now_ms)
+}
+
+/// For those who are connected to, under these names.
+fn serving(common_name: &str, names: &[String]) -> Result<CertificateParams, AuthorityError> {
+    let mut params = named(common_name);
+    for name in names {
+        params.subject_alt_names.push(match name.parse::<IpAddr>() {
+            Ok(ip) => SanType::IpAddress(ip),
+            Err(_) => SanType::DnsName(name.as_str().try_into().map_err(make(name))?),
+        });
+    }
+    params.is_ca = IsCa::ExplicitNoCa;
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+    params.serial_number = Some(serial().1);
+    Ok(params)
+}
+
+/// What [`hex`] wrote; nothing if it is something else.
+fn from_hex(text: &str) -> Option<Vec<u8>> {
+    let digits = text.as_bytes();
+    let pair = |two: &[u8]| u8::from_str_radix(std::str::from_utf8(two).ok()?, 16).ok();
+    let even = digits.len().is_multiple_of(2) && !digits.is_empty();
+    even.then(|| digits.chunks(2).map(pair).collect()).flatten()
+}
+
 impl Authority {
     /// Opens the authority in `dir`, or makes one.
     pub(crate) fn open(dir: &Path) -> Result<Self, AuthorityError> {
@@ -204,21 +246,79 @@ impl Authority {
     ) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), AuthorityError> {
         let what = "this server";
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(make(what))?;
-        let mut params = named("Lacewing coordinator");
-        for name in names {
-            params.subject_alt_names.push(match name.parse::<IpAddr>() {
-                Ok(ip) => SanType::IpAddress(ip),
-                Err(_) => SanType::DnsName(name.as_str().try_into().map_err(make(name))?),
-            });
-        }
-        params.is_ca = IsCa::ExplicitNoCa;
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-        params.serial_number = Some(serial().1);
+        let params = serving("Lacewing coordinator", names)?;
         let leaf = params.signed_by(&key, &self.issuer).map_err(make(what))?;
         let chain = vec![leaf.der().clone(), self.certificate.clone()];
         let key = PrivatePkcs8KeyDer::from(key.serialize_der());
         Ok((chain, key.into()))
+    }
+
+    /// A certificate for a broker that is another program, in PEM, and its key: the one that it has, or a new one.
+    pub(crate) fn broker(
+        &self,
+        name: &str,
+        key: Option<&str>,
+        life: Duration,
+        now_ms: i64,
+    ) -> Result<(String, String), AuthorityError> {
+        let what = "the broker";
+        let key = match key {
+            Some(pem) => KeyPair::from_pem(pem).map_err(make("the broker's key"))?,
+            None => KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(make(what))?,
+        };
+        let mut params = serving("Lacewing broker", &[name.to_owned()])?;
+        end(&mut params, life, now_ms);
+        let leaf = params.signed_by(&key, &self.issuer).map_err(make(what))?;
+        Ok((format!("{}{}", leaf.pem(), self.pem), key.serialize_pem()))
+    }
+
+    /// A certificate of a client under any name, with a key that is nowhere but in memory: for this coordinator itself where
+    /// it is the client of another broker, and for a moment for a device that has to be turned out there.
+    pub(crate) fn client(
+        &self,
+        name: &str,
+        life: Duration,
+        now_ms: i64,
+    ) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), AuthorityError> {
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(make(name))?;
+        let mut params = named(name);
+        as_client(&mut params, life, now_ms);
+        params.serial_number = Some(serial().1);
+        let leaf = params.signed_by(&key, &self.issuer).map_err(make(name))?;
+        let chain = vec![leaf.der().clone(), self.certificate.clone()];
+        let key = PrivatePkcs8KeyDer::from(key.serialize_der());
+        Ok((chain, key.into()))
+    }
+
+    /// The list of the certificates that do not count any more, in PEM, as of `at_ms`: later lists have later moments. It has no
+    /// end: that nobody has come to write the next one must not keep the devices out.
+    pub(crate) fn revocations(
+        &self,
+        serials: &[String],
+        at_ms: i64,
+    ) -> Result<String, AuthorityError> {
+        let epoch = date_time_ymd(1970, 1, 1);
+        let (_, second) = at_second(at_ms);
+        let at = epoch + Duration::from_secs(second);
+        let revoked = serials.iter().filter_map(|serial| from_hex(serial));
+        let params = CertificateRevocationListParams {
+            this_update: at,
+            next_update: date_time_ymd(9999, 12, 31),
+            crl_number: SerialNumber::from(second),
+            issuing_distribution_point: None,
+            revoked_certs: revoked
+                .map(|serial| RevokedCertParams {
+                    serial_number: SerialNumber::from_slice(&serial),
+                    revocation_time: at,
+                    reason_code: None,
+                    invalidity_date: None,
+                })
+                .collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        let what = "the list of revoked certificates";
+        let list = params.signed_by(&self.issuer).map_err(make(what))?;
+        list.pem().map_err(make(what))
     }
 
     /// A certificate for a device: its key, and a name of ours.
@@ -231,17 +331,10 @@ impl Authority {
     ) -> Result<Issued, AuthorityError> {
         let name = csr::common_name(site, device);
         let life_ms = i64::try_from(life.as_millis()).unwrap_or(i64::MAX);
-        let epoch = date_time_ymd(1970, 1, 1);
-        let (not_after_ms, not_after) = at_second(now_ms.saturating_add(life_ms));
-        let (_, now) = at_second(now_ms);
         let mut params = named(&name);
-        params.not_before = epoch + Duration::from_secs(now).saturating_sub(SKEW);
-        params.not_after = epoch + Duration::from_secs(not_after);
+        let not_after_ms = as_client(&mut params, life, now_ms);
         let uri = csr::uri(site, device);
         params.subject_alt_names = vec![SanType::URI(uri.try_into().map_err(make(&name))?)];
-        params.is_ca = IsCa::ExplicitNoCa;
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
         let (serial, number) = serial();
         params.serial_number = Some(number);
         let leaf = params

@@ -12,9 +12,10 @@ use sqlx::{Row, Sqlite, Transaction, sqlite::SqliteRow};
 use super::{
     active::Active,
     authority::{Authority, AuthorityError, Issued, hex},
-    csr::{Csr, Fingerprint},
+    csr::{Csr, Fingerprint, common_name},
     enrol::{self, Case, Known, Outcome, Refusal, State, Token},
     principal::PeerDevice,
+    serials,
 };
 use crate::records::{RecordError, Records, commit};
 
@@ -61,6 +62,16 @@ pub(crate) struct IdentityRow {
     pub(crate) token: String,
 }
 
+/// One who was revoked and would still have a good certificate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Revoked {
+    pub(crate) key: Fingerprint,
+    /// As its certificates name it.
+    pub(crate) name: String,
+    /// Of those certificates.
+    pub(crate) serials: Vec<String>,
+}
+
 /// What an enrolment came to.
 #[derive(Clone, Debug)]
 pub(crate) enum Enrolled {
@@ -97,7 +108,10 @@ fn identity_of(row: &SqliteRow) -> IdentityRow {
         device: row.get("device"),
         state: row.get("state"),
         key: hex(&row.get::<Vec<u8>, _>("key")),
-        serial: row.get("serial"),
+        serial: row
+            .get::<Option<&str>, _>("serial")
+            .and_then(|text| serials::read(text).next())
+            .map(|(serial, _)| serial.to_owned()),
         not_after_ms: row.get("not_after_ms"),
         enrolled_ms: row.get("enrolled_ms"),
         token: row.get("token"),
@@ -124,9 +138,18 @@ async fn certified(
     tx: &mut Transaction<'_, Sqlite>,
     key: &Fingerprint,
     issued: &Issued,
-) -> Result<(), RecordError> {
+    now_ms: i64,
+) -> Result<(), DeviceError> {
+    let before: Option<String> = sqlx::query_scalar("SELECT serial FROM identities WHERE key = ?")
+        .bind(&key[..])
+        .fetch_one(&mut **tx)
+        .await
+        .map_err(RecordError::sql("look up a device's certificates"))?;
+    let before = before.unwrap_or_default();
+    let serials = serials::add(&before, &issued.serial, issued.not_after_ms, now_ms);
+    let serials = serials.ok_or(Refusal::TooManyCertificates)?;
     sqlx::query("UPDATE identities SET serial = ?, not_after_ms = ? WHERE key = ?")
-        .bind(&issued.serial)
+        .bind(serials)
         .bind(issued.not_after_ms)
         .bind(&key[..])
         .execute(&mut **tx)
@@ -243,7 +266,7 @@ impl Devices {
         let issued = self
             .authority
             .issue(csr, (site, device), self.life, now_ms)?;
-        certified(&mut tx, &csr.fingerprint, &issued).await?;
+        certified(&mut tx, &csr.fingerprint, &issued, now_ms).await?;
         commit(tx).await?;
         let device = PeerDevice {
             site: site.clone(),
@@ -270,7 +293,7 @@ impl Devices {
             .map_err(Refusal::from)?;
         let whom = (&device.site, &device.device);
         let issued = self.authority.issue(csr, whom, self.life, now_ms)?;
-        certified(&mut tx, &csr.fingerprint, &issued).await?;
+        certified(&mut tx, &csr.fingerprint, &issued, now_ms).await?;
         commit(tx).await?;
         Ok((device, issued))
     }
@@ -360,6 +383,42 @@ impl Devices {
         .await
         .map_err(RecordError::sql("list the identities"))?;
         Ok(rows.iter().map(identity_of).collect())
+    }
+
+    /// Who may come in now, as certificates name them, in that order.
+    pub(crate) async fn names(&self) -> Result<Vec<String>, RecordError> {
+        let rows = sqlx::query(
+            "SELECT site, device FROM identities WHERE state = 'active' ORDER BY site, device",
+        )
+        .fetch_all(self.records.readers())
+        .await
+        .map_err(RecordError::sql("list who may come in"))?;
+        let all = rows
+            .iter()
+            .filter_map(|row| named(row.get("site"), row.get("device")));
+        Ok(all.map(|d| common_name(&d.site, &d.device)).collect())
+    }
+
+    /// Who was revoked and has certificates that have not run out, and what these are.
+    pub(crate) async fn revoked(&self, now_ms: i64) -> Result<Vec<Revoked>, RecordError> {
+        let rows = sqlx::query(
+            "SELECT key, site, device, serial, not_after_ms FROM identities \
+             WHERE state = 'revoked' AND serial IS NOT NULL AND not_after_ms > ? ORDER BY key",
+        )
+        .bind(now_ms)
+        .fetch_all(self.records.readers())
+        .await
+        .map_err(RecordError::sql("list who was revoked"))?;
+        let of = |row: &SqliteRow| {
+            let device = named(row.get("site"), row.get("device"))?;
+            let good = serials::read(row.get("serial")).filter(|(_, until)| *until > now_ms);
+            Some(Revoked {
+                key: key_of(row)?,
+                name: common_name(&device.site, &device.device),
+                serials: good.map(|(serial, _)| serial.to_owned()).collect(),
+            })
+        };
+        Ok(rows.iter().filter_map(of).collect())
     }
 
     /// One device.

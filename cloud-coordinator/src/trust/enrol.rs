@@ -115,6 +115,8 @@ pub(crate) enum Refusal {
     NotApproved,
     #[error("there are as many devices as ingest.max_devices allows")]
     Full,
+    #[error("this key has 128 certificates that have not run out; ask again when one has")]
+    TooManyCertificates,
     #[error(transparent)]
     Csr(#[from] CsrError),
 }
@@ -137,6 +139,7 @@ impl Refusal {
             Self::UnknownKey => "unknown key",
             Self::NotApproved => "not approved",
             Self::Full => "full",
+            Self::TooManyCertificates => "too many certificates",
             Self::Csr(_) => "signing request",
         }
     }

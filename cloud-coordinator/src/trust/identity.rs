@@ -4,6 +4,7 @@
 use std::{fmt::Display, path::Path, sync::Arc, time::Duration};
 
 use mesh_core::Name;
+use tokio::sync::Notify;
 
 use super::{
     Trust, audit,
@@ -31,6 +32,8 @@ pub(crate) struct Identity {
     /// The doors' certificate; not there if the coordinator speaks plain text on loopback.
     pub(crate) shown: Option<Shown>,
     pub(crate) records: Arc<Records>,
+    /// Told when somebody comes, goes or is revoked.
+    pub(crate) changed: Arc<Notify>,
     signer: Signer,
     metrics: Arc<Metrics>,
     names: Vec<String>,
@@ -117,6 +120,7 @@ impl Identity {
             subscribers,
             shown,
             records,
+            changed: Arc::default(),
             signer,
             metrics,
             names,
@@ -170,6 +174,7 @@ impl Identity {
             _ => "enrol",
         };
         self.note(from, action, &object, &done).await;
+        self.changed.notify_one();
         done
     }
 
@@ -255,6 +260,7 @@ impl Identity {
         } else {
             ("revoke", self.devices.revoke(site, device).await)
         };
+        self.changed.notify_one();
         self.note(by, action, &format!("device {site}/{device}"), &done)
             .await;
         done
@@ -307,6 +313,7 @@ impl Identity {
         name: &Name,
         done: &Result<(), SubscriberError>,
     ) {
+        self.changed.notify_one();
         let (outcome, detail) = match done {
             Ok(()) => (Outcome::Done, String::new()),
             Err(error) => (Outcome::Failed, error.to_string()),

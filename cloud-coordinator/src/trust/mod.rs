@@ -17,10 +17,11 @@ pub(crate) mod devices;
 mod directory;
 mod enrol;
 mod enrol_tokens;
-mod files;
+pub(crate) mod files;
 pub(crate) mod identity;
 mod passwords;
 mod principal;
+mod serials;
 mod sessions;
 mod setup;
 pub(crate) mod subscribers;
@@ -35,11 +36,14 @@ use std::{
     sync::Arc,
 };
 
-pub(crate) use authority::Issued;
+pub(crate) use authority::{Authority, Issued, SKEW, hex};
+pub(crate) use csr::common_name;
 pub(crate) use directory::Person;
+pub(crate) use files::folder;
 pub(crate) use identity::Identity;
 pub(crate) use principal::{PeerDevice, Principal, Role};
 pub(crate) use sessions::{SESSION_MS, Shown, Who};
+pub(crate) use subscribers::Subscribers;
 pub(crate) use tokens::{GrantRow, NewToken};
 pub(crate) use users::{Change, NewUser, UserRow};
 
@@ -140,6 +144,21 @@ pub(crate) fn operator_token(data: &Path) -> Result<Option<String>, FileError> {
 pub(crate) fn secret(path: &Path) -> Result<Option<String>, FileError> {
     let bytes = files::read(path)?;
     Ok(bytes.map(|bytes| String::from_utf8_lossy(&bytes).trim().to_owned()))
+}
+
+/// A password from a file that only its owner can read.
+///
+/// # Errors
+/// If it is not there, is empty, or can be read by others.
+pub(crate) fn secret_of(path: &Path) -> Result<String, String> {
+    let shown = path.display();
+    let bytes = files::read(path).map_err(|e| e.to_string())?;
+    let bytes = bytes.ok_or_else(|| format!("{shown} is not there"))?;
+    let text = String::from_utf8_lossy(&bytes).trim().to_owned();
+    if text.is_empty() {
+        return Err(format!("{shown} is empty"));
+    }
+    Ok(text)
 }
 
 /// A line about something that was done.

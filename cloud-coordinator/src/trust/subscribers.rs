@@ -299,6 +299,17 @@ impl Subscribers {
         Ok(())
     }
 
+    /// Who there is, and what each may read, by name.
+    pub(crate) fn all(&self) -> Vec<(Name, Sites)> {
+        let by_name = self.by_name.read().unwrap_or_else(PoisonError::into_inner);
+        let mut all: Vec<_> = by_name
+            .values()
+            .map(|e| (e.subscriber.name.clone(), e.subscriber.sites.clone()))
+            .collect();
+        all.sort_by(|(a, _), (b, _)| a.cmp(b));
+        all
+    }
+
     /// Who there is, by name.
     pub(crate) async fn list(&self) -> Result<Vec<SubscriberRow>, RecordError> {
         let rows =

@@ -1,7 +1,12 @@
 //! TLS at the doors of the coordinator: 1.3 only, a certificate of a client is welcome, and one that is shown has to be
 //! of a device that may come in now.
 
-use std::{io::ErrorKind, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    io::ErrorKind,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig,
@@ -15,8 +20,13 @@ use rustls::{
     },
     version::TLS13,
 };
-use tokio::{net::TcpStream, sync::Semaphore};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::{Instant, timeout_at},
+};
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_util::sync::CancellationToken;
 
 use super::{
     active::{Active, Peer},
@@ -26,9 +36,35 @@ use super::{
 
 /// From the connection to the end of the handshake: two round trips on the slowest link, and a slow device's signature.
 const HANDSHAKE: Duration = Duration::from_secs(10);
-/// Handshakes under way at one door. Each holds some kilobytes; clients that never finish theirs leave room for others
-/// after ten seconds at the latest.
+/// Handshakes under way at one door. Each holds some kilobytes.
 const AT_ONCE: usize = 1_024;
+
+/// With this byte every conversation in TLS begins (RFC 8446, 5.1).
+const HANDSHAKE_RECORD: u8 = 22;
+
+/// Says a last word in the clear and closes the connection, but reads what is there first: else the other end may see a failure
+/// and not the word.
+pub(crate) async fn tell_and_close(mut stream: TcpStream, word: &[u8]) {
+    /// As much as is read of what was said in vain.
+    const MOST: usize = 16 * 1024;
+    /// All of it together.
+    const PATIENCE: Duration = Duration::from_secs(2);
+    let parting = async {
+        let mut heard = [0; 1_024];
+        let mut left = stream.read(&mut heard).await?;
+        stream.write_all(word).await?;
+        stream.shutdown().await?;
+        while left < MOST {
+            match stream.read(&mut heard).await? {
+                0 => break,
+                more => left += more,
+            }
+        }
+        std::io::Result::Ok(())
+    };
+    // Whoever does not listen has not asked.
+    let _ = tokio::time::timeout(PATIENCE, parting).await;
+}
 
 /// Why a door cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -41,7 +77,7 @@ pub(crate) enum TlsError {
 /// Why a connection does not get through the door.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AcceptError {
-    #[error("too many handshakes at once")]
+    #[error("too many handshakes at once, and this one took longest")]
     Busy,
     #[error("no handshake within 10 s")]
     Slow,
@@ -50,6 +86,9 @@ pub(crate) enum AcceptError {
     /// Somebody only looked whether there is a door.
     #[error("closed before the handshake")]
     Gone,
+    /// Somebody who does not know that this is a door. He is told, in his own language.
+    #[error("plain text where TLS is spoken")]
+    Plain(TcpStream),
     /// Between the handshake and now.
     #[error("the device was revoked")]
     Revoked,
@@ -63,6 +102,7 @@ impl AcceptError {
             Self::Slow => "no handshake within 10 s",
             Self::Failed(_) => "the handshake failed",
             Self::Gone => "closed before the handshake",
+            Self::Plain(_) => "plain text where TLS is spoken",
             Self::Revoked => "the device was revoked",
         }
     }
@@ -77,7 +117,53 @@ pub(crate) fn provider() -> Arc<CryptoProvider> {
 pub(crate) struct Door {
     acceptor: TlsAcceptor,
     active: Arc<Active>,
-    room: Semaphore,
+    room: Arc<Room>,
+}
+
+/// Handshakes under way. Who comes when it is full takes the place of whoever has been in it for longest: an honest client is
+/// through in a moment, so that those who only stand in the way are the ones who go.
+#[derive(Debug, Default)]
+struct Room {
+    inside: Mutex<(u64, BTreeMap<u64, CancellationToken>)>,
+}
+
+/// A place in it, given back when dropped.
+struct Place {
+    room: Arc<Room>,
+    number: u64,
+    /// Somebody else needs it.
+    given_away: CancellationToken,
+}
+
+impl Room {
+    fn enter(self: &Arc<Self>) -> Place {
+        let mut inside = self.inside.lock().unwrap_or_else(PoisonError::into_inner);
+        let (next, all) = &mut *inside;
+        *next += 1;
+        let place = Place {
+            room: self.clone(),
+            number: *next,
+            given_away: CancellationToken::new(),
+        };
+        all.insert(*next, place.given_away.clone());
+        if all.len() > AT_ONCE
+            && let Some((_, oldest)) = all.pop_first()
+        {
+            oldest.cancel();
+        }
+        place
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut inside = self
+            .room
+            .inside
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        inside.1.remove(&self.number);
+    }
 }
 
 /// What every door of this coordinator shows: made once, since the key is made with it.
@@ -126,7 +212,7 @@ impl Shown {
         Arc::new(Door {
             acceptor: TlsAcceptor::from(Arc::new(config)),
             active: self.active.clone(),
-            room: Semaphore::new(AT_ONCE),
+            room: Arc::default(),
         })
     }
 }
@@ -137,8 +223,27 @@ impl Door {
         &self,
         stream: TcpStream,
     ) -> Result<(TlsStream<TcpStream>, Option<Peer>), AcceptError> {
-        let _place = self.room.try_acquire().map_err(|_| AcceptError::Busy)?;
-        let stream = tokio::time::timeout(HANDSHAKE, self.acceptor.accept(stream))
+        let place = self.room.enter();
+        tokio::select! {
+            biased;
+            () = place.given_away.cancelled() => Err(AcceptError::Busy),
+            done = self.handshake(stream) => done,
+        }
+    }
+
+    async fn handshake(
+        &self,
+        stream: TcpStream,
+    ) -> Result<(TlsStream<TcpStream>, Option<Peer>), AcceptError> {
+        let until = Instant::now() + HANDSHAKE;
+        let mut first = [0];
+        let peeked = timeout_at(until, stream.peek(&mut first)).await;
+        match peeked.map_err(|_| AcceptError::Slow)? {
+            Ok(0) | Err(_) => return Err(AcceptError::Gone),
+            Ok(_) if first != [HANDSHAKE_RECORD] => return Err(AcceptError::Plain(stream)),
+            Ok(_) => {}
+        }
+        let stream = timeout_at(until, self.acceptor.accept(stream))
             .await
             .map_err(|_| AcceptError::Slow)?
             .map_err(|error| match error.kind() {

@@ -145,6 +145,7 @@ pub async fn start_with(mosquitto: &Mosquitto, data: &Path) -> Handle {
     config.broker.url = Some(BrokerUrl {
         host: "127.0.0.1".into(),
         port: mosquitto.address.port(),
+        tls: false,
     });
     let handle = start_as(config).await;
     ready(handle.http).await;

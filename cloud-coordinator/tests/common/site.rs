@@ -1,9 +1,9 @@
-//! A coordinator behind TLS, devices with certificates of its authority, and how they speak to it.
+//! A coordinator that speaks TLS, devices and subscribers that it knows, and how they speak to it.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::body::Body;
-use cloud_coordinator::{Coordinator, Handle};
+use cloud_coordinator::{Config, Coordinator, Handle};
 use hyper::{Request, client::conn::http1::SendRequest};
 use hyper_util::rt::TokioIo;
 use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair};
@@ -32,6 +32,8 @@ pub struct Badge {
     pub name: &'static str,
     pub key: KeyPair,
     pub chain: Vec<CertificateDer<'static>>,
+    /// Where the broker is, as it was told.
+    pub mqtt: Value,
 }
 
 pub fn csr(key: &KeyPair, name: &str) -> String {
@@ -54,11 +56,17 @@ impl Site {
 
     /// One whose certificates live for so many seconds.
     pub async fn living(life_s: u64) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::start_with(tempfile::tempdir().unwrap(), |config| {
+            config.tls.device_s = life_s;
+            config.broker.publish_rate = 200;
+        })
+        .await
+    }
+
+    pub async fn start_with(dir: tempfile::TempDir, change: impl FnOnce(&mut Config)) -> Self {
         let mut config = super::config(dir.path());
         config.tls.enabled = true;
-        config.tls.device_s = life_s;
-        config.broker.publish_rate = 200;
+        change(&mut config);
         let handle = Coordinator::start(config).await.unwrap();
         let said = std::fs::read_to_string(dir.path().join("addresses.json")).unwrap();
         let said: Value = serde_json::from_str(&said).unwrap();
@@ -147,18 +155,24 @@ impl Site {
     }
 
     pub async fn enrol(&self, device: &'static str) -> Badge {
-        let token = self.token(json!({"device": device})).await;
-        let key = KeyPair::generate().unwrap();
-        let (status, said) = self
-            .show(&token, device, &csr(&key, &format!("demo/{device}")))
-            .await;
-        assert_eq!(status, 200, "{said}");
+        let badge = self.enrol_at("demo", device).await;
         let expected = format!("127.0.0.1:{}", self.mqtt().port());
-        assert_eq!(said["mqtt"], expected);
+        assert_eq!(badge.mqtt, expected);
+        badge
+    }
+
+    pub async fn enrol_at(&self, at: &str, device: &'static str) -> Badge {
+        let token = self.token(json!({"site": at, "device": device})).await;
+        let key = KeyPair::generate().unwrap();
+        let csr = csr(&key, &format!("{at}/{device}"));
+        let asked = json!({"token": token, "site": at, "device": device, "csr": csr});
+        let (status, said) = self.ask("POST /api/v1/enrol", Some(asked)).await;
+        assert_eq!(status, 200, "{said}");
         Badge {
             name: device,
             key,
             chain: chain(said["certificate"].as_str().unwrap()),
+            mqtt: said["mqtt"].clone(),
         }
     }
 

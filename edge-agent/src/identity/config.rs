@@ -117,29 +117,47 @@ pub(crate) fn settle(config: &mut Config, named: Named, mistakes: &mut Vec<Strin
 fn without(config: &Config, mistakes: &mut Vec<String>) {
     let is_https = |url: &Option<String>| url.as_ref().is_some_and(|u| u.starts_with("https://"));
     for (field, is_tls) in [
-        ("broker.url", config.broker.is_tls()),
+        (
+            "broker.url",
+            config.broker.is_tls() && !config.broker.is_enough(),
+        ),
         ("samples.coordinator", is_https(&config.samples.coordinator)),
         ("update.coordinator", is_https(&config.update.coordinator)),
     ] {
         if is_tls {
+            let or = match field {
+                "broker.url" => "; or broker.ca, broker.user and broker.password_file",
+                _ => "",
+            };
             mistakes.push(format!(
-                "{field}: needs the device to have an identity: set coordinator.token"
+                "{field}: needs the device to have an identity: set coordinator.token{or}"
             ));
         }
     }
+    let broker = &config.broker;
+    if broker.user.is_some() && !broker.is_tls() && !is_itself(&broker.url) {
+        mistakes.push(format!(
+            "broker.user: a password can be read on the way to {:?}: use mqtts://",
+            broker.url
+        ));
+    }
 }
 
-/// A device with an identity speaks in the clear only with itself.
-fn plain(mistakes: &mut Vec<String>, field: &str, url: &str, scheme: &str) {
+/// Is the address one of this device itself?
+fn is_itself(url: &str) -> bool {
     let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
     let host = rest.trim_end_matches('/');
     let host = host.rsplit_once(':').map_or(host, |(host, _)| host);
     let bare = host.trim_start_matches('[').trim_end_matches(']');
-    let is_itself = bare == "localhost"
+    bare == "localhost"
         || bare
             .parse::<IpAddr>()
-            .is_ok_and(|address| address.is_loopback());
-    if !is_itself {
+            .is_ok_and(|address| address.is_loopback())
+}
+
+/// A device with an identity speaks in the clear only with itself.
+fn plain(mistakes: &mut Vec<String>, field: &str, url: &str, scheme: &str) {
+    if !is_itself(url) {
         mistakes.push(format!(
             "{field}: {url:?} is not encrypted, and the device has an identity ([coordinator]): use {scheme}, or leave it out"
         ));

@@ -1,10 +1,11 @@
 //! What the device's connections are made with.
 
-use std::{error::Error, io, sync::Arc};
+use std::{error::Error, sync::Arc};
 
 use rustls::{
     AlertDescription, ClientConfig, RootCertStore,
     client::{Resumption, danger::ServerCertVerifier},
+    time_provider::{DefaultTimeProvider, TimeProvider},
 };
 use tokio::sync::{Notify, watch};
 
@@ -14,6 +15,7 @@ use super::{
     error::IdentityError,
     time::TrustedTime,
 };
+use crate::trouble::inside;
 
 /// The broker's port where its address names none.
 pub(crate) const MQTTS_PORT: u16 = 8883;
@@ -23,6 +25,8 @@ pub(crate) const MQTTS_PORT: u16 = 8883;
 pub struct Material {
     /// For TLS: the authority as the only root, and the device's certificate.
     pub(crate) config: Arc<ClientConfig>,
+    /// The authority alone.
+    roots: Arc<RootCertStore>,
     /// The coordinator's broker, as it says itself: `host:port`.
     pub mqtt: Option<String>,
     /// Until when the certificate is good: milliseconds since the Unix epoch.
@@ -78,6 +82,49 @@ impl Tls {
         }
     }
 
+    /// For the next connection to the broker: `ca` signed its certificate, if it was not the coordinator's authority, and the
+    /// device shows its own certificate unless it comes `with_password`.
+    ///
+    /// # Errors
+    /// In words, if there is nothing to connect with.
+    pub(crate) fn to_broker(
+        &self,
+        ca: Option<Arc<RootCertStore>>,
+        with_password: bool,
+    ) -> Result<Arc<ClientConfig>, String> {
+        let material = self.material();
+        if ca.is_none() && !with_password {
+            return Ok(self.config()?);
+        }
+        let time: Arc<dyn TimeProvider> = match &material {
+            Some(material) => Arc::clone(&material.time) as _,
+            None => Arc::new(DefaultTimeProvider),
+        };
+        let own = material.as_ref().map(|material| &material.config);
+        let Some(roots) = ca.or_else(|| material.as_ref().map(|m| Arc::clone(&m.roots))) else {
+            return Err(self.config().err().unwrap_or("nobody is trusted").into());
+        };
+        let builder = ClientConfig::builder_with_details(provider(), time)
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(|error| error.to_string())?
+            .with_root_certificates(roots);
+        let mut config = match own {
+            _ if with_password => builder.with_no_client_auth(),
+            Some(own) => {
+                builder.with_client_cert_resolver(Arc::clone(&own.client_auth_cert_resolver))
+            }
+            None => {
+                return Err(self
+                    .config()
+                    .err()
+                    .unwrap_or("there is no certificate")
+                    .into());
+            }
+        };
+        config.resumption = Resumption::disabled();
+        Ok(Arc::new(config))
+    }
+
     /// What there is now is about to be used: it is no news any more.
     pub(crate) fn seen(&mut self) {
         self.material.mark_unchanged();
@@ -117,12 +164,13 @@ pub(super) fn material(
     });
     let mut config = ClientConfig::builder_with_details(provider(), Arc::clone(time) as _)
         .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_root_certificates(roots)
+        .with_root_certificates(Arc::clone(&roots))
         .with_client_auth_cert(vec![stored.chain.leaf.clone()], key.private())?;
     // A resumed session would go on under the old certificate.
     config.resumption = Resumption::disabled();
     Ok(Material {
         config: Arc::new(config),
+        roots,
         mqtt: stored.notes.mqtt.clone(),
         not_after_ms: stored.validity.not_after_ms,
         time: Arc::clone(time),
@@ -147,20 +195,7 @@ pub(super) fn contact(
 
 /// Did a connection fail because of a certificate, this side's or the other's?
 pub(crate) fn is_about_certificates(error: &(dyn Error + 'static)) -> bool {
-    let mut next = Some(error);
-    while let Some(error) = next {
-        if let Some(error) = error.downcast_ref::<rustls::Error>() {
-            return of_certificates(error);
-        }
-        next = match error
-            .downcast_ref::<io::Error>()
-            .and_then(io::Error::get_ref)
-        {
-            Some(inner) => Some(inner as &(dyn Error + 'static)),
-            None => error.source(),
-        };
-    }
-    false
+    inside(error).is_some_and(of_certificates)
 }
 
 const fn of_certificates(error: &rustls::Error) -> bool {
@@ -186,6 +221,8 @@ const fn of_certificates(error: &rustls::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use super::*;
 
     #[test]

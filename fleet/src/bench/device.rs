@@ -157,6 +157,8 @@ fn plan(root: &Path, bundle: Option<PathBuf>) -> anyhow::Result<Plan> {
         bail!("mosquitto is not installed; both devices report to one");
     }
     plan.broker = Broker::Mosquitto;
+    // As the peer does: plain text on loopback.
+    plan.tls = false;
     Ok(plan)
 }
 

@@ -19,9 +19,9 @@ use crate::{
 };
 
 /// Devices that report at once.
-const DEVICES: u64 = 4;
+pub(super) const DEVICES: u64 = 4;
 /// Readings of each per round.
-const EACH: u64 = 10_000;
+pub(super) const EACH: u64 = 10_000;
 /// Rounds before the first that counts: they fill the coordinator's page cache, which is bounded.
 const WARM: u64 = 5;
 /// Readings of one device without an acknowledgement: what an agent's own pace allows in a burst.
@@ -48,14 +48,15 @@ pub(crate) async fn run(args: &BenchArgs, results: &mut Results) -> anyhow::Resu
     let (mut rates, mut peer_rates, mut delays, mut memory) =
         (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for round in 0..WARM {
-        tokio::time::timeout(BOUND, load(site.mqtt(), round, true))
+        tokio::time::timeout(BOUND, load(&senders(site.mqtt()), round, true))
             .await
             .context("the load")??;
     }
     let warm = usage(pid)?.rss as f64;
     for round in WARM..WARM + u64::from(args.rounds) {
         let before = usage(pid)?.cpu_s;
-        let load = load(site.mqtt(), round, true);
+        let devices = senders(site.mqtt());
+        let load = load(&devices, round, true);
         delays.extend(
             tokio::time::timeout(BOUND, load)
                 .await
@@ -145,7 +146,7 @@ async fn peer_round(dir: &Path, round: u64) -> anyhow::Result<(f64, f64)> {
     anyhow::ensure!(ready == "ready", "the peer said {ready:?}");
     let broker_pid = broker.pid().context("mosquitto")?;
     let (broker_before, peer_before) = (usage(broker_pid)?, usage(peer.pid())?);
-    tokio::time::timeout(BOUND, load(address, round, false))
+    tokio::time::timeout(BOUND, load(&senders(address), round, false))
         .await
         .context("the load")??;
     let said = tokio::time::timeout(BOUND, peer.says()).await??;
@@ -158,12 +159,40 @@ async fn peer_round(dir: &Path, round: u64) -> anyhow::Result<(f64, f64)> {
     Ok((total as f64 / cpu, rss))
 }
 
+/// One device that reports.
+#[derive(Clone)]
+pub(super) struct Sender {
+    pub(super) site: String,
+    pub(super) device: String,
+    /// How it comes in.
+    pub(super) options: MqttOptions,
+}
+
+/// All of them in the clear, where everybody is believed.
+fn senders(mqtt: SocketAddr) -> Vec<Sender> {
+    let sender = |n: u64| {
+        let (site, device) = ("bench".to_owned(), format!("d{n}"));
+        let id = format!("{site}/{device}");
+        let options = MqttOptions::new(id, (mqtt.ip().to_string(), mqtt.port()));
+        Sender {
+            site,
+            device,
+            options,
+        }
+    };
+    (1..=DEVICES).map(sender).collect()
+}
+
 /// Lets all devices report at once, each in an epoch of its own per round. Says how long each
 /// acknowledgement took, where there are any.
-async fn load(mqtt: SocketAddr, round: u64, acknowledged: bool) -> anyhow::Result<Vec<Duration>> {
+pub(super) async fn load(
+    senders: &[Sender],
+    round: u64,
+    acknowledged: bool,
+) -> anyhow::Result<Vec<Duration>> {
     let mut devices = JoinSet::new();
-    for n in 1..=DEVICES {
-        devices.spawn(report(mqtt, n, round + 1, acknowledged));
+    for sender in senders {
+        devices.spawn(report(sender.clone(), round + 1, acknowledged));
     }
     let mut delays = Vec::new();
     while let Some(device) = devices.join_next().await {
@@ -173,22 +202,17 @@ async fn load(mqtt: SocketAddr, round: u64, acknowledged: bool) -> anyhow::Resul
 }
 
 /// One device: sends as long as not too much is unanswered, by the coordinator or else by the broker.
-async fn report(
-    mqtt: SocketAddr,
-    device: u64,
-    epoch: u64,
-    acknowledged: bool,
-) -> anyhow::Result<Vec<Duration>> {
-    let name = format!("d{device}");
-    let mut options = MqttOptions::new(
-        format!("bench/{name}"),
-        (mqtt.ip().to_string(), mqtt.port()),
-    );
+async fn report(sender: Sender, epoch: u64, acknowledged: bool) -> anyhow::Result<Vec<Duration>> {
+    let Sender {
+        site,
+        device: name,
+        mut options,
+    } = sender;
     options
         .set_inflight(100)
         .set_max_packet_size(1 << 16, 1 << 16);
     let (client, mut events) = AsyncClient::builder(options).capacity(64).build();
-    let topic = format!("lacewing/v1/bench/{name}/cam0/result");
+    let topic = format!("lacewing/v1/{site}/{name}/cam0/result");
     let (mut next, mut queued, mut answered, mut ready) = (1, 0, 0, false);
     let mut sent: Vec<Instant> = Vec::new();
     let mut delays = Vec::new();
@@ -209,7 +233,7 @@ async fn report(
         match events.poll().await.context("the load's connection")? {
             Event::Incoming(Packet::ConnAck(_)) => {
                 client
-                    .try_subscribe(format!("lacewing/v1/bench/{name}/+/ack"), QoS::AtLeastOnce)?;
+                    .try_subscribe(format!("lacewing/v1/{site}/{name}/+/ack"), QoS::AtLeastOnce)?;
             }
             Event::Incoming(Packet::SubAck(_)) => ready = true,
             Event::Incoming(Packet::PubAck(_)) => {
@@ -232,7 +256,7 @@ async fn report(
     Ok(delays)
 }
 
-fn reading(device: &str, epoch: u64, seq: u64) -> anyhow::Result<Vec<u8>> {
+pub(super) fn reading(device: &str, epoch: u64, seq: u64) -> anyhow::Result<Vec<u8>> {
     let reading = Reading {
         v: mesh_core::VERSION,
         device: device.parse()?,

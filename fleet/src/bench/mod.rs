@@ -3,6 +3,7 @@
 mod deliver;
 mod device;
 mod figures;
+mod hostile;
 mod image;
 mod ingest;
 mod kill;
@@ -10,6 +11,7 @@ mod outbox;
 mod peer;
 mod rollout;
 mod swarm;
+mod tls;
 mod update_kill;
 mod weights;
 mod wire;
@@ -23,7 +25,7 @@ pub(crate) use deliver::{DELTA_APPLY, delta_apply};
 pub(crate) use outbox::{OUTBOX_LOAD, outbox_load};
 
 /// Each benchmark and what it is about.
-const ALL: [(&str, &str); 8] = [
+const ALL: [(&str, &str); 10] = [
     (
         "outbox",
         "durable commits, space and start of the outbox, against SQLite in WAL mode",
@@ -36,6 +38,14 @@ const ALL: [(&str, &str); 8] = [
     (
         "ingest",
         "durable readings per CPU second, against mosquitto + paho-mqtt + SQLite",
+    ),
+    (
+        "tls",
+        "what encryption and identities cost, from the device to the acknowledgement, against plain text",
+    ),
+    (
+        "hostile",
+        "what honest devices and clients wait while each abuse goes on, against how long without",
     ),
     (
         "kill",
@@ -73,6 +83,8 @@ pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<bool> {
         "device" => device::run(args, &mut results).await?,
         "image" => image::run(args, &mut results).await?,
         "ingest" => ingest::run(args, &mut results).await?,
+        "tls" => tls::run(args, &mut results).await?,
+        "hostile" => hostile::run(args, &mut results).await?,
         "kill" => kill::run(args, &mut results).await?,
         "deliver" => deliver::run(args, &mut results).await?,
         "rollout" => rollout::run(args, &mut results).await?,

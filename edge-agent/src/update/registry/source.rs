@@ -57,7 +57,7 @@ pub struct Http {
 }
 
 impl Http {
-    /// The registry at an address such as `http://host:8080/api/v1/tuf`.
+    /// The registry at an address such as `https://host:8443/api/v1/tuf`.
     #[must_use]
     pub fn new(base: &str) -> Self {
         Self::patient(base, [CONNECT, ANSWER, EXCHANGE])

@@ -6,19 +6,28 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+/// A single address gets all connections but one in so many: generous, since a large site behind one router shares an
+/// address, and yet it can shut nobody else out.
+const KEPT_FROM_ONE_ADDRESS: usize = 4;
+
+/// How many of so many connections may come from one address.
+pub(crate) const fn share_of_one_address(connections: usize) -> usize {
+    connections - connections / KEPT_FROM_ONE_ADDRESS
+}
+
 /// Counts what is there, by key, up to a bound for each.
 #[derive(Debug)]
-pub(super) struct Crowd<K> {
+pub(crate) struct Crowd<K> {
     counts: Mutex<HashMap<K, usize>>,
     most: usize,
 }
 
 /// One place; given back when dropped.
 #[derive(Debug)]
-pub(super) struct Place<K: Hash + Eq>(Arc<Crowd<K>>, K);
+pub(crate) struct Place<K: Hash + Eq>(Arc<Crowd<K>>, K);
 
 impl<K: Hash + Eq + Clone> Crowd<K> {
-    pub(super) fn new(most: usize) -> Arc<Self> {
+    pub(crate) fn new(most: usize) -> Arc<Self> {
         Arc::new(Self {
             counts: Mutex::default(),
             most,
@@ -26,7 +35,7 @@ impl<K: Hash + Eq + Clone> Crowd<K> {
     }
 
     /// A place, if there is one left for this key.
-    pub(super) fn enter(self: &Arc<Self>, key: K) -> Option<Place<K>> {
+    pub(crate) fn enter(self: &Arc<Self>, key: K) -> Option<Place<K>> {
         let mut counts = self.counts();
         let count = counts.entry(key.clone()).or_default();
         if *count >= self.most {
