@@ -2,7 +2,7 @@
 //!
 //! | who | publishes | last will | subscribes to |
 //! |---|---|---|---|
-//! | device `S/D` | `lacewing/v1/S/D/<source>/<kind>`, with a source that is a name and a kind that is a device's | `lacewing/v1/S/D/_/status` | whatever begins with `lacewing/v1/S/D/` |
+//! | device `S/D` | `lacewing/v1/S/D/<source>/<kind>`, with a source that is a name and a kind that is a device's | `lacewing/v1/S/D/_/status` | whatever begins with `lacewing/v1/S/D/`; `lacewing/v1/S/_/_/roster` |
 //! | subscriber for some sites | nothing | none | whatever begins with `lacewing/v1/<one of its sites>/` |
 //! | subscriber for all sites | nothing | none | whatever has `lacewing` or `homeassistant` as its first level |
 //!
@@ -52,7 +52,10 @@ impl Role {
         }
         let mut levels = filter.split('/');
         match self {
-            Self::Device { site, device } => filter.starts_with(&Topic::prefix(site, device)),
+            Self::Device { site, device } => {
+                filter.starts_with(&Topic::prefix(site, device))
+                    || filter == Topic::of_site(site, Kind::Roster).to_string()
+            }
             Self::Viewer { sites: Sites::All } => levels
                 .next()
                 .is_some_and(|root| VIEWER_ROOTS.contains(&root)),

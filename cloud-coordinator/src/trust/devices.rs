@@ -15,6 +15,7 @@ use super::{
     csr::{Csr, Fingerprint},
     enrol::{self, Case, Known, Outcome, Refusal, State, Token},
     principal::PeerDevice,
+    roster::Rosters,
 };
 use crate::records::{RecordError, Records, commit};
 
@@ -78,6 +79,7 @@ pub(crate) struct Devices {
     /// Of a certificate.
     life: Duration,
     most: usize,
+    pub(crate) rosters: Arc<Rosters>,
 }
 
 fn named(site: &str, device: &str) -> Option<PeerDevice> {
@@ -122,13 +124,14 @@ async fn known(
 
 async fn certified(
     tx: &mut Transaction<'_, Sqlite>,
-    key: &Fingerprint,
+    csr: &Csr,
     issued: &Issued,
 ) -> Result<(), RecordError> {
-    sqlx::query("UPDATE identities SET serial = ?, not_after_ms = ? WHERE key = ?")
+    sqlx::query("UPDATE identities SET serial = ?, not_after_ms = ?, peer = ? WHERE key = ?")
         .bind(&issued.serial)
         .bind(issued.not_after_ms)
-        .bind(&key[..])
+        .bind(csr.peer.as_ref().map(|peer| &peer.0[..]))
+        .bind(&csr.fingerprint[..])
         .execute(&mut **tx)
         .await
         .map_err(RecordError::sql("note a certificate"))?;
@@ -156,6 +159,7 @@ impl Devices {
             }
         }
         Ok(Self {
+            rosters: Arc::new(Rosters::new(records.clone(), authority.clone(), life)),
             records,
             authority,
             active: Arc::new(active),
@@ -243,8 +247,9 @@ impl Devices {
         let issued = self
             .authority
             .issue(csr, (site, device), self.life, now_ms)?;
-        certified(&mut tx, &csr.fingerprint, &issued).await?;
+        certified(&mut tx, csr, &issued).await?;
         commit(tx).await?;
+        self.rosters.changed();
         let device = PeerDevice {
             site: site.clone(),
             device: device.clone(),
@@ -270,8 +275,9 @@ impl Devices {
             .map_err(Refusal::from)?;
         let whom = (&device.site, &device.device);
         let issued = self.authority.issue(csr, whom, self.life, now_ms)?;
-        certified(&mut tx, &csr.fingerprint, &issued).await?;
+        certified(&mut tx, csr, &issued).await?;
         commit(tx).await?;
+        self.rosters.changed();
         Ok((device, issued))
     }
 
@@ -285,6 +291,7 @@ impl Devices {
         }
         Self::becomes(&mut tx, &key, State::Active).await?;
         commit(tx).await?;
+        self.rosters.changed();
         let device = PeerDevice {
             site: site.clone(),
             device: device.clone(),
@@ -300,6 +307,7 @@ impl Devices {
         let (key, _) = Self::standing(&mut tx, site, device).await?;
         Self::becomes(&mut tx, &key, State::Revoked).await?;
         commit(tx).await?;
+        self.rosters.changed();
         self.active.cut(&key);
         Ok(())
     }

@@ -20,6 +20,7 @@ mod files;
 pub(crate) mod identity;
 mod passwords;
 mod principal;
+mod roster;
 mod sessions;
 mod setup;
 pub(crate) mod subscribers;
@@ -37,6 +38,7 @@ use std::{
 pub(crate) use authority::Issued;
 pub(crate) use identity::Identity;
 pub(crate) use principal::{PeerDevice, Principal, Role};
+pub(crate) use roster::Rosters;
 pub(crate) use sessions::{SESSION_MS, Shown, Who};
 pub(crate) use tokens::{GrantRow, NewToken};
 pub(crate) use users::{Change, NewUser, UserRow};
