@@ -7,6 +7,7 @@ use mesh_core::{neighbours::Neighbours, roster::Peer};
 use serde::{Deserialize, Serialize};
 
 use super::{local::Question, roster::Rosters};
+use crate::counters::Counters;
 
 /// What the node knows.
 pub(super) struct Facts<'a> {
@@ -17,6 +18,7 @@ pub(super) struct Facts<'a> {
     pub(super) failures: &'a BTreeMap<Peer, String>,
     pub(super) links: BTreeSet<Peer>,
     pub(super) now_ms: u64,
+    pub(super) counters: &'a Counters,
     pub(super) addresses: &'a dyn Fn(&Peer) -> Vec<Multiaddr>,
 }
 
@@ -29,6 +31,10 @@ pub struct Status {
     pub listening: Vec<String>,
     /// The newest roster: its version, how many are on it, and until when it holds (seconds since 1970).
     pub roster: Option<RosterStatus>,
+    /// Handshakes with somebody who is not on the roster.
+    pub strangers: u64,
+    /// What came from neighbours and was not signed by whom it names.
+    pub forgeries: u64,
     /// All that it has heard of.
     pub neighbours: Vec<NeighbourStatus>,
 }
@@ -113,6 +119,8 @@ fn status(facts: &Facts<'_>) -> Status {
             until: accepted.roster.exp,
             holds,
         }),
+        strangers: facts.counters.strangers.get(),
+        forgeries: facts.counters.forgeries.get(),
         neighbours,
     }
 }
@@ -279,6 +287,10 @@ pub(super) fn shown(status: &Status) -> String {
     }
     let here = status.neighbours.iter().filter(|n| n.here).count();
     let _ = writeln!(text, "{here} neighbours are there");
+    if status.strangers + status.forgeries > 0 {
+        let (strangers, forgeries) = (status.strangers, status.forgeries);
+        let _ = writeln!(text, "turned away: {strangers} strangers, {forgeries} forgeries");
+    }
     for n in &status.neighbours {
         let state = match (n.here, n.linked) {
             (true, true) => "there, linked",

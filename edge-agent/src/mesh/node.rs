@@ -663,6 +663,7 @@ impl Node {
                 failures: &self.failures,
                 links: self.links.keys().copied().collect(),
                 now_ms: self.clock.now_ms(),
+                counters: &self.counters,
                 addresses: &|peer| self.addresses_of(peer),
             },
         );
