@@ -217,3 +217,7 @@ fn digest(members: &[Member]) -> [u8; 32] {
         .collect();
     super::csr::fingerprint(text.as_bytes())
 }
+
+#[cfg(test)]
+#[path = "roster_tests.rs"]
+mod tests;
