@@ -16,7 +16,7 @@ use rumqttc::{AsyncClient, Event, MqttOptions, Packet, QoS};
 use tokio::{sync::oneshot, task::JoinHandle};
 
 /// The schema of each kind of message that is sent so far.
-const SCHEMAS: [(Kind, &str); 13] = [
+const SCHEMAS: [(Kind, &str); 14] = [
     (
         Kind::Status,
         include_str!("../mesh-core/schemas/status.json"),
@@ -40,6 +40,10 @@ const SCHEMAS: [(Kind, &str); 13] = [
     (Kind::Ack, include_str!("../mesh-core/schemas/ack.json")),
     (Kind::Mark, include_str!("../mesh-core/schemas/mark.json")),
     (Kind::Drift, include_str!("../mesh-core/schemas/drift.json")),
+    (
+        Kind::Roster,
+        include_str!("../mesh-core/schemas/roster.json"),
+    ),
     (
         Kind::Desired,
         include_str!("../mesh-core/schemas/desired.json"),
@@ -167,7 +171,7 @@ fn check(
     *tapped.counts.entry(topic.kind.as_str()).or_default() += 1;
     let schema = schemas.iter().find(|(kind, _)| *kind == topic.kind);
     let (_, schema) = schema.ok_or("nobody sends this kind yet")?;
-    let message = if topic.kind == Kind::Status {
+    let message = if matches!(topic.kind, Kind::Status | Kind::Roster) {
         String::from_utf8_lossy(payload).into()
     } else {
         serde_json::from_slice(payload).map_err(|e| e.to_string())?

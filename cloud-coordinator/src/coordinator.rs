@@ -35,7 +35,7 @@ use crate::{
     samples::Samples,
     store::{self, Limits, Store},
     train::{self, Catalog, Jobs, Settings, Work},
-    trust::{Door, Identity, Trust},
+    trust::{Door, Identity, Rosters, Trust},
 };
 
 /// How long parts may take to end before they are dropped: a commit on a slow disk.
@@ -288,8 +288,11 @@ impl Coordinator {
             registry.clone(),
             acks,
             connected,
+            identity.devices.rosters.clone(),
             stop.clone(),
         ));
+        let rosters = identity.devices.rosters.clone();
+        tasks.spawn(rosters.run(link.clone(), stop.clone()));
         let limits = Limits {
             max_age_ms: (config.retention.max_age_days * 86_400_000.0) as i64,
             max_bytes: config.retention.max_bytes,
@@ -427,12 +430,13 @@ impl Handle {
     }
 }
 
-/// Whenever a broker is there (again), tells every recent device what is stored.
+/// Whenever a broker is there (again), tells every recent device what is stored, and each site who belongs to it.
 async fn announce(
     store: Arc<Store>,
     registry: Arc<Registry>,
     acks: Arc<Acks>,
     connected: Arc<Notify>,
+    rosters: Arc<Rosters>,
     stop: CancellationToken,
 ) {
     loop {
@@ -440,6 +444,7 @@ async fn announce(
             () = stop.cancelled() => return,
             () = connected.notified() => {}
         }
+        rosters.tell_again();
         match ingest::announce(&store, &registry, &acks).await {
             Ok(devices) => tracing::debug!(devices, "told devices what is stored"),
             Err(error) => tracing::warn!(%error, "cannot tell devices what is stored"),

@@ -24,6 +24,7 @@ use crate::{
     config::Config,
     counters::Counters,
     identity::{self, IdentityError, Keeper, Tls},
+    mesh::{Mesh, Own},
     outbox::{Opened, Options, Outbox, OutboxError},
     pipeline::{Drifts, Pipeline},
     samples::{
@@ -95,6 +96,8 @@ pub struct AgentHandle {
     settings_stop: CancellationToken,
     /// What keeps the device's certificate, if it has one or is to get one.
     identity: Option<tokio::task::JoinHandle<()>>,
+    /// What knows the neighbours, if the device has any.
+    mesh: Option<Mesh>,
     again: CancellationToken,
 }
 
@@ -152,6 +155,12 @@ impl Agent {
         })?;
         let keeper = Keeper::open(&config, clock.clone())?;
         let tls = keeper.as_ref().map_or_else(Tls::none, Keeper::tls);
+        // Neighbours know each other by their keys: a device without one has none.
+        let credentials = keeper.as_ref().filter(|_| config.mesh.enabled);
+        let credentials = credentials.map(Keeper::credentials);
+        let rosters = credentials
+            .as_ref()
+            .map(|credentials| Mesh::rosters(&config, &tls, credentials));
         let mut broken = Vec::new();
         let (board, mut triggers) = Board::start(&config.board).unwrap_or_else(|error| {
             tracing::error!("{error}; the device goes on without its pins");
@@ -188,7 +197,7 @@ impl Agent {
         let again = CancellationToken::new();
         let settings_ends = settings::Ends {
             desired: ends.desired.subscribe(),
-            connected,
+            connected: connected.clone(),
             works,
             reported: answer,
             again: again.clone(),
@@ -225,6 +234,17 @@ impl Agent {
             broken,
             wall: clock.clone(),
         };
+        let own = Own {
+            engines: ends.engines.clone(),
+            uplink: connected,
+        };
+        let mesh = credentials
+            .zip(rosters.clone())
+            .and_then(|(credentials, rosters)| {
+                Mesh::start(&config, &credentials, rosters, own, counters.clone())
+                    .map_err(|why| tracing::error!("the device has no neighbours: {why}"))
+                    .ok()
+            });
         let lanes = config
             .source
             .iter()
@@ -296,6 +316,7 @@ impl Agent {
             settings: answered,
             erased,
             tls,
+            rosters,
             connected: link,
             marks: mark,
             board,
@@ -324,6 +345,7 @@ impl Agent {
             settings,
             settings_stop,
             identity,
+            mesh,
             again,
         })
     }
@@ -344,6 +366,8 @@ impl AgentHandle {
         }
         let mut threads = self.cameras.stop().await;
         threads.push(self.pipeline);
+        // Neighbours hear it from the device itself before they miss it.
+        threads.extend(self.mesh.map(Mesh::stop));
         join(threads).await;
         self.updates.stop().await;
         self.stop.cancel();

@@ -12,7 +12,7 @@ use crate::{
     capture::scene::{Drift, SceneConfig, draw},
     clock::WallClock,
     config::{Config, Layers, TOKEN},
-    doctor, identity,
+    doctor, identity, mesh,
     settings::Home,
     update,
 };
@@ -67,6 +67,9 @@ enum Command {
     /// Work with the device's models.
     #[command(subcommand)]
     Model(ModelCommand),
+    /// Ask the running agent about the other devices of its site.
+    #[command(subcommand)]
+    Mesh(MeshCommand),
     /// Draw pictures of the synthetic camera into a folder, one subfolder per label.
     Scene(SceneArgs),
     /// Try a model and print what was found: how a running agent tries one that it does not know.
@@ -88,6 +91,27 @@ enum ModelCommand {
     /// Say which model runs, which one the device would go back to, and which ones are bad and why. Can be asked at any
     /// time: it only looks at what the agent has written down.
     Status(Configured),
+}
+
+#[derive(Debug, Subcommand)]
+enum MeshCommand {
+    /// Say who is there: load, memory, models, who reaches the coordinator.
+    Status {
+        #[command(flatten)]
+        configured: Configured,
+        /// One JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Find out why this device does not see another one: clock, roster, name, presence, address, link.
+    ///
+    /// Example: edge-agent mesh doctor gate-2 --config base.toml --config site.toml
+    Doctor {
+        /// The other device's name.
+        peer: String,
+        #[command(flatten)]
+        configured: Configured,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -187,6 +211,21 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Model(ModelCommand::Status(configured)) => {
             print!("{}", update::status(&configured.load()?));
             Ok(ExitCode::SUCCESS)
+        }
+        Command::Mesh(MeshCommand::Status { configured, json }) => {
+            let said = mesh::status(&configured.load()?.data, json);
+            print!("{}", said.map_err(anyhow::Error::msg)?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Mesh(MeshCommand::Doctor { peer, configured }) => {
+            let said = mesh::examine(&configured.load()?.data, &peer);
+            let (text, is_well) = said.map_err(anyhow::Error::msg)?;
+            print!("{text}");
+            Ok(if is_well {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            })
         }
         Command::Scene(args) => scene(&args),
         Command::TryModel { dir } => {

@@ -19,6 +19,7 @@ use crate::{
     capture::SourceConfig,
     drift::DriftConfig,
     identity::{self, CoordinatorConfig, IdentityConfig, Named},
+    mesh::MeshConfig,
     samples::SamplesConfig,
     update::UpdateConfig,
 };
@@ -69,6 +70,8 @@ pub struct Config {
     pub drift: DriftConfig,
     /// Models that come from the coordinator.
     pub update: UpdateConfig,
+    /// The other devices of the site.
+    pub mesh: MeshConfig,
 }
 
 /// The broker's address and how to keep in touch with it.
@@ -138,6 +141,7 @@ impl Default for Config {
             samples: SamplesConfig::default(),
             drift: DriftConfig::default(),
             update: UpdateConfig::default(),
+            mesh: MeshConfig::default(),
         }
     }
 }
@@ -338,6 +342,9 @@ impl Config {
             for (field, what) in source.mistakes() {
                 must(false, &format!("source[{at}].{field}"), &what);
             }
+        }
+        for (field, what) in self.mesh.mistakes() {
+            must(false, &format!("mesh.{field}"), &what);
         }
         for (field, what) in self.samples.mistakes() {
             must(false, &format!("samples.{field}"), &what);

@@ -47,8 +47,8 @@ pub(crate) enum News {
 const QUEUE: usize = 32;
 /// Messages written but not yet taken by the broker.
 const IN_FLIGHT: u16 = 64;
-/// The coordinator's messages are small; larger ones are not for us.
-const MAX_INCOMING: usize = 64 * 1024;
+/// The coordinator's messages are small, but for the roster of a large site; larger ones are not for us.
+const MAX_INCOMING: usize = mesh_core::roster::MAX_ROSTER_BYTES + 1024;
 /// A replay batch and its topic.
 const MAX_OUTGOING: usize = 512 * 1024;
 /// A broker that does not answer within this is as good as none.

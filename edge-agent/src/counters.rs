@@ -58,6 +58,14 @@ pub struct Numbers {
     pub reconnects: Counter,
     /// Messages from the broker that could not be used.
     pub refused: Counter,
+    /// Devices of the site that are there, this one left out.
+    pub neighbours: Counter,
+    /// Neighbours with which there is a link.
+    pub links: Counter,
+    /// Handshakes with somebody who is not on the roster.
+    pub strangers: Counter,
+    /// What came from neighbours and was not signed by whom it names.
+    pub forgeries: Counter,
     /// Readings that wait for the coordinator's acknowledgement.
     pub backlog: Counter,
     /// Bytes that the outbox takes on disk.

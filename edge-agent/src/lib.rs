@@ -18,6 +18,7 @@ pub mod drift;
 pub mod gate;
 mod http;
 pub mod identity;
+pub mod mesh;
 pub mod outbox;
 mod pipeline;
 pub mod samples;

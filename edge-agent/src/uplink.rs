@@ -27,6 +27,7 @@ use crate::{
     counters::{Counter, Counters, resident_bytes},
     dice,
     identity::Tls,
+    mesh::Rosters,
     outbox::GapRecord,
     pipeline::Drifts,
     samples::desk::Marked,
@@ -87,6 +88,7 @@ pub(crate) struct Uplink {
     erased: watch::Receiver<Option<u64>>,
     reported_said: Option<Reported>,
     /// Whether the broker is there, for whoever wants to know.
+    rosters: Option<Rosters>,
     connected: watch::Sender<bool>,
     /// What was last said of the model and of the state.
     said: (Option<ModelInfo>, State),
@@ -139,6 +141,7 @@ pub(crate) struct Start {
     /// What the connection is made with.
     pub(crate) tls: Tls,
     /// Is the broker there?
+    pub(crate) rosters: Option<Rosters>,
     pub(crate) connected: watch::Sender<bool>,
     /// Where marks go.
     pub(crate) marks: std::sync::mpsc::SyncSender<Marked>,
@@ -166,6 +169,7 @@ impl Uplink {
             settings,
             erased,
             tls,
+            rosters,
             connected,
             marks,
             board,
@@ -188,6 +192,7 @@ impl Uplink {
             settings,
             erased,
             reported_said: None,
+            rosters,
             connected,
             said: (about.model(), about.state()),
             marks,
@@ -379,6 +384,9 @@ impl Uplink {
                 if self.config.update.enabled {
                     self.to_ask.push(self.topic(Kind::Desired));
                 }
+                if self.rosters.is_some() {
+                    self.to_ask.push(self.roster_topic());
+                }
                 self.to_ask.push(self.topic(Kind::Ack));
                 self.drifts_said.clear();
                 self.reported_said = None;
@@ -401,6 +409,7 @@ impl Uplink {
 
     fn message(&mut self, topic: &str, payload: &[u8], retained: bool) {
         let mine = match topic.parse::<Topic>() {
+            Ok(parsed) if parsed.kind == Kind::Roster && topic == self.roster_topic() => Ok(parsed),
             Ok(topic) if topic.site == self.config.site && topic.device == self.config.device => {
                 Ok(topic)
             }
@@ -413,6 +422,7 @@ impl Uplink {
             Kind::Mark if retained => Err("a mark must not be retained".into()),
             Kind::Mark => self.mark(topic.source, payload),
             Kind::Desired => self.wish(payload),
+            Kind::Roster => self.roster(payload),
             _ => Err("nothing that is said to a device".into()),
         });
         if let Err(why) = understood {
@@ -431,6 +441,22 @@ impl Uplink {
             self.to_free = Some(stored);
         }
         Ok(())
+    }
+
+    fn roster_topic(&self) -> String {
+        Topic::of_site(&self.config.site, Kind::Roster).to_string()
+    }
+
+    /// Whom the coordinator names as the site's devices.
+    fn roster(&self, payload: &[u8]) -> Result<(), String> {
+        let Some(rosters) = &self.rosters else {
+            return Ok(());
+        };
+        let text = std::str::from_utf8(payload).map_err(|error| error.to_string())?;
+        let taken = rosters.offer(text);
+        taken
+            .map(|_| ())
+            .map_err(|why| format!("the site's roster: {why}"))
     }
 
     /// The newest revision wins, in whatever order they come.

@@ -1,6 +1,6 @@
 //! The configuration file of one agent, as the fleet writes it.
 
-use std::{io, path::PathBuf};
+use std::{io, net::SocketAddr, path::PathBuf};
 
 use serde::Serialize;
 
@@ -38,6 +38,21 @@ pub struct AgentFile {
     /// Where its models come from; without it, it keeps the one that it came with.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub update: Option<UpdatePart>,
+    /// How it finds its neighbours.
+    pub mesh: MeshPart,
+}
+
+/// `[mesh]`
+#[derive(Clone, Debug, Serialize)]
+pub struct MeshPart {
+    /// Is there any?
+    pub enabled: bool,
+    /// `ADDRESS:PORT`
+    pub listen: SocketAddr,
+    /// Whom it asks first.
+    pub peers: Vec<SocketAddr>,
+    /// Never: multicast would leave the machine.
+    pub mdns: bool,
 }
 
 /// `[coordinator]`

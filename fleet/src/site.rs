@@ -13,8 +13,8 @@ use tokio::task::spawn_blocking;
 
 use crate::{
     agent_file::{
-        AgentFile, BrokerPart, CoordinatorPart, DriftPart, ModelPart, OutboxPart, PublishPart,
-        ReportPart, SamplesPart, ScenePart, ScenePartDrift, SourcePart, UpdatePart,
+        AgentFile, BrokerPart, CoordinatorPart, DriftPart, MeshPart, ModelPart, OutboxPart,
+        PublishPart, ReportPart, SamplesPart, ScenePart, ScenePartDrift, SourcePart, UpdatePart,
     },
     api::Api,
     broker,
@@ -162,6 +162,8 @@ pub struct Plan {
     pub tls: bool,
     /// The devices take models from the coordinator.
     pub updates: bool,
+    /// The devices know each other.
+    pub mesh: bool,
     /// Share of the frames that the devices keep by lot, beside those worth learning from; without one they keep none. An
     /// `ageing` has its own.
     pub kept: Option<f64>,
@@ -194,6 +196,7 @@ impl Plan {
             ageing: None,
             tls: true,
             updates: false,
+            mesh: false,
             kept: None,
         }
     }
@@ -210,7 +213,8 @@ pub struct Device {
     pub link: Link,
     /// The process, if the site runs it.
     pub agent: Process,
-    config: PathBuf,
+    /// Its configuration file.
+    pub config: PathBuf,
 }
 
 impl Device {
@@ -428,7 +432,19 @@ impl Site {
             }
             Camera::None => false,
         };
+        let mesh = MeshPart {
+            enabled: plan.mesh,
+            listen: broker::free_port().map_err(io_error("finding a free port"))?,
+            peers: self
+                .devices
+                .iter()
+                .map(|d| d.file.mesh.listen)
+                .take(FIRST_PEERS)
+                .collect(),
+            mdns: false,
+        };
         let file = AgentFile {
+            mesh,
             site: SITE.into(),
             device: name.clone(),
             data: data.join("data"),
@@ -656,6 +672,8 @@ fn pick(wanted: Option<SocketAddr>) -> Result<SocketAddr, SiteError> {
     }
 }
 
+/// A device knows so many of those that were there before it; of the others it hears from them.
+const FIRST_PEERS: usize = 3;
 /// The console's usual address.
 pub const HTTP: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8443);
 /// MQTT's usual address.

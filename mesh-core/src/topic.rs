@@ -39,11 +39,13 @@ pub enum Kind {
     Mark,
     /// How far what a source sees has moved from what training saw; retained.
     Drift,
+    /// Which devices of the site trust one another, signed; retained, on the topic of the site.
+    Roster,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Status,
         Self::Info,
         Self::Model,
@@ -58,6 +60,7 @@ impl Kind {
         Self::Ack,
         Self::Mark,
         Self::Drift,
+        Self::Roster,
     ];
 
     /// The last level of the topic.
@@ -78,13 +81,14 @@ impl Kind {
             Self::Ack => "ack",
             Self::Mark => "mark",
             Self::Drift => "drift",
+            Self::Roster => "roster",
         }
     }
 
     /// Does the coordinator speak on it? (The device speaks on all others.)
     #[must_use]
     pub const fn is_coordinators(self) -> bool {
-        matches!(self, Self::Desired | Self::Ack | Self::Mark)
+        matches!(self, Self::Desired | Self::Ack | Self::Mark | Self::Roster)
     }
 }
 
@@ -125,6 +129,12 @@ impl Topic {
             source: Name::itself(),
             kind,
         }
+    }
+
+    /// A topic of the site itself: `_` stands for all its devices.
+    #[must_use]
+    pub fn of_site(site: &Name, kind: Kind) -> Self {
+        Self::of_device(site, &Name::itself(), kind)
     }
 
     /// The filter for one kind of message from every device and source.

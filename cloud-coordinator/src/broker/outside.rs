@@ -181,11 +181,7 @@ async fn facts(
     devices: &Devices,
     subscribers: &Subscribers,
 ) -> Result<Facts, String> {
-    let devices = match folder.product {
-        // It has a pattern for all of them.
-        Product::Mosquitto => Vec::new(),
-        Product::Rabbitmq | Product::Nats => devices.names().await.map_err(|e| e.to_string())?,
-    };
+    let devices = devices.names().await.map_err(|e| e.to_string())?;
     Ok(Facts {
         folder: folder.path.clone(),
         bind: folder.bind(),

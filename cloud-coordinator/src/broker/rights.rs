@@ -2,7 +2,7 @@
 //!
 //! | who | publishes | last will | subscribes to |
 //! |---|---|---|---|
-//! | device `S/D` | `lacewing/v1/S/D/<source>/<kind>`, with a source that is a name and a kind that is a device's | `lacewing/v1/S/D/_/status` | whatever begins with `lacewing/v1/S/D/` |
+//! | device `S/D` | `lacewing/v1/S/D/<source>/<kind>`, with a source that is a name and a kind that is a device's | `lacewing/v1/S/D/_/status` | whatever begins with `lacewing/v1/S/D/`; `lacewing/v1/S/_/_/roster` |
 //! | subscriber for some sites | nothing | none | whatever begins with `lacewing/v1/<one of its sites>/` |
 //! | subscriber for all sites | nothing | none | whatever has `lacewing` or `homeassistant` as its first level |
 //!
@@ -35,6 +35,11 @@ pub(super) fn kinds_of_the_coordinator() -> impl Iterator<Item = Kind> {
 /// The beginning of every topic below these levels: a site, or a device as its certificate names it.
 pub(super) fn below(levels: &str) -> String {
     format!("{ROOT}/{levels}/")
+}
+
+/// Where a site's roster is, which its devices read.
+pub(super) fn roster(site: &Name) -> String {
+    Topic::of_site(site, Kind::Roster).to_string()
 }
 
 /// With what begins whatever a subscriber may read.
@@ -75,7 +80,9 @@ impl Role {
             return false;
         }
         match self {
-            Self::Device { site, device } => filter.starts_with(&below(&common_name(site, device))),
+            Self::Device { site, device } => {
+                filter.starts_with(&below(&common_name(site, device))) || filter == roster(site)
+            }
             Self::Viewer { sites } => {
                 // A root alone is a first level, too.
                 let whole = match sites {

@@ -12,7 +12,7 @@ pub(crate) const KINDS_OF_A_DEVICE: [&str; 11] = [
 ];
 
 /// Words that levels are made of: names that begin like each other, what is no name, what is no kind.
-const WORDS: [&str; 38] = [
+const WORDS: [&str; 39] = [
     "lacewing",
     "homeassistant",
     "v1",
@@ -50,6 +50,7 @@ const WORDS: [&str; 38] = [
     "mark",
     "drift",
     "results",
+    "roster",
     "ä",
 ];
 /// Those of [`WORDS`] that can name a source.
@@ -139,6 +140,11 @@ impl Whose {
     }
 
     pub(crate) fn subscribes(self, filter: &str) -> bool {
+        if let Self::Device(site, _) = self
+            && filter == format!("lacewing/v1/{site}/_/_/roster")
+        {
+            return true;
+        }
         // A root alone is a first level too.
         let whole = format!("{filter}/");
         let text = match self {

@@ -59,12 +59,16 @@ fn wills() {
 fn subscribing() {
     assert!(device().may_subscribe("lacewing/v1/demo/d1/_/ack"));
     assert!(device().may_subscribe("lacewing/v1/demo/d1/#"));
+    assert!(device().may_subscribe("lacewing/v1/demo/_/_/roster"));
     for denied in [
         "lacewing/#",
         "lacewing/v1/demo/+/_/ack",
         "lacewing/v1/demo/d1",
         "lacewing/v1/demo/d10/_/ack",
         "lacewing/v1/demo/d1/a#",
+        "lacewing/v1/other/_/_/roster",
+        "lacewing/v1/demo/_/_/+",
+        "lacewing/v1/demo/_/#",
         "#",
     ] {
         assert!(!device().may_subscribe(denied), "{denied}");

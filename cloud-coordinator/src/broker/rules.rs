@@ -12,7 +12,7 @@ use clap::ValueEnum;
 use mesh_core::{Name, Topic};
 use serde::Deserialize;
 
-use super::rights::{beginnings, below, kinds_of_a_device, kinds_of_the_coordinator};
+use super::rights::{beginnings, below, kinds_of_a_device, kinds_of_the_coordinator, roster};
 use crate::{ingest::KINDS, trust::subscribers::Sites};
 
 /// A broker that rules can be written for.
@@ -81,6 +81,12 @@ impl Facts {
     }
 }
 
+/// The topic of the roster that a device reads.
+fn roster_of(device: &str) -> Option<String> {
+    let (site, _) = device.split_once('/')?;
+    Some(roster(&site.parse().ok()?))
+}
+
 /// The files of a broker: name and content.
 pub(crate) fn files(product: Product, facts: &Facts) -> Vec<(&'static str, String)> {
     match product {
@@ -135,9 +141,11 @@ mod tests {
                 "topic write lacewing/v1/+/+/+/ack",
                 "pattern read lacewing/v1/%u/#",
                 "pattern write lacewing/v1/%u/+/result",
+                "user demo/d1",
+                "topic read lacewing/v1/demo/_/_/roster",
             ],
         );
-        assert!(!devices.contains("%u/+/ack") && !devices.contains("demo"));
+        assert!(!devices.contains("%u/+/ack"));
         let subscribers = file(Product::Mosquitto, "subscribers.acl");
         has(
             &subscribers,
@@ -161,7 +169,10 @@ mod tests {
             all.iter().find(|p| p["user"] == user).unwrap().clone()
         };
         let d1 = of("demo/d1");
-        assert_eq!(d1["read"], r"^lacewing\.v1\.demo\.d1\..+$");
+        assert_eq!(
+            d1["read"],
+            r"^(lacewing\.v1\.demo\.d1\..+|lacewing\.v1\.demo\._\._\.roster)$"
+        );
         let write = d1["write"].as_str().unwrap();
         assert!(write.starts_with(r"^lacewing\.v1\.demo\.d1\.(_|[a-z0-9][a-z0-9_-]*)\.(status|"));
         assert!(!write.contains("ack"), "{write}");
@@ -184,7 +195,7 @@ mod tests {
         assert!(text.contains("user: \"CN=demo/d1\""), "{text}");
         assert!(text.contains("\"lacewing.v1.demo.d1.*.result\""));
         assert!(!text.contains("\"lacewing.v1.demo.d1.*.ack\""));
-        assert!(text.contains("\"lacewing.v1.demo.d1.>\""));
+        assert!(text.contains("\"lacewing.v1.demo.d1.>\", \"lacewing.v1.demo._._.roster\""));
         assert!(text.contains("password: $LACEWING_SUBSCRIBER_PANEL"));
         assert!(text.contains("verify_and_map: true"));
     }

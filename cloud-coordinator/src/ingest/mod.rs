@@ -225,7 +225,7 @@ impl Ingest {
                     false
                 })
             }
-            Kind::Image | Kind::Desired | Kind::Ack | Kind::Mark => false,
+            Kind::Image | Kind::Desired | Kind::Ack | Kind::Mark | Kind::Roster => false,
         };
         if changed {
             touched.push(id);

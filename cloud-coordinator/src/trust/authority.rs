@@ -49,6 +49,9 @@ pub(crate) enum AuthorityError {
         /// What the library says.
         error: rcgen::Error,
     },
+    /// A roster cannot be signed.
+    #[error("cannot sign: {0}")]
+    Sign(#[from] jsonwebtoken::errors::Error),
 }
 
 /// A device's certificate.
@@ -216,6 +219,16 @@ impl Authority {
             pem,
             path,
         })
+    }
+
+    /// Signs claims as a JWT with the authority's own key.
+    pub(crate) fn sign(
+        &self,
+        header: &jsonwebtoken::Header,
+        claims: &impl serde::Serialize,
+    ) -> Result<String, AuthorityError> {
+        let key = jsonwebtoken::EncodingKey::from_ec_der(&self.issuer.key().serialize_der());
+        Ok(jsonwebtoken::encode(header, claims, &key)?)
     }
 
     /// The authority's certificate.

@@ -43,6 +43,8 @@ pub(crate) enum CsrError {
 pub(crate) struct Csr {
     pub(super) key: PublicKey,
     pub(crate) fingerprint: Fingerprint,
+    /// Its neighbours know it by this; nothing for a key of a kind that devices do not make.
+    pub(crate) peer: Option<mesh_core::roster::Peer>,
     /// What it says about whom it is for.
     names: Vec<String>,
 }
@@ -52,6 +54,14 @@ pub(crate) fn fingerprint(spki: &[u8]) -> Fingerprint {
     let mut bytes = [0; 32];
     bytes.copy_from_slice(digest.as_ref());
     bytes
+}
+
+/// The SHA-256 in the libp2p `PeerId` of an ECDSA key.
+fn peer(spki: &[u8]) -> Option<mesh_core::roster::Peer> {
+    let key = libp2p_identity::ecdsa::PublicKey::try_decode_der(spki).ok()?;
+    let id = libp2p_identity::PublicKey::from(key).to_peer_id();
+    let digest = id.as_ref().digest().try_into().ok()?;
+    Some(mesh_core::Digest(digest))
 }
 
 /// `<site>/<device>`, the common name of a device.
@@ -115,6 +125,7 @@ impl Csr {
         }
         Ok(Self {
             fingerprint: fingerprint(spki),
+            peer: peer(spki),
             key: asked.public_key,
             names,
         })

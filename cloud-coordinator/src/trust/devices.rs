@@ -15,6 +15,7 @@ use super::{
     csr::{Csr, Fingerprint, common_name},
     enrol::{self, Case, Known, Outcome, Refusal, State, Token},
     principal::PeerDevice,
+    roster::Rosters,
     serials,
 };
 use crate::records::{RecordError, Records, commit};
@@ -89,6 +90,7 @@ pub(crate) struct Devices {
     /// Of a certificate.
     life: Duration,
     most: usize,
+    pub(crate) rosters: Arc<Rosters>,
 }
 
 fn named(site: &str, device: &str) -> Option<PeerDevice> {
@@ -136,22 +138,23 @@ async fn known(
 
 async fn certified(
     tx: &mut Transaction<'_, Sqlite>,
-    key: &Fingerprint,
+    csr: &Csr,
     issued: &Issued,
     now_ms: i64,
 ) -> Result<(), DeviceError> {
     let before: Option<String> = sqlx::query_scalar("SELECT serial FROM identities WHERE key = ?")
-        .bind(&key[..])
+        .bind(&csr.fingerprint[..])
         .fetch_one(&mut **tx)
         .await
         .map_err(RecordError::sql("look up a device's certificates"))?;
     let before = before.unwrap_or_default();
     let serials = serials::add(&before, &issued.serial, issued.not_after_ms, now_ms);
     let serials = serials.ok_or(Refusal::TooManyCertificates)?;
-    sqlx::query("UPDATE identities SET serial = ?, not_after_ms = ? WHERE key = ?")
+    sqlx::query("UPDATE identities SET serial = ?, not_after_ms = ?, peer = ? WHERE key = ?")
         .bind(serials)
         .bind(issued.not_after_ms)
-        .bind(&key[..])
+        .bind(csr.peer.as_ref().map(|peer| &peer.0[..]))
+        .bind(&csr.fingerprint[..])
         .execute(&mut **tx)
         .await
         .map_err(RecordError::sql("note a certificate"))?;
@@ -179,6 +182,7 @@ impl Devices {
             }
         }
         Ok(Self {
+            rosters: Arc::new(Rosters::new(records.clone(), authority.clone(), life)),
             records,
             authority,
             active: Arc::new(active),
@@ -266,8 +270,9 @@ impl Devices {
         let issued = self
             .authority
             .issue(csr, (site, device), self.life, now_ms)?;
-        certified(&mut tx, &csr.fingerprint, &issued, now_ms).await?;
+        certified(&mut tx, csr, &issued, now_ms).await?;
         commit(tx).await?;
+        self.rosters.changed();
         let device = PeerDevice {
             site: site.clone(),
             device: device.clone(),
@@ -293,8 +298,9 @@ impl Devices {
             .map_err(Refusal::from)?;
         let whom = (&device.site, &device.device);
         let issued = self.authority.issue(csr, whom, self.life, now_ms)?;
-        certified(&mut tx, &csr.fingerprint, &issued, now_ms).await?;
+        certified(&mut tx, csr, &issued, now_ms).await?;
         commit(tx).await?;
+        self.rosters.changed();
         Ok((device, issued))
     }
 
@@ -308,6 +314,7 @@ impl Devices {
         }
         Self::becomes(&mut tx, &key, State::Active).await?;
         commit(tx).await?;
+        self.rosters.changed();
         let device = PeerDevice {
             site: site.clone(),
             device: device.clone(),
@@ -323,6 +330,7 @@ impl Devices {
         let (key, _) = Self::standing(&mut tx, site, device).await?;
         Self::becomes(&mut tx, &key, State::Revoked).await?;
         commit(tx).await?;
+        self.rosters.changed();
         self.active.cut(&key);
         Ok(())
     }

@@ -185,6 +185,10 @@ impl Identity {
                 .map_err(|error| DeviceError::Invalid(format!("{what}: {error}")))
         };
         let (site, device) = (named("site", asked.site)?, named("device", asked.device)?);
+        if device == Name::itself() {
+            let why = "device: `_` stands for a whole site, and is no device's name";
+            return Err(DeviceError::Invalid(why.into()));
+        }
         if claims.site != asked.site {
             return Err(Refusal::OtherSite.into());
         }

@@ -77,6 +77,14 @@ pub(super) struct Chain {
 }
 
 impl Chain {
+    /// The authority's public key as it is, without its algorithm; empty if it cannot be read, and then it verifies
+    /// nothing.
+    pub(super) fn authority_key(&self) -> Vec<u8> {
+        let parsed = X509Certificate::from_der(&self.ca);
+        let key = parsed.map(|(_, ca)| ca.public_key().subject_public_key.data.to_vec());
+        key.unwrap_or_default()
+    }
+
     /// Reads PEM: the device's certificate first, the authority's last.
     pub(super) fn parse(pem: &[u8]) -> Result<Self, String> {
         let mut all = Vec::new();

@@ -21,7 +21,7 @@ use super::{
     tls::{self, Material, Tls},
     token::Token,
 };
-use crate::{clock::WallClock, config::Config, dice};
+use crate::{clock::WallClock, config::Config, dice, mesh::Credentials};
 
 /// The device's identity, from the disk and the configuration.
 pub struct Keeper {
@@ -111,6 +111,14 @@ impl Keeper {
     #[must_use]
     pub fn tls(&self) -> Tls {
         Tls::new(self.tell.subscribe(), Arc::clone(&self.doubt))
+    }
+
+    /// What the device is known by among its neighbours: the same key.
+    pub(crate) fn credentials(&self) -> Credentials {
+        Credentials {
+            key: self.key.private().secret_der().to_vec(),
+            time: Arc::clone(&self.time),
+        }
     }
 
     /// The time that certificates are looked at with.

@@ -31,6 +31,8 @@ pub struct Material {
     pub mqtt: Option<String>,
     /// Until when the certificate is good: milliseconds since the Unix epoch.
     pub not_after_ms: i64,
+    /// The authority's public key, an uncompressed point of P-256: it signs rosters, too.
+    pub(crate) authority: Vec<u8>,
     time: Arc<TrustedTime>,
 }
 
@@ -173,6 +175,7 @@ pub(super) fn material(
         roots,
         mqtt: stored.notes.mqtt.clone(),
         not_after_ms: stored.validity.not_after_ms,
+        authority: stored.chain.authority_key(),
         time: Arc::clone(time),
     })
 }

@@ -40,7 +40,7 @@ fn text(data: &Path, token: &str) -> String {
         "" => String::new(),
         token => format!("[coordinator]\ntoken = {token:?}\n"),
     };
-    format!("device = 'd1'\ndata = {data:?}\n{token}")
+    format!("device = 'd1'\ndata = {data:?}\nmesh.enabled = false\n{token}")
 }
 
 fn config(data: &Path, token: &str) -> Config {

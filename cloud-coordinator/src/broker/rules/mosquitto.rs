@@ -1,8 +1,10 @@
 //! Mosquitto: one listener for certificates, one for passwords. The name in a device's certificate, `<site>/<device>`, is two
-//! levels of its topics, so that one pattern is right for all devices and nothing has to be written when one comes in.
+//! levels of its topics, so that one pattern is right for all devices. Only where its site's roster is has to be written for each,
+//! and a device that comes in works before that.
 
 use super::{
     CA, CERTIFICATE, CRL, Facts, HEAD, KEY, PASSWORDS, beginnings, below, kinds_of_a_device,
+    roster_of,
 };
 
 /// The contract's largest payload in bytes.
@@ -77,6 +79,11 @@ fn devices(facts: &Facts) -> String {
     text += &format!("pattern read {own}#\n");
     for kind in kinds_of_a_device() {
         text += &format!("pattern write {own}+/{}\n", kind.as_str());
+    }
+    for device in &facts.devices {
+        if let Some(roster) = roster_of(device) {
+            text += &format!("user {device}\ntopic read {roster}\n");
+        }
     }
     text
 }

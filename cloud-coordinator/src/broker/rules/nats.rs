@@ -1,6 +1,6 @@
 //! NATS: everybody is a user of the configuration, which is read again without a restart; who is not in it any more is cut.
 
-use super::{CA, CERTIFICATE, Facts, HEAD, KEY, beginnings, below, kinds_of_a_device};
+use super::{CA, CERTIFICATE, Facts, HEAD, KEY, beginnings, below, kinds_of_a_device, roster_of};
 
 /// What NATS itself needs for a subscription at QoS 1.
 const OWN: &str = "$MQTT.sub.>";
@@ -53,7 +53,12 @@ fn configuration(facts: &Facts) -> String {
         users += &user(
             &format!("user: {:?}", format!("CN={device}")),
             &list(writes),
-            &list([format!("{own}#"), OWN.into()]),
+            &list(
+                [format!("{own}#")]
+                    .into_iter()
+                    .chain(roster_of(device))
+                    .chain([OWN.into()]),
+            ),
         );
     }
     for (name, sites) in &facts.subscribers {

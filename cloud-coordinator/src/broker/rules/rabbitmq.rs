@@ -4,7 +4,7 @@
 
 use serde_json::{Value, json};
 
-use super::{CA, CERTIFICATE, Facts, HEAD, KEY, beginnings, below, kinds_of_a_device};
+use super::{CA, CERTIFICATE, Facts, HEAD, KEY, beginnings, below, kinds_of_a_device, roster_of};
 use crate::trust::subscribers::Sites;
 
 /// What a name looks like.
@@ -98,7 +98,10 @@ fn definitions(facts: &Facts) -> Value {
         (
             device.clone(),
             kinds(&own, kinds_of_a_device()),
-            format!("^{own}.+$"),
+            match roster_of(device) {
+                Some(roster) => format!("^({own}.+|{})$", exactly(&roster)),
+                None => format!("^{own}.+$"),
+            },
         )
     });
     let subscribers = facts

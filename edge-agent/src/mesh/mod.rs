@@ -1,0 +1,145 @@
+//! The site's devices and how they know of each other.
+//!
+//! ```text
+//!  coordinator ──signed roster──> broker ──> uplink ──> rosters <──── neighbours (they pass it on)
+//!                                                          │ who is let in
+//!   mDNS, mesh.peers ──addresses──> node ══ Noise over TCP ╪══════> other devices
+//!                                    │ ▲
+//!                                    ▼ │  mesh_core::neighbours: who is there, whom to link with, what to say
+//!                            mesh.sock: `edge-agent mesh status | doctor`
+//! ```
+//!
+//! It has a thread and a runtime of its own, so that neither readings nor frames ever wait for a neighbour. Without it
+//! everything else works as ever.
+
+mod admission;
+mod config;
+mod doctor;
+mod local;
+mod names;
+mod node;
+mod own;
+mod roster;
+mod wire;
+
+use std::{path::Path, sync::Arc, thread::JoinHandle};
+
+pub use config::MeshConfig;
+pub use doctor::{Finding, NeighbourStatus, RosterStatus, Status};
+pub(crate) use own::Own;
+pub(crate) use roster::Rosters;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use self::{
+    local::Question,
+    node::{Node, Start},
+};
+use crate::{
+    agent,
+    config::Config,
+    counters::Counters,
+    identity::{Tls, TrustedTime},
+};
+
+/// Questions from command lines.
+const QUESTIONS: usize = 4;
+
+/// A running mesh.
+pub(crate) struct Mesh {
+    thread: JoinHandle<()>,
+    stop: CancellationToken,
+}
+
+/// The device's part in the mesh.
+pub(crate) struct Credentials {
+    /// Its private key, PKCS#8.
+    pub(crate) key: Vec<u8>,
+    pub(crate) time: Arc<TrustedTime>,
+}
+
+impl Mesh {
+    /// The rosters of the device: there as soon as it has an identity, and filled by the uplink.
+    pub(crate) fn rosters(config: &Config, tls: &Tls, credentials: &Credentials) -> Rosters {
+        let time = Arc::clone(&credentials.time);
+        Rosters::open(&config.data, config.site.clone(), tls.clone(), time)
+    }
+
+    /// Starts its thread. A mesh that cannot start is said so, and left out.
+    pub(crate) fn start(
+        config: &Config,
+        credentials: &Credentials,
+        rosters: Rosters,
+        own: Own,
+        counters: Counters,
+    ) -> Result<Self, String> {
+        let key = names::keypair(&credentials.key)?;
+        let life = u64::try_from(credentials.time.now_ms()).unwrap_or(0);
+        let (ask, requests) = mpsc::channel(QUESTIONS);
+        let start = Start {
+            config: config.mesh.clone(),
+            key,
+            life,
+            rosters,
+            own,
+            counters,
+            requests,
+        };
+        let data = config.data.clone();
+        let stop = CancellationToken::new();
+        let ended = stop.clone();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|error| error.to_string())?;
+        let run = move || {
+            runtime.block_on(async {
+                match Node::new(start) {
+                    Ok(node) => {
+                        let _socket = tokio::spawn(local::serve(data, ask, ended.clone()));
+                        node.run(ended).await;
+                    }
+                    Err(why) => tracing::error!("the device has no neighbours: {why}"),
+                }
+            });
+        };
+        let thread = agent::thread("mesh", run).map_err(|error| error.to_string())?;
+        Ok(Self { thread, stop })
+    }
+
+    /// Says goodbye to the neighbours and ends; gives the thread to wait for.
+    pub(crate) fn stop(self) -> JoinHandle<()> {
+        self.stop.cancel();
+        self.thread
+    }
+}
+
+/// `edge-agent mesh status`
+///
+/// # Errors
+/// In words, if no agent answers.
+pub(crate) fn status(data: &Path, json: bool) -> Result<String, String> {
+    let answer = local::ask(data, &Question::Status)?;
+    if json {
+        return Ok(answer + "\n");
+    }
+    let status: Status = serde_json::from_str(&answer).map_err(|error| error.to_string())?;
+    Ok(doctor::shown(&status))
+}
+
+/// `edge-agent mesh doctor PEER`: what was found, and whether all is well.
+///
+/// # Errors
+/// In words, if no agent answers.
+pub(crate) fn examine(data: &Path, peer: &str) -> Result<(String, bool), String> {
+    let answer = local::ask(data, &Question::Doctor(peer.to_owned()))?;
+    let all: Vec<Finding> = serde_json::from_str(&answer).map_err(|error| error.to_string())?;
+    let line = |found: &Finding| {
+        let mark = if found.well { "ok  " } else { "FAIL" };
+        format!("{mark}  {}: {}\n", found.what, found.said)
+    };
+    Ok((
+        all.iter().map(line).collect(),
+        all.iter().all(|found| found.well),
+    ))
+}

@@ -1,0 +1,249 @@
+//! Devices know of each other: real agents, a real coordinator, real keys.
+
+use std::{path::Path, process::Stdio, time::Duration};
+
+use edge_agent::mesh::Status;
+use fleet::{
+    process::EXIT_WITH_STDIN,
+    site::{Camera, Plan, Site},
+};
+use libp2p::{
+    Multiaddr, PeerId, StreamProtocol, Swarm, Transport,
+    core::upgrade::Version,
+    futures::StreamExt,
+    identity::{Keypair, ecdsa},
+    noise,
+    swarm::SwarmEvent,
+    tcp, yamux,
+};
+use tests::{plan, until};
+
+/// As long as a stranger has to get somewhere.
+const STRANGER: Duration = Duration::from_secs(20);
+
+async fn run(node: &str, arguments: &[&str]) -> (bool, String) {
+    let mut command = tokio::process::Command::new(node);
+    command.args(arguments).stdin(Stdio::null());
+    let done = command.env_remove(EXIT_WITH_STDIN).output().await.unwrap();
+    let said = [done.stdout, done.stderr].concat();
+    (done.status.success(), String::from_utf8(said).unwrap())
+}
+
+/// `edge-agent mesh status --json` on a device.
+async fn status(node: &str, site: &Site, n: usize) -> Option<Status> {
+    let config = site.devices[n].config.to_str().unwrap();
+    let asked = ["edge-agent", "mesh", "status", "--json", "--config", config];
+    let (worked, said) = run(node, &asked).await;
+    worked.then(|| serde_json::from_str(&said).unwrap_or_else(|e| panic!("{e}: {said}")))
+}
+
+/// Whom a device sees.
+async fn sees(node: &str, site: &Site, n: usize) -> Vec<String> {
+    let status = status(node, site, n).await;
+    let all = status.map(|status| status.neighbours).unwrap_or_default();
+    all.into_iter()
+        .filter(|n| n.here)
+        .map(|n| n.device)
+        .collect()
+}
+
+/// Until each of these devices sees exactly the others of them.
+async fn all_see_each_other(node: &str, site: &Site, who: &[usize]) {
+    let what = format!("{who:?} see each other");
+    until(&what, async || {
+        for n in who {
+            let others = who.iter().filter(|m| *m != n);
+            let wanted: Vec<String> = others.map(|m| site.devices[*m].name.clone()).collect();
+            if sees(node, site, *n).await != wanted {
+                return false;
+            }
+        }
+        true
+    })
+    .await
+    .unwrap();
+}
+
+fn quiet_plan(node: &str, root: &Path, agents: usize) -> Plan {
+    let mut plan = plan(node, root);
+    plan.agents = agents;
+    plan.mesh = true;
+    // Without a model they are light.
+    plan.camera = Camera::None;
+    plan.bundle = None;
+    plan
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn neighbours_know_who_is_there_with_and_without_the_coordinator() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = env!("CARGO_BIN_EXE_node");
+    let mut site = Site::start(&quiet_plan(node, &dir.path().join("site"), 4))
+        .await
+        .unwrap();
+    all_see_each_other(node, &site, &[0, 1, 2, 3]).await;
+    let first = status(node, &site, 0).await.unwrap();
+    assert_eq!(first.device.as_deref(), Some("d1"));
+    assert!(
+        first.neighbours.iter().all(|n| n.uplink && n.free_mib > 0),
+        "{first:?}"
+    );
+    let config = site.devices[0].config.to_str().unwrap().to_owned();
+    let examine = |peer: &'static str| {
+        let config = config.clone();
+        async move {
+            run(
+                node,
+                &["edge-agent", "mesh", "doctor", peer, "--config", &config],
+            )
+            .await
+        }
+    };
+    let (well, said) = examine("d3").await;
+    assert!(well, "{said}");
+    let (well, said) = examine("nobody").await;
+    assert!(!well && said.contains("not on the roster"), "{said}");
+
+    // One dies, and comes back, and all notice.
+    site.devices[2].agent.kill().await.unwrap();
+    all_see_each_other(node, &site, &[0, 1, 3]).await;
+    let (well, said) = examine("d3").await;
+    assert!(!well && said.contains("is gone"), "{said}");
+    site.devices[2].agent.start().unwrap();
+    all_see_each_other(node, &site, &[0, 1, 2, 3]).await;
+
+    // The same with nobody but themselves: whoever starts now trusts what it was told before.
+    site.coordinator.kill().await.unwrap();
+    until("they notice that there is no uplink", async || {
+        let status = status(node, &site, 0).await;
+        status.is_some_and(|s| s.neighbours.iter().all(|n| n.here && !n.uplink))
+    })
+    .await
+    .unwrap();
+    site.devices[3].agent.kill().await.unwrap();
+    all_see_each_other(node, &site, &[0, 1, 2]).await;
+    site.devices[3].agent.start().unwrap();
+    all_see_each_other(node, &site, &[0, 1, 2, 3]).await;
+    site.coordinator.start().unwrap();
+
+    // One that stops says so itself.
+    site.devices[1]
+        .agent
+        .stop(Duration::from_secs(20))
+        .await
+        .unwrap();
+    all_see_each_other(node, &site, &[0, 2, 3]).await;
+    site.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_revoked_is_nobodys_neighbour_even_of_those_without_an_uplink() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = env!("CARGO_BIN_EXE_node");
+    let mut site = Site::start(&quiet_plan(node, &dir.path().join("site"), 4))
+        .await
+        .unwrap();
+    all_see_each_other(node, &site, &[0, 1, 2, 3]).await;
+    let before = status(node, &site, 0)
+        .await
+        .unwrap()
+        .roster
+        .unwrap()
+        .version;
+    // It cannot hear it from the coordinator.
+    site.devices[0].link.cut();
+    let data = site.data();
+    let data = data.to_str().unwrap();
+    let revoke = [
+        "cloud-coordinator",
+        "device",
+        "revoke",
+        "--data",
+        data,
+        "demo/d4",
+    ];
+    let (worked, said) = run(node, &revoke).await;
+    assert!(worked, "{said}");
+    all_see_each_other(node, &site, &[0, 1, 2]).await;
+    for n in 0..3 {
+        let status = status(node, &site, n).await.unwrap();
+        assert!(status.roster.unwrap().version > before, "d{}", n + 1);
+        assert!(
+            status.neighbours.iter().all(|n| n.device != "d4"),
+            "{:?}",
+            status.neighbours
+        );
+    }
+    // It goes on trying, and is turned away each time.
+    until("it is turned away", async || {
+        let mut strangers = 0;
+        for n in 0..3 {
+            strangers += status(node, &site, n).await.map_or(0, |s| s.strangers);
+        }
+        strangers > 0
+    })
+    .await
+    .unwrap();
+    all_see_each_other(node, &site, &[0, 1, 2]).await;
+    site.stop().await.unwrap();
+}
+
+/// A node of libp2p with a good key that nobody has enrolled.
+fn stranger() -> (Swarm<libp2p_stream::Behaviour>, libp2p_stream::Control) {
+    let key: Keypair = ecdsa::Keypair::generate().into();
+    let transport = tcp::tokio::Transport::new(tcp::Config::default())
+        .upgrade(Version::V1)
+        .authenticate(noise::Config::new(&key).unwrap())
+        .multiplex(yamux::Config::default())
+        .boxed();
+    let behaviour = libp2p_stream::Behaviour::new();
+    let control = behaviour.new_control();
+    let settings = libp2p::swarm::Config::with_tokio_executor()
+        .with_idle_connection_timeout(Duration::from_secs(60));
+    let id = PeerId::from(key.public());
+    (Swarm::new(transport, behaviour, id, settings), control)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stranger_gets_no_further_than_the_handshake() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = env!("CARGO_BIN_EXE_node");
+    let mut site = Site::start(&quiet_plan(node, &dir.path().join("site"), 2))
+        .await
+        .unwrap();
+    all_see_each_other(node, &site, &[0, 1]).await;
+    let address = site.devices[0].file.mesh.listen;
+    let address: Multiaddr = format!("/ip4/{}/tcp/{}", address.ip(), address.port())
+        .parse()
+        .unwrap();
+    let (mut swarm, mut control) = stranger();
+    swarm.dial(address).unwrap();
+    let mut opened = false;
+    let tried = tokio::time::timeout(STRANGER, async {
+        loop {
+            match swarm.select_next_some().await {
+                // The side that dials has nothing more to wait for; the other one hangs up.
+                SwarmEvent::ConnectionEstablished { peer_id, .. } => {
+                    let mut control = control.clone();
+                    let protocol = StreamProtocol::new("/lacewing/presence/1");
+                    let open = tokio::spawn(async move {
+                        control.open_stream(peer_id, protocol).await.is_ok()
+                    });
+                    tokio::select! {
+                        done = open => { opened = done.unwrap(); break; }
+                        () = async { loop { let _ = swarm.select_next_some().await; } } => {}
+                    }
+                }
+                SwarmEvent::OutgoingConnectionError { .. } => break,
+                _ => {}
+            }
+        }
+    });
+    assert!(tried.await.is_ok(), "it was left hanging");
+    assert!(!opened, "a stranger was let in");
+    drop(control.accept(StreamProtocol::new("/x")));
+    let status = status(node, &site, 0).await.unwrap();
+    assert!(status.strangers >= 1, "{status:?}");
+    all_see_each_other(node, &site, &[0, 1]).await;
+    site.stop().await.unwrap();
+}
