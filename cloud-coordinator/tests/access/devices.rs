@@ -1,13 +1,12 @@
 //! What a device may, by its own certificate over TLS; and what nobody may with another's.
 
-use hyper::client::conn::http1::SendRequest;
-
 use super::*;
 use crate::common::site::{Badge, LIFE_S, Site, exchange};
 
-/// The status of a request on a connection, whose body ends.
-async fn code(sender: &mut SendRequest<axum::body::Body>, line: &str) -> u16 {
-    let asked = exchange(sender, line, Some(json!({})), None);
+/// The status of a request; each has a connection of its own, since who is refused may be hung up on.
+async fn code(site: &Site, badge: Option<&Badge>, line: &str, token: Option<String>) -> u16 {
+    let mut sender = site.door(badge).await.unwrap();
+    let asked = exchange(&mut sender, line, Some(json!({})), token);
     timeout(PATIENCE, asked).await.unwrap().unwrap().0
 }
 
@@ -24,8 +23,6 @@ fn own(path: &str) -> String {
 async fn a_device_may_exactly_what_is_declared() {
     let site = Site::living(LONG_S).await;
     let badge = site.enrol("d1").await;
-    let mut device = site.door(Some(&badge)).await.unwrap();
-    let mut nobody = site.door(None).await.unwrap();
     let (_, description) = site.ask("GET /api/v1/openapi.json", None).await;
     let operations = operations(&description);
     assert!(operations.len() > 60, "{}", operations.len());
@@ -36,7 +33,7 @@ async fn a_device_may_exactly_what_is_declared() {
         let words: Vec<_> = declared.split(" or ").collect();
         let everybody = words.contains(&"open") || words.contains(&"loopback");
         let devices = everybody || words.contains(&"device");
-        let got = code(&mut device, &line).await;
+        let got = code(&site, Some(&badge), &line, None).await;
         let fits = match devices {
             true => got != 401 && got != 403 && got != 429,
             false => got == 403,
@@ -45,7 +42,7 @@ async fn a_device_may_exactly_what_is_declared() {
             wrong.push(format!("{line} ({declared}) as a device: {got}"));
         }
         // With certificates there is nobody who counts as a device without one.
-        let got = code(&mut nobody, &line).await;
+        let got = code(&site, None, &line, None).await;
         let fits = match everybody {
             true => got != 401 && got != 403 && got != 429,
             false => got == 401,
@@ -119,11 +116,9 @@ async fn nobody_sends_or_fetches_as_somebody_else() {
     let foreign = stranger.enrol("d1").await;
     stranger.handle.stop().await;
     for line in FOR_DEVICES {
-        let mut nobody = site.door(None).await.unwrap();
-        assert_eq!(code(&mut nobody, line).await, 401, "{line}");
+        assert_eq!(code(&site, None, line, None).await, 401, "{line}");
         let token = Some("not.a.token".to_owned());
-        let asked = exchange(&mut nobody, line, Some(json!({})), token);
-        assert_eq!(timeout(PATIENCE, asked).await.unwrap().unwrap().0, 401);
+        assert_eq!(code(&site, None, line, token).await, 401, "{line}");
         assert!(send(&foreign, line, json!({})).await.is_err(), "{line}");
     }
 

@@ -162,10 +162,7 @@ pub(super) fn open(envelope: &[u8]) -> Option<Signed> {
 #[cfg(test)]
 mod tests {
     use libp2p::futures::{executor::block_on, io::Cursor};
-    use mesh_core::{
-        Digest,
-        neighbours::{Presence, Said},
-    };
+    use mesh_core::neighbours::{Presence, Said};
 
     use super::*;
 

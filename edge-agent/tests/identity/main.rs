@@ -89,6 +89,7 @@ impl World {
     async fn pass(&self, ms: i64) {
         let shared = &self.stand_in.shared;
         shared.set(shared.now_ms() + ms);
+        self.offset.fetch_add(ms, Ordering::Relaxed);
         tokio::time::advance(Duration::from_millis(u64::try_from(ms).unwrap())).await;
     }
 

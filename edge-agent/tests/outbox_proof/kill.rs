@@ -124,3 +124,104 @@ fn nothing_that_was_reported_is_lost_by_a_kill() {
     }
     println!("20 kills, {last} readings");
 }
+
+const BRIEF: &str = "LACEWING_OUTBOX_BRIEF";
+
+/// Not a test: a process that is killed at any moment, also while it opens. Groups as a device makes them: small ones.
+#[test]
+fn child_that_lives_briefly() {
+    let Ok(dir) = std::env::var(BRIEF) else {
+        return;
+    };
+    let mut out = std::io::stdout().lock();
+    let opened = Outbox::open(large(dir.as_ref())).unwrap();
+    assert!(opened.warnings.is_empty(), "{:?}", opened.warnings);
+    assert_eq!(opened.gaps, []);
+    let mut outbox = opened.outbox;
+    let mut dice = Dice::new("child");
+    loop {
+        let count = 1 + dice.below(3) as usize;
+        let done = append(&mut outbox, count, BRIEF_LARGEST).unwrap();
+        writeln!(out, "\nDONE {} {}", done.from, done.to).unwrap();
+        if dice.one_in(50) {
+            let upto = done.to - dice.below(done.to.min(2_000));
+            let mut stored = RangeSet::new();
+            stored.insert(1, upto);
+            writeln!(out, "\nFREE {upto}").unwrap();
+            outbox.free(&stored).unwrap();
+        }
+    }
+}
+
+const BRIEF_LARGEST: u64 = 400;
+
+fn large(dir: &std::path::Path) -> edge_agent::outbox::Options {
+    edge_agent::outbox::Options::new(dir, 256 << 20)
+}
+
+/// `LACEWING_KILLS` sets how often.
+#[test]
+fn nothing_is_lost_by_a_kill_at_any_moment_of_a_life() {
+    let kills = std::env::var("LACEWING_KILLS").ok();
+    let kills: u32 = kills.and_then(|n| n.parse().ok()).unwrap_or(60);
+    let mut dice = Dice::new("brief");
+    let dir = tempfile::tempdir().unwrap();
+    let (mut last, mut free, mut read) = (0, 0, 0);
+    for round in 0..kills {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["kill::child_that_lives_briefly", "--exact", "--nocapture"])
+            .env(BRIEF, dir.path())
+            .env("LACEWING_SEED", dice.next().to_string())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let most = if dice.one_in(4) { 400_000 } else { 40_000 };
+        std::thread::park_timeout(std::time::Duration::from_micros(dice.below(most)));
+        child.kill().unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        for line in lines.map_while(Result::ok) {
+            let words: Vec<&str> = line.split(' ').collect();
+            match words[..] {
+                ["DONE", from, to] => {
+                    let from: u64 = from.parse().unwrap();
+                    assert!(
+                        from > last,
+                        "round {round}: number {from} was given out twice"
+                    );
+                    last = to.parse().unwrap();
+                }
+                ["FREE", upto] => free = upto.parse().unwrap(),
+                _ => {}
+            }
+        }
+        let status = child.wait().unwrap();
+        let signal = std::os::unix::process::ExitStatusExt::signal(&status);
+        assert_eq!(signal, Some(9), "round {round}: the child died by itself");
+        if dice.one_in(3) {
+            // Mostly the next life finds what the last one left, and not what a look in between has mended.
+            continue;
+        }
+        let opened = Outbox::open(large(dir.path())).unwrap();
+        assert!(
+            opened.warnings.is_empty(),
+            "round {round}: {:?}",
+            opened.warnings
+        );
+        assert_eq!(opened.gaps, [], "round {round}");
+        let mut outbox = opened.outbox;
+        let end = outbox.next_seq() - 1;
+        assert!(end >= last, "round {round}: {end} of {last}");
+        last = end;
+        let mut next = free + 1;
+        while next <= last {
+            let got = outbox.read(next, last, 1_000_000).unwrap();
+            assert!(!got.is_empty(), "round {round}: {next} of {last} is gone");
+            for (seq, bytes) in got {
+                assert_eq!(seq, next, "round {round}: {free} freed, {last} appended");
+                assert_eq!(bytes, reading(seq, BRIEF_LARGEST));
+                (next, read) = (next + 1, read + 1);
+            }
+        }
+    }
+    println!("{kills} kills, {last} readings, {read} read");
+}
