@@ -56,7 +56,10 @@ fn files(folder: &Path) -> Vec<std::path::PathBuf> {
 fn found(folder: &Path, needles: &[Vec<u8>]) -> Vec<String> {
     let mut found = Vec::new();
     for path in files(folder) {
-        let bytes = std::fs::read(&path).unwrap();
+        // What is being written may get its name just now; what is gone holds nothing.
+        let Ok(bytes) = std::fs::read(&path) else {
+            continue;
+        };
         for needle in needles {
             if bytes.windows(needle.len()).any(|w| w == needle) {
                 found.push(format!("{} of {} bytes", path.display(), needle.len()));

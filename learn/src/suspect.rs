@@ -8,8 +8,12 @@
 //! of the others do, and more often than chance explains (exact binomial test), they are not to be learnt from.
 //!
 //! Other light, another lens or another background moves all of a device's rows the same way. The head sees four fifths
-//! of them, so it learns that. What it cannot learn is that one device means the opposite of what the others mean: it is
-//! linear, and sides with the majority.
+//! of them, so it learns that.
+//!
+//! A device whose pictures can be told from the others' by themselves may call everything by the wrong name without
+//! contradicting anybody in that: the head learns this, too. So heads are also fitted to the other devices alone. Other
+//! light may make them wrong about a device, but not so that what it calls one class they mostly call another, and the
+//! other way round: that is an exchange of names, and no light does it (exact binomial test against a half).
 //!
 //! # Features
 //!
@@ -22,6 +26,8 @@
 //! ever, a device whose labels are odd no more often than is tolerated is accused with probability α at most. Only a
 //! minority can be accused, the worst first: who is in the majority decides what is right, and nobody can tell
 //! otherwise.
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -37,6 +43,10 @@ use crate::{
 const FOLDS: usize = 5;
 /// λ of the heads: strong enough not to learn single wrong labels by heart.
 const STRENGTH: f64 = 0.1;
+/// What is asked about each device: labels that contradict, names that are exchanged, features.
+const TESTS: usize = 3;
+/// Rows of a class that say what the others call it.
+const CALLED: usize = 5;
 /// A better fit does not change who disagrees.
 const ITERATIONS: usize = 60;
 /// Devices beside the one in question that show how much devices differ.
@@ -162,7 +172,7 @@ pub fn look(
     let trusted = device.iter().filter(|d| d.is_none()).count() >= policy.min_rows.max(1);
     // Enough of what people vouch for weighs as much as two devices: one device alone can be held against it.
     let parties = devices + if trusted { 2 } else { 0 };
-    let bound = spent_alpha(policy.alpha, looked) / devices.max(1) as f64;
+    let bound = spent_alpha(policy.alpha, looked) / (TESTS * devices.max(1)) as f64;
     while 2 * (found.len() + 1) < parties {
         let gone = |d: usize| found.iter().any(|f| f.device == d);
         let rows: Vec<usize> = (0..device.len())
@@ -173,9 +183,11 @@ pub fn look(
         let labels = accused(&odd, devices, bound, policy, What::Labels);
         let far = strangers(features, &rows, &of, devices, policy);
         let shown = accused(&far, devices, bound, policy, What::Features);
+        let exchanged = exchanged(features, &rows, &of, devices, (bound, policy), report)?;
         match labels
             .into_iter()
             .chain(shown)
+            .chain(exchanged)
             .min_by(|a, b| a.p.total_cmp(&b.p))
         {
             Some(worst) => found.push(worst),
@@ -241,51 +253,132 @@ fn disputed(
     let weights = weights(rows, of, devices);
     // Of each class and device the same part is in each fold.
     let mut order: Vec<usize> = (0..rows.len()).collect();
-    let class = |at: usize| features.truth().get(rows[at]).copied().unwrap_or_default();
-    order.sort_by_key(|&at| (class(at), of(rows[at]), at));
+    order.sort_by_key(|&at| (class_of(features, rows[at]), of(rows[at]), at));
     let mut looked = Vec::with_capacity(rows.len());
     for fold in 0..FOLDS {
         let held = |place: usize| place % FOLDS == fold;
-        let taught: Vec<usize> = places(&order, |place| !held(place));
-        let asked: Vec<usize> = places(&order, held);
-        // A class that the others of a fold do not have cannot be answered.
-        let mut known: Vec<u32> = taught.iter().map(|&at| class(at)).collect();
-        known.sort_unstable();
-        known.dedup();
-        if known.len() < 2 {
-            continue;
-        }
-        let place = |class: u32| known.binary_search(&class);
-        let dim = features.dim();
-        let values: Vec<f32> = taught
-            .iter()
-            .flat_map(|&at| row_of(features, rows[at]).iter().copied())
-            .collect();
-        let truth = taught
-            .iter()
-            .map(|&at| place(class(at)).unwrap_or_default() as u32)
-            .collect();
-        let weight = taught.iter().map(|&at| weights[at]).collect();
-        let Ok(table) = Features::new(dim, known.len(), values, truth, Some(weight)) else {
-            continue;
-        };
-        let settings = Settings {
-            strength: Strength::Given(STRENGTH),
-            calibrate: false,
-            iterations: ITERATIONS,
-            balanced: true,
-            ..Settings::default()
-        };
-        let head = head::train(&table, &settings, report)?;
-        for at in asked {
-            let Ok(truth) = place(class(at)) else {
-                continue;
-            };
-            let said = evaluate::answer(&head.probabilities(row_of(features, rows[at])));
-            looked.push((of(rows[at]), said != truth));
+        let taught = places(&order, |place| !held(place));
+        let asked = places(&order, held);
+        for (at, said) in answers(features, rows, &weights, &taught, &asked, report)? {
+            looked.push((of(rows[at]), said != class_of(features, rows[at])));
         }
     }
     Ok(looked)
+}
+
+/// The worst device whose names are exchanged, as heads see it that know nothing of it.
+fn exchanged(
+    features: &Features,
+    rows: &[usize],
+    of: &dyn Fn(usize) -> Option<usize>,
+    devices: usize,
+    (bound, policy): (f64, &Policy),
+    report: Report<'_>,
+) -> Result<Option<Finding>, Error> {
+    let weights = weights(rows, of, devices);
+    let order: Vec<usize> = (0..rows.len()).collect();
+    let parts = FOLDS.min(devices);
+    let mut called: Vec<BTreeMap<u32, Vec<u32>>> = vec![BTreeMap::new(); devices];
+    for part in 0..parts {
+        let held = |at: usize| of(rows[at]).is_some_and(|d| d % parts == part);
+        let taught = places(&order, |at| !held(at));
+        let asked = places(&order, held);
+        for (at, said) in answers(features, rows, &weights, &taught, &asked, report)? {
+            let called = of(rows[at]).and_then(|d| called.get_mut(d));
+            if let Some(called) = called {
+                let truth = class_of(features, rows[at]);
+                called.entry(truth).or_default().push(said);
+            }
+        }
+    }
+    let judge = |(device, called): (usize, &BTreeMap<u32, Vec<u32>>)| {
+        let names: Vec<(u32, u32, &Vec<u32>)> = called
+            .iter()
+            .filter(|(_, said)| said.len() >= CALLED)
+            .map(|(own, said)| (*own, mostly(said), said))
+            .collect();
+        // Where two classes look like one, something else is wrong.
+        let others: BTreeSet<u32> = names.iter().map(|(_, theirs, _)| *theirs).collect();
+        let (mut all, mut odd) = (0, 0);
+        for (_, theirs, said) in names.iter().filter(|(own, theirs, _)| own != theirs) {
+            all += said.len() as u64;
+            odd += said.iter().filter(|s| *s == theirs).count() as u64;
+        }
+        let p = binomial_at_least(odd, all, 0.5);
+        let fits = names.len() >= 2 && others.len() == names.len();
+        (fits && all >= policy.min_rows as u64 && p <= bound).then_some(Finding {
+            device,
+            what: What::Labels,
+            rows: all,
+            odd,
+            tolerated: 0.5,
+            p,
+            bound,
+        })
+    };
+    let found = called.iter().enumerate().filter_map(judge);
+    Ok(found.min_by(|a, b| a.p.total_cmp(&b.p)))
+}
+
+/// What was said most often.
+fn mostly(said: &[u32]) -> u32 {
+    let count = |class: u32| said.iter().filter(|s| **s == class).count();
+    let mut classes = said.to_vec();
+    classes.sort_unstable();
+    classes.dedup();
+    let most = classes.into_iter().max_by_key(|&class| count(class));
+    most.unwrap_or_default()
+}
+
+fn class_of(features: &Features, row: usize) -> u32 {
+    features.truth().get(row).copied().unwrap_or_default()
+}
+
+/// Fits a head to some of `rows` (by their places) and asks it about others: the class that it gives each. Those whose class
+/// it was not taught are left out.
+fn answers(
+    features: &Features,
+    rows: &[usize],
+    weights: &[f32],
+    taught: &[usize],
+    asked: &[usize],
+    report: Report<'_>,
+) -> Result<Vec<(usize, u32)>, Error> {
+    let class = |at: usize| class_of(features, rows[at]);
+    let mut known: Vec<u32> = taught.iter().map(|&at| class(at)).collect();
+    known.sort_unstable();
+    known.dedup();
+    if known.len() < 2 {
+        return Ok(Vec::new());
+    }
+    let place = |class: u32| known.binary_search(&class);
+    let values: Vec<f32> = taught
+        .iter()
+        .flat_map(|&at| row_of(features, rows[at]).iter().copied())
+        .collect();
+    let truth = taught
+        .iter()
+        .map(|&at| place(class(at)).unwrap_or_default() as u32)
+        .collect();
+    let weight = taught.iter().map(|&at| weights[at]).collect();
+    let Ok(table) = Features::new(features.dim(), known.len(), values, truth, Some(weight)) else {
+        return Ok(Vec::new());
+    };
+    let settings = Settings {
+        strength: Strength::Given(STRENGTH),
+        calibrate: false,
+        iterations: ITERATIONS,
+        balanced: true,
+        ..Settings::default()
+    };
+    let head = head::train(&table, &settings, report)?;
+    let asked = asked.iter().filter(|&&at| place(class(at)).is_ok());
+    Ok(asked
+        .filter_map(|&at| {
+            let said = evaluate::answer(&head.probabilities(row_of(features, rows[at])));
+            Some((at, *known.get(said)?))
+        })
+        .collect())
 }
 
 fn places(order: &[usize], keep: impl Fn(usize) -> bool) -> Vec<usize> {

@@ -206,3 +206,32 @@ fn binomial_by_hand() {
     let found = binomial_at_least(30, 100, 0.15);
     assert!((1e-5..1e-3).contains(&found), "{found}");
 }
+
+/// A device that calls everything by the next name, and whose pictures can be told from the others' at a glance: a model of
+/// all devices learns both languages.
+#[test]
+fn names_that_are_exchanged_are_found_where_a_model_can_learn_the_lie() {
+    let mut by_the_others_alone = 0;
+    for seed in 0..10 {
+        let mut fleet = Fleet::new(seed);
+        for device in 0..4 {
+            fleet.add(Some(device), 90, 1.0);
+        }
+        let bad = (seed % 4) as usize;
+        for at in 0..fleet.truth.len() {
+            // The second half of the values shows nothing, but for the one device.
+            for value in DIM / 2..DIM {
+                let own = fleet.device[at] == Some(bad);
+                let shown = own && value % CLASSES == fleet.truth[at] as usize;
+                let seen = fleet.normal() + if shown { 5.0 } else { 0.0 };
+                fleet.rows[at * DIM + value] = seen as f32;
+            }
+        }
+        assert_eq!(fleet.look(4, 0), [], "seed {seed}: it is only different");
+        fleet.flip(bad, 1.0, true);
+        let found = fleet.look(4, 0);
+        assert_eq!(devices(&found), [bad], "seed {seed}: {found:?}");
+        by_the_others_alone += usize::from(found[0].tolerated == 0.5);
+    }
+    assert!(by_the_others_alone >= 5, "{by_the_others_alone}");
+}

@@ -54,7 +54,7 @@ const WORDS: [&str; 39] = [
     "ä",
 ];
 /// Those of [`WORDS`] that can name a source.
-pub(crate) const SOURCES: [&str; 32] = [
+pub(crate) const SOURCES: [&str; 33] = [
     "lacewing",
     "homeassistant",
     "v1",
@@ -85,6 +85,7 @@ pub(crate) const SOURCES: [&str; 32] = [
     "mark",
     "drift",
     "results",
+    "roster",
     "",
     "",
 ];

@@ -41,6 +41,10 @@ pub(super) const READING: u64 = UNIT + EXTRAS;
 const HEADER: Key = [0; 9];
 const VERSION: u8 = 3;
 
+/// What sled calls a snapshot of its page table that it is still writing. Where it was killed in the middle, it would take the
+/// half for the newest whole one when it opens, and refuse to.
+const HALF_SNAPSHOT: &str = ".generating";
+
 /// The threads of sled let go of a closed database's lock a moment later: 100 × 20 ms is far more than that.
 pub(super) const LOCK_TRIES: u32 = 100;
 pub(super) const LOCK_PAUSE: Duration = Duration::from_millis(20);
@@ -161,6 +165,7 @@ impl Store {
     }
 
     fn start(path: &Path, cache: u64) -> Result<Self, StoreError> {
+        forget_half_snapshots(path)?;
         let config = sled::Config::new()
             .path(path)
             .cache_capacity(cache)
@@ -345,6 +350,21 @@ impl Drop for Store {
             disk::release(&self.file, UNIT);
         }
     }
+}
+
+/// The snapshot before is still there: sled removes it when the next one is whole.
+fn forget_half_snapshots(path: &Path) -> io::Result<()> {
+    let entries = match std::fs::read_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().ends_with(HALF_SNAPSHOT) {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// sled panics on much of what it finds in damaged files.

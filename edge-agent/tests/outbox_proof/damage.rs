@@ -163,3 +163,22 @@ fn what_is_not_the_outbox_s_is_left_alone() {
     Outbox::open(small(dir.path())).unwrap();
     assert_eq!(fs::read(dir.path().join("seg-notes.txt")).unwrap(), b"mine");
 }
+
+/// A process that is killed while sled writes its snapshot, which it does whenever it opens, leaves half of one.
+#[test]
+fn half_a_snapshot_costs_nothing() {
+    let dir = scratch();
+    for round in 1..=3 {
+        let opened = Outbox::open(small(dir.path())).unwrap();
+        assert!(opened.warnings.is_empty(), "{:?}", opened.warnings);
+        assert_eq!(opened.pending.len(), 10 * (round - 1));
+        let mut outbox = opened.outbox;
+        append(&mut outbox, 10, LARGEST).unwrap();
+        drop(outbox);
+        let segments = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().path());
+        for segment in segments.filter(|path| path.is_dir()) {
+            let half = segment.join("snap.7FFFFFFFFFFFFFFF.generating");
+            fs::write(half, [round as u8; 40]).unwrap();
+        }
+    }
+}

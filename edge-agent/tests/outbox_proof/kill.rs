@@ -140,11 +140,20 @@ fn child_that_lives_briefly() {
     let mut outbox = opened.outbox;
     let mut dice = Dice::new("child");
     loop {
-        let count = 1 + dice.below(3) as usize;
+        let most = if dice.one_in(10) { 100 } else { 3 };
+        let count = 1 + dice.below(most) as usize;
         let done = append(&mut outbox, count, BRIEF_LARGEST).unwrap();
         writeln!(out, "\nDONE {} {}", done.from, done.to).unwrap();
-        if dice.one_in(50) {
-            let upto = done.to - dice.below(done.to.min(2_000));
+        if dice.one_in(5) {
+            let from = done.to - dice.below(done.to.min(3_000));
+            let _ = outbox.read(from, done.to, 200_000).unwrap();
+        }
+        if dice.one_in(30) {
+            // Mostly some of it, sometimes all: then a new segment is begun, and the old one goes.
+            let upto = match dice.below(3) {
+                0 => done.to,
+                _ => done.to - dice.below(done.to.min(2_000)),
+            };
             let mut stored = RangeSet::new();
             stored.insert(1, upto);
             writeln!(out, "\nFREE {upto}").unwrap();
@@ -190,7 +199,7 @@ fn nothing_is_lost_by_a_kill_at_any_moment_of_a_life() {
                     );
                     last = to.parse().unwrap();
                 }
-                ["FREE", upto] => free = upto.parse().unwrap(),
+                ["FREE", upto] => free = free.max(upto.parse().unwrap()),
                 _ => {}
             }
         }

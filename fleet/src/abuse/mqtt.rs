@@ -143,7 +143,7 @@ pub(super) const ALL: [Abuse; 19] = [
     abuse!(
         "a topic that is no text",
         refused!("sent away"),
-        Some("topic that is no text"),
+        Some("Topic is not UTF-8"),
         no_text
     ),
     abuse!(
