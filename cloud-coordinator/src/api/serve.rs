@@ -253,6 +253,10 @@ where
             let reason = "the request cannot be read";
             return shared.refused(peer, reason, &format!("{reason}: {error}"));
         }
+        // Its own clock for headers runs as long as ours for silence: one of them is first.
+        if parse.is_some_and(hyper::Error::is_timeout) {
+            return shared.metrics.http_refused("silent");
+        }
         tracing::debug!(%peer, %error, "an HTTP connection ended");
     }
 }

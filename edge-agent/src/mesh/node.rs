@@ -482,12 +482,13 @@ impl Node {
                 Frame::Tell(signed)
             }
             Came::Version(theirs) => {
-                if let Some(own) = self
-                    .rosters
-                    .current()
-                    .filter(|own| own.roster.version > theirs)
-                {
-                    self.send(&from, wire::roster(&own.signed));
+                let own = self.rosters.current();
+                let version = own.as_ref().map_or(0, |own| own.roster.version);
+                match own.filter(|_| version > theirs) {
+                    Some(newer) => self.send(&from, wire::roster(&newer.signed)),
+                    // Whoever has the newer one sends it when it hears what this device has.
+                    None if version < theirs => self.send(&from, wire::version(version)),
+                    None => {}
                 }
                 return;
             }
