@@ -27,6 +27,10 @@ const TOKEN: &str = "trust/operator.token";
 /// There, too: who signs its certificates.
 const AUTHORITY: &str = "trust/ca.pem";
 
+/// How often it is looked for the token of a coordinator that starts, and how soon.
+const TRIES: u32 = 50;
+const PAUSE: Duration = Duration::from_millis(100);
+
 /// See the module.
 #[derive(Clone, Debug)]
 pub struct Way {
@@ -91,7 +95,8 @@ impl Way {
         Ok(format!("Bearer {}", token.trim()))
     }
 
-    /// Asks as an admin.
+    /// Asks as an admin. A coordinator that starts for the first time can be connected to a moment before its token is there,
+    /// which is waited for.
     ///
     /// # Errors
     /// As `send`.
@@ -99,7 +104,16 @@ impl Way {
         &self,
         send: impl FnOnce(&str) -> Result<Response<Body>, E>,
     ) -> Result<Response<Body>, E> {
-        send(&self.bearer().unwrap_or_default())
+        let mut tries = 0;
+        let bearer = loop {
+            match self.bearer() {
+                Ok(bearer) => break bearer,
+                Err(_) if tries == TRIES => break String::new(),
+                Err(_) => std::thread::park_timeout(PAUSE),
+            }
+            tries += 1;
+        };
+        send(&bearer)
     }
 
     /// An HTTP client for the coordinator, which takes any status as an answer.
