@@ -274,7 +274,8 @@ impl Site {
         if !plan.tls {
             args.push("--no-tls".into());
         }
-        if let Some(config) = &plan.coordinator_config {
+        let guarded = plan.tls && plan.broker == Broker::Mosquitto;
+        if let Some(config) = plan.coordinator_config.as_ref().filter(|_| !guarded) {
             args.extend(["--config".into(), config.into()]);
         }
         let broker = match plan.broker {
@@ -282,9 +283,16 @@ impl Site {
                 args.extend(["--mqtt".into(), mqtt.to_string().into()]);
                 None
             }
-            Broker::Mosquitto if plan.tls => {
-                let config = plan.root.join("coordinator.toml");
-                let text = broker::guarded_config(&plan.root, mqtt);
+            Broker::Mosquitto if guarded => {
+                let config = plan.root.join("coordinator-and-broker.toml");
+                // One file: what the plan says, and where the broker is.
+                let mut text = match &plan.coordinator_config {
+                    Some(own) => std::fs::read_to_string(own)
+                        .map_err(io_error(format!("reading {}", own.display())))?,
+                    None => String::new(),
+                };
+                text += "\n";
+                text += &broker::guarded_config(&plan.root, mqtt);
                 let doing = format!("writing {}", config.display());
                 std::fs::write(&config, text).map_err(io_error(doing))?;
                 let config: [OsString; 2] = ["--config".into(), config.into()];
@@ -316,7 +324,7 @@ impl Site {
             }
         };
         let mut listeners = mqtt;
-        if plan.tls && plan.broker == Broker::Mosquitto {
+        if guarded {
             listeners.set_port(mqtt.port() + broker::LISTENERS);
         }
         let log = logs.join("coordinator.log");
