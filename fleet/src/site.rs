@@ -20,7 +20,7 @@ use crate::{
     broker,
     dice::Dice,
     net::Link,
-    process::{Process, ProcessError, Program},
+    process::{EXIT_WITH_STDIN, Process, ProcessError, Program},
     way::Way,
     witness::{Journal, Testimony, Witness, WitnessError},
 };
@@ -303,6 +303,8 @@ impl Site {
                     .args(prepare)
                     .arg(&data)
                     .args(&config)
+                    // It has no input, and is not to end because of that.
+                    .env_remove(EXIT_WITH_STDIN)
                     .output()
                     .map_err(io_error("writing the rules of the broker"))?;
                 if !prepared.status.success() {
