@@ -24,7 +24,7 @@ use crate::{
     config::Config,
     counters::Counters,
     identity::{self, IdentityError, Keeper, Tls},
-    mesh::{Mesh, Own},
+    mesh::{self, Mesh, Own},
     outbox::{Opened, Options, Outbox, OutboxError},
     pipeline::{Drifts, Pipeline},
     samples::{
@@ -238,10 +238,17 @@ impl Agent {
             engines: ends.engines.clone(),
             uplink: connected,
         };
+        let (_site, site_ends) = mesh::Site::new();
         let mesh = credentials
             .zip(rosters.clone())
             .and_then(|(credentials, rosters)| {
-                Mesh::start(&config, &credentials, rosters, own, counters.clone())
+                let parts = mesh::Parts {
+                    rosters,
+                    own,
+                    ends: site_ends,
+                    services: Vec::new(),
+                };
+                Mesh::start(&config, &credentials, parts, counters.clone())
                     .map_err(|why| tracing::error!("the device has no neighbours: {why}"))
                     .ok()
             });

@@ -20,6 +20,7 @@ mod names;
 mod node;
 mod own;
 mod roster;
+mod streams;
 mod wire;
 
 use std::{path::Path, sync::Arc, thread::JoinHandle};
@@ -28,6 +29,7 @@ pub use config::MeshConfig;
 pub use doctor::{Finding, NeighbourStatus, RosterStatus, Status};
 pub(crate) use own::Own;
 pub(crate) use roster::Rosters;
+pub(crate) use streams::{Ends, Service, Site};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -58,6 +60,15 @@ pub(crate) struct Credentials {
     pub(crate) time: Arc<TrustedTime>,
 }
 
+/// What the mesh is made of.
+pub(crate) struct Parts {
+    pub(crate) rosters: Rosters,
+    pub(crate) own: Own,
+    pub(crate) ends: Ends,
+    /// What neighbours may ask of this device.
+    pub(crate) services: Vec<Service>,
+}
+
 impl Mesh {
     /// The rosters of the device: there as soon as it has an identity, and filled by the uplink.
     pub(crate) fn rosters(config: &Config, tls: &Tls, credentials: &Credentials) -> Rosters {
@@ -69,10 +80,15 @@ impl Mesh {
     pub(crate) fn start(
         config: &Config,
         credentials: &Credentials,
-        rosters: Rosters,
-        own: Own,
+        parts: Parts,
         counters: Counters,
     ) -> Result<Self, String> {
+        let Parts {
+            rosters,
+            own,
+            ends,
+            services,
+        } = parts;
         let key = names::keypair(&credentials.key)?;
         let life = u64::try_from(credentials.time.now_ms()).unwrap_or(0);
         let (ask, requests) = mpsc::channel(QUESTIONS);
@@ -84,6 +100,8 @@ impl Mesh {
             own,
             counters,
             requests,
+            ends,
+            services,
         };
         let data = config.data.clone();
         let stop = CancellationToken::new();

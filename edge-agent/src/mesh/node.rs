@@ -37,6 +37,7 @@ use super::{
     names::{id, multiaddress, peer, socket},
     own::Own,
     roster::Rosters,
+    streams::{self, Ends, Neighbour, Service, Wanted},
     wire::{self, Came, PRESENCE, WireError},
 };
 use crate::{clock::Monotonic, counters::Counters, dice};
@@ -119,6 +120,10 @@ pub(super) struct Start {
     pub(super) own: Own,
     pub(super) counters: Counters,
     pub(super) requests: mpsc::Receiver<Request>,
+    /// What the rest of the agent asks for and is told.
+    pub(super) ends: Ends,
+    /// What neighbours may ask for.
+    pub(super) services: Vec<Service>,
 }
 
 /// The running mesh of one device.
@@ -134,6 +139,11 @@ pub(super) struct Node {
     own: Own,
     counters: Counters,
     requests: mpsc::Receiver<Request>,
+    ends: Ends,
+    /// What of it was told last: the machine's sum.
+    told: u64,
+    /// Streams that wait for a connection.
+    waiting: HashMap<Peer, Vec<Wanted>>,
     clock: Monotonic,
     links: HashMap<Peer, Link>,
     wires: HashMap<Peer, Vec<Wire>>,
@@ -211,6 +221,8 @@ impl Node {
             own,
             counters,
             requests,
+            ends,
+            services,
         } = start;
         let local = key.public().to_peer_id();
         let me = peer(&local).ok_or("the device's key is of a kind that neighbours do not know")?;
@@ -232,6 +244,9 @@ impl Node {
         let incoming = streams
             .accept(StreamProtocol::new(PRESENCE))
             .map_err(|error| error.to_string())?;
+        for service in services {
+            service.start(&mut streams, rosters.clone())?;
+        }
         let (tell, news) = mpsc::channel(NEWS);
         listen(&mut swarm, config.listen)?;
         Ok(Self {
@@ -246,6 +261,9 @@ impl Node {
             own,
             counters,
             requests,
+            ends,
+            told: 0,
+            waiting: HashMap::new(),
             clock: Monotonic::start(),
             links: HashMap::new(),
             wires: HashMap::new(),
@@ -273,6 +291,7 @@ impl Node {
                 Some(news) = self.news.recv() => self.hear(news),
                 Ok(()) = rosters.changed() => self.roster(),
                 Some(request) = self.requests.recv() => self.answer(request),
+                Some(wanted) = self.ends.wanted.recv() => self.want(wanted),
                 _ = tick.tick() => {
                     self.passed(ticks);
                     ticks += 1;
@@ -303,10 +322,31 @@ impl Node {
         if ticks.is_multiple_of(SEARCH_TICKS) && self.rosters.current().is_none() {
             // It may have run out.
             self.give(Input::Members(Default::default()));
+            self.hang_up_on_strangers();
         }
         self.give(Input::Tick);
         self.counters.neighbours.set(self.machine.count() as u64);
         self.counters.links.set(self.links.len() as u64);
+        self.tell_present();
+        // Whoever asked has given up by then.
+        self.waiting.retain(|_, all| {
+            all.retain(|wanted| !wanted.back.is_closed());
+            !all.is_empty()
+        });
+    }
+
+    /// Tells the rest of the agent who is there, if that has changed.
+    fn tell_present(&mut self) {
+        let sum = self.machine.sum();
+        if std::mem::replace(&mut self.told, sum) == sum {
+            return;
+        }
+        let here = self.machine.all().filter(|known| known.is_here);
+        let present = here.map(|known| Neighbour {
+            peer: known.peer,
+            presence: known.presence.clone(),
+        });
+        self.ends.present.send_replace(present.collect());
     }
 
     /// Where neighbours reach this device.
@@ -339,12 +379,15 @@ impl Node {
         match action {
             Action::Send(peer, frame) => self.send(&peer, wire::encode(&frame)),
             Action::Dial(peer) => self.dial(peer),
+            // The connection may have other streams; without any it ends by itself.
             Action::Close(peer) => self.close(&peer),
             Action::Came(peer) => {
                 tracing::info!(device = self.name(&peer), "a neighbour is there");
+                self.tell_present();
             }
             Action::Went(peer) => {
                 tracing::info!(device = self.name(&peer), "a neighbour is gone");
+                self.tell_present();
             }
         }
     }
@@ -367,6 +410,7 @@ impl Node {
         for peer in known {
             self.give(Input::Found(peer));
         }
+        self.hang_up_on_strangers();
         if let Some(roster) = roster {
             let version = wire::version(roster.roster.version);
             for peer in self.links.keys().copied().collect::<Vec<_>>() {
@@ -432,6 +476,7 @@ impl Node {
         {
             tracing::debug!(device = self.name(&peer), why, "a link has ended");
             self.close(&peer);
+            self.hang_up(&peer);
             self.give(Input::Down(peer));
         }
     }
@@ -440,6 +485,20 @@ impl Node {
         if let Some(link) = self.links.remove(peer) {
             link.stop.cancel();
         }
+    }
+
+    /// Ends everything with those that are not on the roster any more, linked or not.
+    fn hang_up_on_strangers(&mut self) {
+        let connected: Vec<Peer> = self.wires.keys().copied().collect();
+        for peer in connected {
+            if !self.rosters.admits(&peer) {
+                self.hang_up(&peer);
+            }
+        }
+    }
+
+    /// Ends everything with a peer.
+    fn hang_up(&mut self, peer: &Peer) {
         for wire in self.wires.get(peer).cloned().unwrap_or_default() {
             self.swarm.close_connection(wire.id);
         }
@@ -571,7 +630,23 @@ impl Node {
         }
     }
 
+    /// Somebody wants a stream: over the connection that there is, or a new one.
+    fn want(&mut self, wanted: Wanted) {
+        let peer = wanted.peer;
+        if self.wires.get(&peer).is_some_and(|wires| !wires.is_empty()) {
+            return streams::open(&self.streams, wanted);
+        }
+        let is_dialled = self.waiting.contains_key(&peer);
+        self.waiting.entry(peer).or_default().push(wanted);
+        if !is_dialled {
+            self.dial(peer);
+        }
+    }
+
     fn failed(&mut self, peer: Peer, why: String) {
+        for wanted in self.waiting.remove(&peer).unwrap_or_default() {
+            let _ = wanted.back.send(Err(why.clone()));
+        }
         self.failures.insert(peer, why);
         // Only what was asked for can fail twice.
         self.give(Input::Unreachable(peer));
@@ -677,6 +752,9 @@ impl Node {
         }
         for old in old {
             self.swarm.close_connection(old.id);
+        }
+        for wanted in self.waiting.remove(&peer).unwrap_or_default() {
+            streams::open(&self.streams, wanted);
         }
         if is_mine {
             self.open(id);
