@@ -234,11 +234,17 @@ impl Agent {
             broken,
             wall: clock.clone(),
         };
+        let (own_way, has_own_way) = watch::channel(false);
         let own = Own {
             engines: ends.engines.clone(),
-            uplink: connected,
+            uplink: has_own_way.clone(),
         };
-        let (_site, site_ends) = mesh::Site::new();
+        let (site, site_ends) = mesh::Site::new();
+        let carriers = credentials.as_ref().map(|_| mesh::Carriers::new(site));
+        if let Some(carriers) = &carriers {
+            tls.detour().set(carriers.clone(), has_own_way.clone());
+        }
+        let carrying = mesh::Carrying::new(&config, &tls, has_own_way, &counters);
         let mesh = credentials
             .zip(rosters.clone())
             .and_then(|(credentials, rosters)| {
@@ -246,7 +252,7 @@ impl Agent {
                     rosters,
                     own,
                     ends: site_ends,
-                    services: Vec::new(),
+                    services: carrying.map(mesh::Carrying::service).into_iter().collect(),
                 };
                 Mesh::start(&config, &credentials, parts, counters.clone())
                     .map_err(|why| tracing::error!("the device has no neighbours: {why}"))
@@ -325,6 +331,8 @@ impl Agent {
             tls,
             rosters,
             connected: link,
+            own_way,
+            carriers,
             marks: mark,
             board,
             counters: counters.clone(),

@@ -20,6 +20,7 @@ mod http;
 pub mod identity;
 pub mod mesh;
 pub mod outbox;
+mod passage;
 mod pipeline;
 pub mod samples;
 pub mod settings;

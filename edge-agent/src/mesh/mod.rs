@@ -13,6 +13,7 @@
 //! everything else works as ever.
 
 mod admission;
+mod carry;
 mod config;
 mod doctor;
 mod local;
@@ -25,11 +26,12 @@ mod wire;
 
 use std::{path::Path, sync::Arc, thread::JoinHandle};
 
+pub(crate) use carry::{Carriers, Carrying, Detour, Door};
 pub use config::MeshConfig;
 pub use doctor::{Finding, NeighbourStatus, RosterStatus, Status};
 pub(crate) use own::Own;
 pub(crate) use roster::Rosters;
-pub(crate) use streams::{Ends, Service, Site};
+pub(crate) use streams::{Ends, Present, Service, Site};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 

@@ -9,6 +9,7 @@ mod ingest;
 mod kill;
 mod outbox;
 mod peer;
+mod relay;
 mod rollout;
 mod swarm;
 mod tls;
@@ -25,7 +26,7 @@ pub(crate) use deliver::{DELTA_APPLY, delta_apply};
 pub(crate) use outbox::{OUTBOX_LOAD, outbox_load};
 
 /// Each benchmark and what it is about.
-const ALL: [(&str, &str); 10] = [
+const ALL: [(&str, &str); 11] = [
     (
         "outbox",
         "durable commits, space and start of the outbox, against SQLite in WAL mode",
@@ -54,6 +55,10 @@ const ALL: [(&str, &str); 10] = [
     (
         "deliver",
         "deltas of models: their size, and time and memory to apply one, against a copy of the file",
+    ),
+    (
+        "relay",
+        "half of a site loses its uplink and carriers die: what is lost, and how late the rest is, against no neighbours",
     ),
     (
         "rollout",
@@ -87,6 +92,7 @@ pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<bool> {
         "hostile" => hostile::run(args, &mut results).await?,
         "kill" => kill::run(args, &mut results).await?,
         "deliver" => deliver::run(args, &mut results).await?,
+        "relay" => relay::run(args, &mut results).await?,
         "rollout" => rollout::run(args, &mut results).await?,
         "update-kill" => update_kill::run(args, &mut results).await?,
         other => bail!("no benchmark {other:?}; `fleet bench --list` names them"),
