@@ -32,6 +32,7 @@ use crate::{
         desk::Desk,
         eraser::{self, Eraser},
     },
+    seal::{Seal, SealError},
     settings::{self, Life},
     store::{Cursor, Store},
     update::{StartError, Updates},
@@ -65,6 +66,9 @@ pub enum AgentError {
     /// The outbox.
     #[error(transparent)]
     Outbox(#[from] OutboxError),
+    /// What would be on the disk cannot be sealed or opened.
+    #[error(transparent)]
+    Seal(#[from] SealError),
     /// Who the device is.
     #[error(transparent)]
     Identity(#[from] IdentityError),
@@ -168,7 +172,11 @@ impl Agent {
             (BoardHandle::default(), None)
         });
         board.set_state(BoardState::Starting);
-        let opened = open_outbox(&config)?;
+        let seal = Seal::open(config.storage.key_file.as_deref(), &config.data)?;
+        if seal.is_on() {
+            tracing::info!("readings and samples are encrypted on the disk");
+        }
+        let opened = open_outbox(&config, seal.clone())?;
         let Opened {
             outbox,
             pending,
@@ -263,7 +271,7 @@ impl Agent {
             .iter()
             .map(|s| (s.name.clone(), s.gate))
             .collect::<Vec<_>>();
-        let samples = start_samples(&config, outbox.epoch(), &counters, &tls);
+        let samples = start_samples(&config, outbox.epoch(), &counters, &tls, seal.clone());
         let (tray, sample_writer, sample_sender, eraser) = match samples {
             Some(samples) => (
                 Some(samples.tray),
@@ -272,7 +280,7 @@ impl Agent {
                 Some(samples.eraser),
             ),
             None => {
-                let eraser = Eraser::of_folder(config.data.join("samples"), &counters);
+                let eraser = Eraser::of_folder(config.data.join("samples"), &counters, seal);
                 (None, None, None, eraser)
             }
         };
@@ -409,7 +417,13 @@ impl AgentHandle {
 }
 
 /// A device that cannot keep samples does everything else.
-fn start_samples(config: &Config, epoch: u64, counters: &Counters, tls: &Tls) -> Option<Samples> {
+fn start_samples(
+    config: &Config,
+    epoch: u64,
+    counters: &Counters,
+    tls: &Tls,
+    seal: Seal,
+) -> Option<Samples> {
     if !config.samples.enabled {
         return None;
     }
@@ -421,6 +435,7 @@ fn start_samples(config: &Config, epoch: u64, counters: &Counters, tls: &Tls) ->
         epoch,
         counters,
         tls,
+        seal,
     )
     .map_err(|why| tracing::error!("no frames are kept to learn from: {why}"))
     .ok()
@@ -442,8 +457,9 @@ async fn join(threads: Vec<JoinHandle<()>>) {
     let _ = all.await;
 }
 
-fn open_outbox(config: &Config) -> Result<Opened, AgentError> {
-    let options = Options::new(config.data.join("outbox"), config.outbox.max_bytes);
+fn open_outbox(config: &Config, seal: Seal) -> Result<Opened, AgentError> {
+    let mut options = Options::new(config.data.join("outbox"), config.outbox.max_bytes);
+    options.seal = seal;
     let opened = Outbox::open(options)?;
     for warning in &opened.warnings {
         tracing::warn!("{warning}");

@@ -60,6 +60,8 @@ pub struct Config {
     pub reject: Option<Rule>,
     /// What keeps readings until the coordinator has them.
     pub outbox: OutboxConfig,
+    /// How it lies on the disk.
+    pub storage: StorageConfig,
     /// Pins.
     pub board: BoardConfig,
     /// How often the device speaks about itself.
@@ -136,6 +138,7 @@ impl Default for Config {
             publish: Publish::All,
             reject: None,
             outbox: OutboxConfig::default(),
+            storage: StorageConfig::default(),
             board: BoardConfig::default(),
             report: ReportConfig::default(),
             samples: SamplesConfig::default(),
@@ -158,6 +161,15 @@ impl Default for BrokerConfig {
             max_backoff_s: 30,
         }
     }
+}
+
+/// `[storage]`: readings and samples on the disk.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct StorageConfig {
+    /// A file with 32 random bytes, or their 64 hexadecimal digits, that only the agent's user can read: what is written from now
+    /// on is encrypted with them. The file should not lie on the same disk: see docs/security.md.
+    pub key_file: Option<PathBuf>,
 }
 
 impl Default for OutboxConfig {

@@ -23,6 +23,7 @@ pub mod outbox;
 mod passage;
 mod pipeline;
 pub mod samples;
+pub mod seal;
 pub mod settings;
 pub mod store;
 mod trouble;

@@ -13,7 +13,7 @@ const MAX_FILE_BYTES: u64 = 1024 * 1024;
 pub(crate) const TOKEN: &str = "LACEWING_COORDINATOR_TOKEN";
 
 /// Settings that the environment may override: the variable, and the path of the key.
-const ENVIRONMENT: [(&str, &[&str]); 11] = [
+const ENVIRONMENT: [(&str, &[&str]); 12] = [
     ("LACEWING_SITE", &["site"]),
     ("LACEWING_DEVICE", &["device"]),
     ("LACEWING_DATA", &["data"]),
@@ -23,6 +23,7 @@ const ENVIRONMENT: [(&str, &[&str]); 11] = [
         "LACEWING_COORDINATOR_TOKEN_FILE",
         &["coordinator", "token_file"],
     ),
+    ("LACEWING_STORAGE_KEY_FILE", &["storage", "key_file"]),
     ("LACEWING_BROKER_URL", &["broker", "url"]),
     ("LACEWING_MODEL_BUNDLE", &["model", "bundle"]),
     ("LACEWING_SAMPLES_COORDINATOR", &["samples", "coordinator"]),

@@ -48,10 +48,11 @@ use std::{
 
 use mesh_core::{GapReason, MAX_EVENT_BYTES, RangeSet};
 
+use crate::seal::{Seal, SealError};
 pub use disk::SyncHook;
 use disk::{Disk, Mark};
 use gaps::Gaps;
-use segment::{Store, StoreError, footprint};
+use segment::{Means, Store, StoreError, footprint};
 
 /// The smallest `max_bytes`: eight segments of two of sled's units each.
 pub const MIN_BYTES: u64 = 4 * 1024 * 1024;
@@ -84,6 +85,8 @@ pub struct Options {
     pub max_bytes: u64,
     /// The memory for one segment's cache, in bytes; at most two are open.
     pub cache_bytes: u64,
+    /// Seals what is written.
+    pub seal: Seal,
     /// Told before every sync. For tests of power cuts.
     pub on_sync: Option<SyncHook>,
 }
@@ -97,6 +100,7 @@ impl Options {
             max_bytes,
             // A quarter of a segment: a live reading is sent from memory, a replay reads each page once.
             cache_bytes: 1024 * 1024,
+            seal: Seal::none(),
             on_sync: None,
         }
     }
@@ -176,6 +180,9 @@ pub enum OutboxError {
     /// The caller's `encode` failed.
     #[error("a reading could not be encoded: {0}")]
     Encode(Box<dyn std::error::Error + Send + Sync>),
+    /// It could not be sealed.
+    #[error(transparent)]
+    Seal(#[from] SealError),
     /// The file system failed.
     #[error("the outbox could not {what}: {source}")]
     Io {
@@ -225,7 +232,7 @@ pub struct Outbox {
     max_bytes: u64,
     /// A segment of this length is full.
     segment_bytes: u64,
-    cache_bytes: u64,
+    means: Means,
     epoch: u64,
     /// The number of the next reading.
     next: u64,
@@ -316,7 +323,7 @@ impl Outbox {
             let from = self.next;
             let readings = encode_group(from, count, &mut encode)?;
             let to = from + count as u64 - 1;
-            let values = block::pack(from, &readings, cursor);
+            let values = block::pack(&self.means.seal, from, &readings, cursor)?;
             let payload: u64 = values.iter().map(|(_, value)| value.len() as u64).sum();
             let ahead = self.segment_bytes / AHEAD_SHARE;
             self.make_room(footprint(payload) + ahead + NEXT_SEGMENT + segment::READING)?;

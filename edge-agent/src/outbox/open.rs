@@ -16,7 +16,7 @@ use super::{
     io as failed,
     names::Entry,
     room::MAX_KEPT,
-    segment::{Contents, LOCK_PAUSE, LOCK_TRIES, SLED_SEGMENT, Store, StoreError},
+    segment::{Contents, LOCK_PAUSE, LOCK_TRIES, Means, SLED_SEGMENT, Store, StoreError},
 };
 
 /// The segments that a full outbox consists of at least: what one eviction costs is that part of it.
@@ -39,7 +39,10 @@ pub(super) fn open(options: Options) -> Result<Opened, OutboxError> {
             .clamp(2 * SLED_SEGMENT as u64, SEGMENT_BYTES),
         disk,
         max_bytes: options.max_bytes,
-        cache_bytes: options.cache_bytes,
+        means: Means {
+            cache_bytes: options.cache_bytes,
+            seal: options.seal,
+        },
         epoch,
         next: 1,
         active: None,
@@ -247,7 +250,7 @@ impl Outbox {
     fn open_newest(&mut self, first: u64) -> Result<(Store, Contents), StoreError> {
         let path = self.disk.path(Entry::Active { first });
         loop {
-            match Store::open(&self.disk, &path, (self.epoch, first), self.cache_bytes) {
+            match Store::open(&self.disk, &path, (self.epoch, first), &self.means) {
                 Err(StoreError::NoSpace) => match self.evict_oldest() {
                     Ok(true) => {}
                     Ok(false) | Err(_) => return Err(StoreError::NoSpace),

@@ -99,7 +99,7 @@ impl Outbox {
                 let path = self.disk.path(Entry::Active { first });
                 let identity = (self.epoch, first);
                 let (store, Contents { readings, .. }) =
-                    Store::open(&self.disk, &path, identity, self.cache_bytes)?;
+                    Store::open(&self.disk, &path, identity, &self.means)?;
                 if self.next > first && !readings.covers(first, self.next - 1) {
                     return Err(StoreError::Damaged(
                         "readings that were there are missing".into(),
@@ -123,7 +123,7 @@ impl Outbox {
         let new = Entry::New { first };
         self.disk.remove(new)?;
         let identity = (self.epoch, first, self.cursor.as_slice());
-        let made = Store::create(&self.disk, &self.disk.path(new), identity, self.cache_bytes);
+        let made = Store::create(&self.disk, &self.disk.path(new), identity, &self.means);
         let mut store = match made {
             Ok(store) => store,
             Err(error) => {
@@ -272,7 +272,7 @@ impl Outbox {
         };
         let path = self.disk.path(Entry::Sealed { first, last });
         let (store, contents) =
-            Store::open_full(&self.disk, &path, (self.epoch, first), self.cache_bytes)?;
+            Store::open_full(&self.disk, &path, (self.epoch, first), &self.means)?;
         self.reader = Some((first, store));
         let held: Vec<_> = self.held.overlap(first, last).collect();
         self.missing(&held, &contents)

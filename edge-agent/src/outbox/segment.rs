@@ -18,6 +18,7 @@ use super::{
     block::{self, Assembler, Block, Key},
     disk::{self, Disk, Tail},
 };
+use crate::seal::Seal;
 
 /// sled's own unit of writing. A quarter of it bounds a page (see [`block::PART_BYTES`]); small, so that an
 /// outbox lives on a disk of 16 MiB.
@@ -100,6 +101,24 @@ pub(super) struct Contents {
     pub(super) cursor: Vec<u8>,
 }
 
+/// What every segment of an outbox is opened with.
+#[derive(Clone, Debug)]
+pub(super) struct Means {
+    /// The memory for its cache.
+    pub(super) cache_bytes: u64,
+    pub(super) seal: Seal,
+}
+
+/// A cursor names files: it is sealed as readings are.
+fn cursor_of(first: u64) -> String {
+    format!("outbox cursor {first}")
+}
+
+fn sealed_cursor(seal: &Seal, first: u64, cursor: &[u8]) -> Result<Vec<u8>, StoreError> {
+    let sealed = seal.wrap(&cursor_of(first), cursor.to_vec());
+    sealed.map_err(|error| StoreError::Io(io::Error::other(error)))
+}
+
 /// An open segment.
 pub(super) struct Store {
     /// `None` only while it is dropped.
@@ -107,6 +126,7 @@ pub(super) struct Store {
     file: File,
     path: PathBuf,
     tail: Tail,
+    seal: Seal,
     /// Nothing will be appended any more.
     full: bool,
 }
@@ -117,14 +137,14 @@ impl Store {
         disk: &Disk,
         path: &Path,
         (epoch, first, cursor): (u64, u64, &[u8]),
-        cache: u64,
+        means: &Means,
     ) -> Result<Self, StoreError> {
-        let store = guarded(|| Self::start(path, cache))?;
+        let store = guarded(|| Self::start(path, means))?;
         disk::lengthen(&store.file, 0, UNIT, 0)?;
         let mut header = vec![VERSION];
         header.extend_from_slice(&epoch.to_be_bytes());
         header.extend_from_slice(&first.to_be_bytes());
-        header.extend_from_slice(cursor);
+        header.extend_from_slice(&sealed_cursor(&means.seal, first, cursor)?);
         guarded(|| {
             let db = store.db()?;
             db.insert(HEADER, header)?;
@@ -140,9 +160,9 @@ impl Store {
         disk: &Disk,
         path: &Path,
         identity: (u64, u64),
-        cache: u64,
+        means: &Means,
     ) -> Result<(Self, Contents), StoreError> {
-        let (mut store, contents) = Self::open(disk, path, identity, cache)?;
+        let (mut store, contents) = Self::open(disk, path, identity, means)?;
         store.full = true;
         Ok((store, contents))
     }
@@ -152,23 +172,23 @@ impl Store {
         disk: &Disk,
         path: &Path,
         (epoch, first): (u64, u64),
-        cache: u64,
+        means: &Means,
     ) -> Result<(Self, Contents), StoreError> {
         if !path.join("db").is_file() {
             return Err(StoreError::Damaged("it has no data file".into()));
         }
-        let store = guarded(|| Self::start(path, cache))?;
+        let store = guarded(|| Self::start(path, means))?;
         let contents = guarded(|| store.contents(epoch, first))?;
         // Opening repairs and writes a snapshot; what is appended stands on both.
         disk.sync_tree(path)?;
         Ok((store, contents))
     }
 
-    fn start(path: &Path, cache: u64) -> Result<Self, StoreError> {
+    fn start(path: &Path, means: &Means) -> Result<Self, StoreError> {
         forget_half_snapshots(path)?;
         let config = sled::Config::new()
             .path(path)
-            .cache_capacity(cache)
+            .cache_capacity(means.cache_bytes)
             .segment_size(SLED_SEGMENT)
             .use_compression(false)
             .flush_every_ms(None);
@@ -193,6 +213,7 @@ impl Store {
             tail: Tail::find(&file, UNIT)?,
             file,
             path: path.to_path_buf(),
+            seal: means.seal.clone(),
             full: false,
         })
     }
@@ -218,9 +239,12 @@ impl Store {
             .ok_or_else(|| damaged("its header is not this outbox's"))?;
         let mut contents = Contents {
             readings: RangeSet::new(),
-            cursor: cursor.to_vec(),
+            cursor: self
+                .seal
+                .unwrap(&cursor_of(first), cursor.to_vec())
+                .ok_or_else(|| damaged("its cursor cannot be decrypted"))?,
         };
-        let mut assembler = Assembler::default();
+        let mut assembler = Assembler::new(&self.seal);
         for item in items {
             let (key, value) = item?;
             if let Some(block) = assembler.push(&key, &value) {
@@ -295,7 +319,7 @@ impl Store {
             };
             let mut taken: Vec<(u64, Vec<u8>)> = Vec::new();
             let mut size = 0;
-            let mut assembler = Assembler::default();
+            let mut assembler = Assembler::new(&self.seal);
             for item in db.range(block::key(start.max(1), 0)..=block::key(to, u8::MAX)) {
                 let (key, value) = item?;
                 let Some(Block {

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::shelf::{Shelf, ShelfError};
-use crate::counters::Counters;
+use crate::{counters::Counters, seal::Seal};
 
 /// A disk that does not let go of something is tried again after this.
 const AGAIN: Duration = Duration::from_secs(10);
@@ -24,11 +24,11 @@ pub(crate) struct Eraser {
 
 impl Eraser {
     /// For a device that keeps no samples now, and may have kept some before. Nothing if it never did.
-    pub(crate) fn of_folder(folder: PathBuf, counters: &Counters) -> Option<Self> {
+    pub(crate) fn of_folder(folder: PathBuf, counters: &Counters, seal: Seal) -> Option<Self> {
         if !folder.is_dir() {
             return None;
         }
-        let opened = Shelf::open(folder, u64::MAX, 0);
+        let opened = Shelf::open(folder, u64::MAX, 0, seal);
         let (shelf, _) = opened
             .map_err(|error| tracing::error!("samples from before cannot be erased: {error}"))
             .ok()?;
@@ -115,8 +115,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("samples");
         let counters = Counters::default();
-        assert!(Eraser::of_folder(folder.clone(), &counters).is_none());
-        let (mut shelf, _) = Shelf::open(folder.clone(), 1 << 20, 7).unwrap();
+        assert!(Eraser::of_folder(folder.clone(), &counters, Seal::none()).is_none());
+        let (mut shelf, _) = Shelf::open(folder.clone(), 1 << 20, 7, Seal::none()).unwrap();
         for seq in 1..=3 {
             let image = [seq as u8; 100];
             shelf
@@ -124,7 +124,7 @@ mod tests {
                 .unwrap();
         }
         drop(shelf);
-        let eraser = Eraser::of_folder(folder.clone(), &counters).unwrap();
+        let eraser = Eraser::of_folder(folder.clone(), &counters, Seal::none()).unwrap();
         let (say, desired) = watch::channel(None);
         let (answer, mut erased) = watch::channel(None);
         let stop = CancellationToken::new();

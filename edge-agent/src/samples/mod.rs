@@ -36,6 +36,7 @@ use shelf::Shelf;
 use crate::{
     counters::{Counter, Counters},
     identity::Tls,
+    seal::Seal,
     store::Draft,
 };
 
@@ -170,8 +171,9 @@ impl Samples {
         epoch: u64,
         counters: &Counters,
         tls: &Tls,
+        seal: Seal,
     ) -> Result<Self, String> {
-        let (shelf, damaged) = Shelf::open(folder.to_owned(), config.max_bytes, epoch)
+        let (shelf, damaged) = Shelf::open(folder.to_owned(), config.max_bytes, epoch, seal)
             .map_err(|error| error.to_string())?;
         if damaged > 0 {
             tracing::warn!(samples = damaged, "damaged samples were removed");

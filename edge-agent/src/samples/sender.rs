@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeSet,
-    os::unix::fs::FileExt,
     sync::{
         Arc, Mutex, PoisonError,
         mpsc::{Receiver, RecvTimeoutError},
@@ -157,15 +156,12 @@ impl Sender {
             return Fate::Gone;
         };
         let piece = self.piece();
-        let mut buffer = vec![0; usize::try_from(piece).unwrap_or(MAX_PIECE)];
         for _ in 0..length.div_ceil(piece) + SPARE_REQUESTS {
             let size = usize::try_from((length - offset).min(piece)).unwrap_or(MAX_PIECE);
-            let Some(bytes) = buffer.get_mut(..size) else {
+            let rest = usize::try_from(offset).ok().and_then(|at| image.get(at..));
+            let Some(bytes) = rest.and_then(|rest| rest.get(..size)) else {
                 return Fate::Gone;
             };
-            if image.read_exact_at(bytes, offset).is_err() {
-                return Fate::Gone;
-            }
             let begin = Instant::now();
             let answer = self.client.piece(&self.device, item.key, offset, bytes);
             if !self.pace(begin, size) {

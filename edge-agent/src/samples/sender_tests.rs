@@ -15,7 +15,7 @@ use std::{
 use mesh_core::{Sample, SampleReason};
 
 use super::*;
-use crate::samples::shelf::tests::sample;
+use crate::{samples::shelf::tests::sample, seal::Seal};
 
 /// What the server does with a request.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -218,7 +218,7 @@ fn image(seq: u64, length: usize) -> Vec<u8> {
 }
 
 fn fill(root: &Path, count: u64) -> Arc<Mutex<Shelf>> {
-    let (mut shelf, _) = Shelf::open(root.to_owned(), 64 << 20, 7).unwrap();
+    let (mut shelf, _) = Shelf::open(root.to_owned(), 64 << 20, 7, Seal::none()).unwrap();
     for seq in 1..=count {
         let bytes = image(seq, [0, 1_000, 300_000, 700_000][seq as usize % 4]);
         let reason = if seq % 5 == 0 {
@@ -280,7 +280,8 @@ fn every_sample_arrives_once_and_whole_whatever_the_network_does() {
     drop(tell);
     thread.join().unwrap();
     drop(shelf);
-    let (shelf, damaged) = Shelf::open(folder.path().to_owned(), 64 << 20, 7).unwrap();
+    let (shelf, damaged) =
+        Shelf::open(folder.path().to_owned(), 64 << 20, 7, Seal::none()).unwrap();
     assert_eq!(damaged, 0);
     let already = 40 - shelf.len();
     assert!(

@@ -10,6 +10,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use crate::seal::{OVERHEAD, Seal, SealError};
 use mesh_core::{Gone, MAX_SAMPLE_BYTES, Sample, SampleImage, SampleReason};
 
 /// Files on small boards' cards take room in these.
@@ -52,6 +53,9 @@ pub(super) enum ShelfError {
     /// It does not become JSON.
     #[error("samples: encoding a sample: {0}")]
     Json(#[from] serde_json::Error),
+    /// It could not be sealed.
+    #[error(transparent)]
+    Seal(#[from] SealError),
     /// The coordinator wants it nowhere.
     #[error("samples: it was erased before it was written")]
     Erased,
@@ -72,6 +76,7 @@ fn disk<'a>(doing: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Sh
 #[derive(Debug)]
 pub(super) struct Shelf {
     root: PathBuf,
+    seal: Seal,
     max_bytes: u64,
     items: BTreeMap<Key, Item>,
     bytes: u64,
@@ -101,10 +106,12 @@ impl Shelf {
         root: PathBuf,
         max_bytes: u64,
         epoch: u64,
+        seal: Seal,
     ) -> Result<(Self, u64), ShelfError> {
         fs::create_dir_all(&root).map_err(disk("making", &root))?;
         let mut shelf = Self {
             root,
+            seal,
             max_bytes,
             items: BTreeMap::new(),
             bytes: 0,
@@ -150,7 +157,12 @@ impl Shelf {
         let bytes = self.json(key).ok()?;
         let sample = Sample::decode(&bytes).ok()?;
         let whole = match &sample.image {
-            Some(image) => fs::metadata(self.path(key, "jpg")).ok()?.len() == image.bytes,
+            Some(image) => {
+                let length = fs::metadata(self.path(key, "jpg")).ok()?.len();
+                // What was written before there was a key is not sealed.
+                length == image.bytes
+                    || self.seal.is_on() && length == image.bytes + OVERHEAD as u64
+            }
             None => true,
         };
         let is_it = (sample.epoch, sample.seq) == (key.epoch, key.seq);
@@ -191,9 +203,9 @@ impl Shelf {
             return Err(ShelfError::Full(bytes));
         }
         if let Some(image) = image {
-            self.write(key, "jpg", image)?;
+            self.write(key, "jpg", image.to_vec())?;
         }
-        self.write(key, "json", &json)?;
+        self.write(key, "json", json)?;
         File::open(&self.root)
             .and_then(|folder| folder.sync_all())
             .map_err(disk("syncing", &self.root))?;
@@ -201,11 +213,12 @@ impl Shelf {
         Ok(bytes)
     }
 
-    fn write(&self, key: Key, kind: &str, bytes: &[u8]) -> Result<(), ShelfError> {
+    fn write(&self, key: Key, kind: &str, bytes: Vec<u8>) -> Result<(), ShelfError> {
         let path = self.path(key, kind);
+        let bytes = self.seal.wrap(&what(key, kind), bytes)?;
         let new = self.path(key, "tmp");
         let written = File::create(&new).and_then(|mut file| {
-            file.write_all(bytes)?;
+            file.write_all(&bytes)?;
             file.sync_all()
         });
         let done = written.and_then(|()| fs::rename(&new, &path));
@@ -319,15 +332,20 @@ impl Shelf {
     /// What travels.
     pub(super) fn json(&self, key: Key) -> io::Result<Vec<u8>> {
         let path = self.path(key, "json");
-        if fs::metadata(&path)?.len() > MAX_SAMPLE_BYTES as u64 {
+        if fs::metadata(&path)?.len() > (MAX_SAMPLE_BYTES + OVERHEAD) as u64 {
             return Err(io::ErrorKind::InvalidData.into());
         }
-        fs::read(path)
+        self.opened(key, "json", fs::read(path)?)
     }
 
-    /// The image of a sample.
-    pub(super) fn image(&self, key: Key) -> io::Result<File> {
-        File::open(self.path(key, "jpg"))
+    /// The image of a sample: as long as its sample says.
+    pub(super) fn image(&self, key: Key) -> io::Result<Vec<u8>> {
+        self.opened(key, "jpg", fs::read(self.path(key, "jpg"))?)
+    }
+
+    fn opened(&self, key: Key, kind: &str, bytes: Vec<u8>) -> io::Result<Vec<u8>> {
+        let opened = self.seal.unwrap(&what(key, kind), bytes);
+        opened.ok_or_else(|| io::ErrorKind::InvalidData.into())
     }
 
     fn path(&self, key: Key, kind: &str) -> PathBuf {
@@ -359,6 +377,11 @@ fn item(key: Key, sample: &Sample, json: u64) -> Item {
         bytes: room(json) + sample.image.as_ref().map_or(0, |image| room(image.bytes)),
         image: sample.image.clone(),
     }
+}
+
+/// What a file is, so that it cannot be taken for another one.
+fn what(key: Key, kind: &str) -> String {
+    format!("sample {}-{}.{kind}", key.epoch, key.seq)
 }
 
 /// What a file of ours is called, and which kind it is.

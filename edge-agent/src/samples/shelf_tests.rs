@@ -29,7 +29,7 @@ pub(in crate::samples) fn sample(seq: u64, reason: SampleReason, image: &[u8]) -
 }
 
 fn open(root: &Path, max_bytes: u64) -> (Shelf, u64) {
-    Shelf::open(root.to_owned(), max_bytes, 7).unwrap()
+    Shelf::open(root.to_owned(), max_bytes, 7, Seal::none()).unwrap()
 }
 
 fn add(shelf: &mut Shelf, seq: u64, reason: SampleReason, bytes: usize) -> Result<u64, ShelfError> {
@@ -240,4 +240,41 @@ fn what_is_erased_is_in_no_file() {
     // Again, with nothing left; and what comes now is new.
     assert_eq!(shelf.erase(&[Gone::All]).unwrap(), 0);
     assert!(shelf.add(&late(3, 900), Some(&planted(3))).is_ok());
+}
+
+#[test]
+fn a_sealed_shelf_shows_nothing_and_loses_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let seal = Seal::with(&[7; 32]).unwrap();
+    let open = |seal: Seal| Shelf::open(folder.path().to_owned(), 1 << 20, 7, seal).unwrap();
+    let image = b"a picture that nobody is to see".repeat(10);
+    let (mut shelf, _) = open(Seal::none());
+    shelf
+        .add(&sample(1, SampleReason::Wrong, &image), Some(&image))
+        .unwrap();
+    drop(shelf);
+    // From now on there is a key; what was there before stays readable.
+    let (mut shelf, damaged) = open(seal.clone());
+    assert_eq!((shelf.len(), damaged), (1, 0));
+    shelf
+        .add(&sample(2, SampleReason::Wrong, &image), Some(&image))
+        .unwrap();
+    drop(shelf);
+    let (shelf, damaged) = open(seal);
+    assert_eq!((shelf.len(), damaged), (2, 0));
+    for seq in [1, 2] {
+        let key = Key { epoch: 7, seq };
+        assert_eq!(shelf.image(key).unwrap(), image);
+        let json = shelf.json(key).unwrap();
+        assert_eq!(Sample::decode(&json).unwrap().seq, seq);
+    }
+    for kind in ["json", "jpg"] {
+        let bytes = fs::read(folder.path().join(format!("7-2.{kind}"))).unwrap();
+        let plain = [&b"picture"[..], b"seq"];
+        assert!(
+            !plain
+                .iter()
+                .any(|p| bytes.windows(p.len()).any(|w| w == *p))
+        );
+    }
 }
