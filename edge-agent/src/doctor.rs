@@ -11,6 +11,7 @@ use crate::{
     connection::{self, Connection, News},
     identity::{self, Tls},
     samples::{self, SamplesConfig},
+    seal::Seal,
     update,
 };
 
@@ -22,6 +23,17 @@ const YEAR_2026_MS: i64 = 1_767_225_600_000;
 const YEAR_2100_MS: i64 = 4_102_444_800_000;
 
 type Finding = Result<String, String>;
+
+/// How readings and samples lie on the disk.
+fn storage(config: &Config) -> Finding {
+    let looked = Seal::look(config.storage.key_file.as_deref(), &config.data);
+    let (seal, _) = looked.map_err(|error| error.to_string())?;
+    Ok(if seal.is_on() {
+        "readings and samples are encrypted".into()
+    } else {
+        "readings and samples are not encrypted; storage.key_file does that".into()
+    })
+}
 
 /// Tries everything, prints a line for each, and says how many are sick.
 pub(crate) async fn examine(config: &Config) -> usize {
@@ -41,6 +53,7 @@ pub(crate) async fn examine(config: &Config) -> usize {
     };
     let wanted = config.outbox.max_bytes.saturating_add(samples);
     say("disk", disk(&config.data, wanted));
+    say("storage", storage(config));
     say("clock", clock(WallClock::system().now_ms()));
     let (finding, tls) = identity::doctor(config);
     say("identity", finding);

@@ -84,6 +84,20 @@ impl Seal {
     /// # Errors
     /// If the key cannot be had, or is not that of the data.
     pub fn open(key_file: Option<&Path>, folder: &Path) -> Result<Self, SealError> {
+        let (seal, is_new) = Self::look(key_file, folder)?;
+        if is_new {
+            let sealed = seal.wrap(MARKER, KNOWN.to_vec())?;
+            let written = replace(folder, MARKER, &sealed);
+            written.map_err(|error| SealError::Marker(folder.join(MARKER), error))?;
+        }
+        Ok(seal)
+    }
+
+    /// The same without writing anything; says whether the folder is to be marked.
+    ///
+    /// # Errors
+    /// As [`Seal::open`].
+    pub(crate) fn look(key_file: Option<&Path>, folder: &Path) -> Result<(Self, bool), SealError> {
         let marker = folder.join(MARKER);
         let trouble = |error| SealError::Marker(marker.clone(), error);
         let marked = match read_bounded(&marker, MAX_MARKER) {
@@ -95,20 +109,16 @@ impl Seal {
         let Some(path) = key_file else {
             return match marked {
                 Some(_) => Err(SealError::NoKey(folder)),
-                None => Ok(Self::none()),
+                None => Ok((Self::none(), false)),
             };
         };
         let seal = Self::with(&key(path)?)?;
         match marked {
             Some(marked) => match seal.unwrap(MARKER, marked).as_deref() {
-                Some(KNOWN) => Ok(seal),
+                Some(KNOWN) => Ok((seal, false)),
                 _ => Err(SealError::OtherKey(folder)),
             },
-            None => {
-                let sealed = seal.wrap(MARKER, KNOWN.to_vec())?;
-                replace(&folder, MARKER, &sealed).map_err(trouble)?;
-                Ok(seal)
-            }
+            None => Ok((seal, true)),
         }
     }
 
