@@ -45,6 +45,10 @@ const SCHEMAS: [(Kind, &str); 14] = [
         include_str!("../mesh-core/schemas/roster.json"),
     ),
     (
+        Kind::Sighting,
+        include_str!("../mesh-core/schemas/sighting.json"),
+    ),
+    (
         Kind::Desired,
         include_str!("../mesh-core/schemas/desired.json"),
     ),

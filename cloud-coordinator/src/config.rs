@@ -39,6 +39,8 @@ pub struct Config {
     pub retention: RetentionConfig,
     /// How much may wait.
     pub ingest: IngestConfig,
+    /// What several cameras of a site see.
+    pub sightings: SightingsConfig,
     /// What is kept to learn from.
     pub samples: SamplesConfig,
     /// How models are trained and judged.
@@ -68,6 +70,29 @@ pub struct RetentionConfig {
     pub max_age_days: f64,
     /// Bytes of the database, at least 16 MiB.
     pub max_bytes: u64,
+}
+
+/// What several cameras of a site see, and is said once.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SightingsConfig {
+    /// Labels of readings that are about something that happens; at most 64. None: nothing is looked for.
+    pub labels: Vec<String>,
+    /// Readings with a lower score do not count, 0..=1.
+    pub min_score: f64,
+    /// Readings this far apart at most are about the same thing, and it is said so long after the first, in milliseconds,
+    /// 100..=60000.
+    pub window_ms: u64,
+}
+
+impl Default for SightingsConfig {
+    /// Two seconds: clocks that are set over the network, a frame every second, and a network between.
+    fn default() -> Self {
+        Self {
+            labels: Vec::new(),
+            min_score: 0.5,
+            window_ms: 2_000,
+        }
+    }
 }
 
 /// What may wait between the broker and the database.
@@ -131,6 +156,7 @@ impl Default for Config {
                 max_age_days: 30.0,
                 max_bytes: 10 << 30,
             },
+            sightings: SightingsConfig::default(),
             ingest: IngestConfig {
                 queue_messages: 16_384,
                 queue_bytes: 32 << 20,
@@ -219,6 +245,16 @@ fn texts(value: Value) -> Result<Vec<String>, String> {
     match value {
         Value::Array(items) => items.into_iter().map(text).collect(),
         other => Err(format!("is a list of texts, not {}", other.type_str())),
+    }
+}
+
+/// Labels of readings.
+fn labels(value: Value) -> Result<Vec<String>, String> {
+    let all = texts(value)?;
+    if all.len() <= 64 && all.iter().all(|l| (1..=128).contains(&l.len())) {
+        Ok(all)
+    } else {
+        Err("at most 64 labels of 1 to 128 bytes".into())
     }
 }
 
@@ -356,6 +392,7 @@ impl Config {
             "broker",
             "retention",
             "ingest",
+            "sightings",
             "samples",
             "training",
             "tls",
@@ -409,6 +446,17 @@ impl Config {
         let devices = &mut self.ingest.max_devices;
         ingest.take("max_devices", devices, size(1, 1_000_000));
         ingest.finish();
+
+        let mut sightings = Fields {
+            table: section(),
+            prefix: "sightings.",
+            errors,
+        };
+        sightings.take("labels", &mut self.sightings.labels, labels);
+        sightings.take("min_score", &mut self.sightings.min_score, share);
+        let window = &mut self.sightings.window_ms;
+        sightings.take("window_ms", window, whole(100, 60_000));
+        sightings.finish();
 
         let mut samples = Fields {
             table: section(),

@@ -33,6 +33,7 @@ use crate::{
     records::Records,
     registry::Registry,
     samples::Samples,
+    sightings,
     store::{self, Limits, Store},
     train::{self, Catalog, Jobs, Settings, Work},
     trust::{Door, Identity, Rosters, Trust},
@@ -289,6 +290,12 @@ impl Coordinator {
             acks,
             connected,
             identity.devices.rosters.clone(),
+            stop.clone(),
+        ));
+        tasks.spawn(sightings::run(
+            store.clone(),
+            link.clone(),
+            config.sightings,
             stop.clone(),
         ));
         let rosters = identity.devices.rosters.clone();

@@ -39,6 +39,7 @@ mod quarantine;
 pub mod records;
 mod registry;
 mod samples;
+mod sightings;
 mod store;
 mod train;
 mod trust;

@@ -28,6 +28,7 @@ pub mod roster;
 mod sample;
 pub mod sampling;
 pub mod settings;
+mod sighting;
 #[cfg(test)]
 mod testing;
 mod topic;
@@ -51,6 +52,7 @@ pub use sample::{
     SampleReason, entropy,
 };
 pub use settings::Settings;
+pub use sighting::{MAX_WITNESSES, Sighting, Witness};
 pub use topic::{Kind, ROOT, Topic, TopicError};
 
 /// The version of every message on the wire. A message of another version is refused, never guessed at.

@@ -41,11 +41,13 @@ pub enum Kind {
     Drift,
     /// Which devices of the site trust one another, signed; retained, on the topic of the site.
     Roster,
+    /// What several cameras of a site have seen, once.
+    Sighting,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Status,
         Self::Info,
         Self::Model,
@@ -61,6 +63,7 @@ impl Kind {
         Self::Mark,
         Self::Drift,
         Self::Roster,
+        Self::Sighting,
     ];
 
     /// The last level of the topic.
@@ -82,13 +85,17 @@ impl Kind {
             Self::Mark => "mark",
             Self::Drift => "drift",
             Self::Roster => "roster",
+            Self::Sighting => "sighting",
         }
     }
 
     /// Does the coordinator speak on it? (The device speaks on all others.)
     #[must_use]
     pub const fn is_coordinators(self) -> bool {
-        matches!(self, Self::Desired | Self::Ack | Self::Mark | Self::Roster)
+        matches!(
+            self,
+            Self::Desired | Self::Ack | Self::Mark | Self::Roster | Self::Sighting
+        )
     }
 }
 

@@ -144,6 +144,7 @@ const TABLE: &[Rule] = &[
     quiet("GET /api/v1/devices/{site}/{device}", Viewer, Own),
     quiet("GET /api/v1/readings", Viewer, Own),
     quiet("GET /api/v1/gaps", Viewer, Own),
+    quiet("GET /api/v1/sightings", Viewer, Own),
     quiet("GET /api/v1/live", Viewer, Own),
     quiet("GET /api/v1/models", Viewer, All),
     deed("POST /api/v1/devices/{device}/sources/{source}/mark", Labeller, Own),

@@ -207,6 +207,7 @@ fn reading() -> OpenApiRouter<State> {
         .routes(routes!(routes::device))
         .routes(routes!(routes::readings))
         .routes(routes!(routes::gaps))
+        .routes(routes!(routes::sightings))
         .routes(routes!(routes::models))
         .routes(routes!(live::live))
         .layer(middleware::from_fn(behind::readings));

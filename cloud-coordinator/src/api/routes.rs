@@ -11,7 +11,7 @@ use super::{Params, State, gate::Caller, problem::Problem};
 use crate::{
     registry::{ModelView, View},
     samples::SampleRow,
-    store::{GapFilter, GapRow, Order, ReadingFilter, ReadingRow},
+    store::{GapFilter, GapRow, Order, ReadingFilter, ReadingRow, SightingFilter, SightingRow},
 };
 
 /// Rows of a page unless the request says otherwise.
@@ -49,6 +49,7 @@ page!(DevicePage, View, String);
 page!(ReadingPage, ReadingRow, i64);
 page!(GapPage, GapRow, i64);
 page!(SamplePage, SampleRow, i64);
+page!(SightingPage, SightingRow, String);
 
 pub(super) fn limit(asked: Option<i64>) -> Result<i64, Problem> {
     let limit = asked.unwrap_or(PAGE);
@@ -231,6 +232,68 @@ pub(super) async fn gaps(
     };
     let items = state.store.gaps(filter).await?;
     Ok(Json(GapPage::new(items, limit, |row| row.id)))
+}
+
+/// Which sightings.
+#[derive(Debug, Default, Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields, default)]
+#[into_params(parameter_in = Query)]
+pub(super) struct SightingsQuery {
+    /// Only of this site.
+    site: Option<String>,
+    /// Only with this label.
+    label: Option<String>,
+    /// First seen at or after this, milliseconds since 1970 by the devices' clocks.
+    since: Option<i64>,
+    /// The `next` of the page before.
+    after: Option<String>,
+    /// Rows of the page, 1 to 1000; 100 unless given.
+    limit: Option<i64>,
+    /// In the order in which they were first heard of: `desc` (the newest first, the default) or `asc`.
+    order: Order,
+}
+
+/// What cameras have seen, each thing once with all who saw it. Which labels: `[sightings]` in the coordinator's configuration.
+#[utoipa::path(
+    get,
+    path = "/api/v1/sightings",
+    params(SightingsQuery),
+    responses(
+        (status = 200, description = "A page of sightings", body = SightingPage),
+        (status = 400, description = "A parameter is wrong", content_type = "application/problem+json", body = Problem),
+        (status = 503, description = "The database cannot answer", content_type = "application/problem+json", body = Problem),
+    )
+)]
+pub(super) async fn sightings(
+    Shared(state): Shared<State>,
+    caller: Caller,
+    Params(query): Params<SightingsQuery>,
+) -> Result<Json<SightingPage>, Problem> {
+    let limit = limit(query.limit)?;
+    let after = query.after.map(|cursor| {
+        let (ms, id) = cursor.split_once('/')?;
+        Some((ms.parse().ok()?, id.to_owned()))
+    });
+    let after = match after {
+        Some(None) => {
+            return Err(Problem::bad(
+                "after: is not the `next` of a page of sightings",
+            ));
+        }
+        after => after.flatten(),
+    };
+    let filter = SightingFilter {
+        site: caller.narrowed(query.site)?,
+        label: query.label,
+        since: query.since,
+        after,
+        order: query.order,
+        limit,
+    };
+    let items = state.store.sightings(filter).await?;
+    Ok(Json(SightingPage::new(items, limit, |row| {
+        format!("{}/{}", row.opened_ms, row.id)
+    })))
 }
 
 /// A model, and where it runs.

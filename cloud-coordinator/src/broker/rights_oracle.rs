@@ -12,7 +12,7 @@ pub(crate) const KINDS_OF_A_DEVICE: [&str; 11] = [
 ];
 
 /// Words that levels are made of: names that begin like each other, what is no name, what is no kind.
-const WORDS: [&str; 39] = [
+const WORDS: [&str; 40] = [
     "lacewing",
     "homeassistant",
     "v1",
@@ -51,10 +51,11 @@ const WORDS: [&str; 39] = [
     "drift",
     "results",
     "roster",
+    "sighting",
     "ä",
 ];
 /// Those of [`WORDS`] that can name a source.
-pub(crate) const SOURCES: [&str; 33] = [
+pub(crate) const SOURCES: [&str; 34] = [
     "lacewing",
     "homeassistant",
     "v1",
@@ -86,6 +87,7 @@ pub(crate) const SOURCES: [&str; 33] = [
     "drift",
     "results",
     "roster",
+    "sighting",
     "",
     "",
 ];

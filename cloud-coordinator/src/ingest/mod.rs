@@ -225,7 +225,12 @@ impl Ingest {
                     false
                 })
             }
-            Kind::Image | Kind::Desired | Kind::Ack | Kind::Mark | Kind::Roster => false,
+            Kind::Image
+            | Kind::Desired
+            | Kind::Ack
+            | Kind::Mark
+            | Kind::Roster
+            | Kind::Sighting => false,
         };
         if changed {
             touched.push(id);

@@ -5,6 +5,7 @@
 
 mod read;
 mod retention;
+mod sightings;
 mod write;
 
 use std::{
@@ -24,6 +25,7 @@ use tokio::sync::Mutex;
 
 pub(crate) use read::{GapFilter, GapRow, Order, ReadingFilter, ReadingRow};
 pub(crate) use retention::{Limits, keep_bounded};
+pub(crate) use sightings::{Same, SightingFilter, SightingRow};
 pub(crate) use write::{Batch, DeviceRow, NewGap, NewReading};
 
 /// Connections for the API: as many queries at once as there are cores to answer them on a small machine.

@@ -84,6 +84,7 @@ pub(super) async fn remove(
         tokio::time::sleep(PAUSE).await;
     }
     store.remove_expired_gaps(oldest_ms).await?;
+    store.remove_expired_sightings(oldest_ms).await?;
     while store.size().await?.used > limits.max_bytes {
         let rows = store.remove_oldest().await?;
         if rows == 0 {
