@@ -88,7 +88,8 @@ impl Seal {
         if is_new {
             let sealed = seal.wrap(MARKER, KNOWN.to_vec())?;
             let written = replace(folder, MARKER, &sealed);
-            written.map_err(|error| SealError::Marker(folder.join(MARKER), error))?;
+            written
+                .map_err(|error| SealError::Marker(folder.join(MARKER), io::Error::other(error)))?;
         }
         Ok(seal)
     }
@@ -158,7 +159,7 @@ impl Seal {
             return Some(bytes);
         };
         let key = self.0.as_ref()?;
-        let (nonce, text) = sealed.split_first_chunk::<NONCE_LEN>()?;
+        let (nonce, text) = sealed.split_first_chunk::<{ NONCE_LEN }>()?;
         let mut text = text.to_vec();
         let nonce = Nonce::assume_unique_for_key(*nonce);
         let length = key
