@@ -10,7 +10,13 @@
 //! Frames that are kept to learn from leave at the store, for threads of their own: see [`crate::samples`]. Which model
 //! looks at them is the matter of [`crate::update`].
 
-use std::{collections::BTreeSet, ffi::OsString, sync::mpsc, thread::JoinHandle, time::Duration};
+use std::{
+    collections::BTreeSet,
+    ffi::OsString,
+    sync::{Arc, mpsc},
+    thread::JoinHandle,
+    time::Duration,
+};
 
 use mesh_core::{Info, Name, SampleReason, VERSION};
 use tokio::sync::watch;
@@ -24,7 +30,8 @@ use crate::{
     config::Config,
     counters::Counters,
     identity::{self, IdentityError, Keeper, Tls},
-    mesh::{self, Mesh, Own},
+    mesh::{self, Mesh, Own, Service},
+    offload::{self, Courier, Handoff, INFER, Pressure, Server},
     outbox::{Opened, Options, Outbox, OutboxError},
     pipeline::{Drifts, Pipeline},
     samples::{
@@ -34,7 +41,7 @@ use crate::{
     },
     settings::{self, Life},
     store::{Cursor, Store},
-    update::{StartError, Updates},
+    update::{Engines, StartError, Updates},
     uplink::{Start, Uplink},
 };
 
@@ -237,8 +244,10 @@ impl Agent {
         let own = Own {
             engines: ends.engines.clone(),
             uplink: connected,
+            answers: config.offload.answers(),
         };
-        let (_site, site_ends) = mesh::Site::new();
+        let pressure = Pressure::default();
+        let (site, site_ends) = mesh::Site::new();
         let mesh = credentials
             .zip(rosters.clone())
             .and_then(|(credentials, rosters)| {
@@ -246,12 +255,17 @@ impl Agent {
                     rosters,
                     own,
                     ends: site_ends,
-                    services: Vec::new(),
+                    services: services(&config, &ends.engines, &pressure, &counters),
                 };
                 Mesh::start(&config, &credentials, parts, counters.clone())
                     .map_err(|why| tracing::error!("the device has no neighbours: {why}"))
                     .ok()
             });
+        let stop = CancellationToken::new();
+        let handoff = rosters
+            .clone()
+            .filter(|_| mesh.is_some() && config.offload.asks())
+            .map(|rosters| start_handoff(&config, site, rosters, &counters, &stop));
         let lanes = config
             .source
             .iter()
@@ -298,6 +312,7 @@ impl Agent {
                 }),
         )
         .with_trial(ends.trial, ends.disagreed)
+        .with_offload(handoff, pressure)
         .with_drift(&config.drift, config.device.clone(), found);
         let pipeline = thread("pipeline", move || pipeline.run(&frames))?;
         let store = Store::new(
@@ -309,7 +324,6 @@ impl Agent {
         )
         .with_samples(tray);
         let store_thread = thread("store", move || store.run(commands))?;
-        let stop = CancellationToken::new();
         let pins = board.clone();
         let uplink = Uplink::new(Start {
             config,
@@ -398,6 +412,59 @@ impl AgentHandle {
         }
         self.board.release().await;
     }
+}
+
+/// The most streams of one neighbour, and of all: each may hold a picture.
+const ASKING: (usize, usize) = (2, 8);
+
+/// What neighbours may ask of this device.
+fn services(
+    config: &Config,
+    engines: &watch::Receiver<Engines>,
+    pressure: &Pressure,
+    counters: &Counters,
+) -> Vec<Service> {
+    if !config.offload.answers() {
+        return Vec::new();
+    }
+    let models = offload::Models {
+        own: config.offload.answer.then(|| engines.clone()),
+        kept: config.offload.serve.clone(),
+    };
+    match Server::start(&config.offload, models, pressure.clone(), counters.clone()) {
+        Ok(server) => {
+            let server = Arc::new(server);
+            let (each, all) = ASKING;
+            vec![Service::new(INFER, each, all, move |_, stream| {
+                let server = Arc::clone(&server);
+                async move { server.serve(stream).await }
+            })]
+        }
+        Err(why) => {
+            tracing::error!("frames of neighbours are not looked at: {why}");
+            Vec::new()
+        }
+    }
+}
+
+/// The way to neighbours that look at frames; what carries them ends with `stop`.
+fn start_handoff(
+    config: &Config,
+    site: mesh::Site,
+    rosters: mesh::Rosters,
+    counters: &Counters,
+    stop: &CancellationToken,
+) -> Handoff {
+    let (handoff, ends) = Handoff::new(&config.offload, counters.clone());
+    let courier = Courier {
+        present: site.subscribe(),
+        roads: offload::Mesh { site, rosters },
+        errands: ends.errands,
+        returned: ends.returned,
+        known: ends.known,
+    };
+    tokio::spawn(courier.run(stop.clone()));
+    handoff
 }
 
 /// A device that cannot keep samples does everything else.
