@@ -17,11 +17,11 @@ import common
 import steel
 
 VERSION = "1.0.0"
-SIDE = 32
-PLAN = [(8, 2), (12, 2), (16, 2)]
-TAPS = (1, 2)
+SIDE = 48
+PLAN = [(8, 2), (8, 1), (16, 2), (24, 2)]
+TAPS = (1, 2, 3)
 BATCH = 32
-EPOCHS = 40
+EPOCHS = 60
 RATE = 0.05
 SMOOTHING = 0.05
 AVERAGED_EPOCHS = 10
