@@ -230,15 +230,20 @@ async fn what_a_board_doubts_its_neighbour_looks_at_and_it_goes_on_alone() {
     .await
     .unwrap();
     // Readings say whose they are, all the way up.
-    until("a reading says that the neighbour has computed it", async || {
-        let tap = Tap::start(&site).unwrap();
-        sleep(Duration::from_secs(1)).await;
-        let heard = tap.stop().await;
-        assert_eq!(heard.bad, Vec::<String>::new());
-        heard.last.iter().any(|(topic, text)| {
-            topic.ends_with("/d1/cam0/result") && text.contains(r#""by":"d2""#) && text.contains(r#""model":"steel@"#)
-        })
-    })
+    until(
+        "a reading says that the neighbour has computed it",
+        async || {
+            let tap = Tap::start(&site).unwrap();
+            sleep(Duration::from_secs(1)).await;
+            let heard = tap.stop().await;
+            assert_eq!(heard.bad, Vec::<String>::new());
+            heard.last.iter().any(|(topic, text)| {
+                topic.ends_with("/d1/cam0/result")
+                    && text.contains(r#""by":"d2""#)
+                    && text.contains(r#""model":"steel@"#)
+            })
+        },
+    )
     .await
     .unwrap();
     site.devices[1].agent.kill().await.unwrap();
@@ -251,7 +256,11 @@ async fn what_a_board_doubts_its_neighbour_looks_at_and_it_goes_on_alone() {
     site.devices[0].agent.stop(STRANGER).await.unwrap();
     site.bound_sources().await.unwrap();
     site.devices[0].agent.start().unwrap();
-    let seen = site.witness(Default::default()).settle(BOUND).await.unwrap();
+    let seen = site
+        .witness(Default::default())
+        .settle(BOUND)
+        .await
+        .unwrap();
     exactly_once(&seen.total()).unwrap();
     site.stop().await.unwrap();
 }

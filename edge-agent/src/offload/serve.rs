@@ -69,6 +69,8 @@ struct Costs(BTreeMap<Digest, u32>);
 
 impl Costs {
     fn measured(&mut self, model: Digest, ms: u32) {
+        // A frame of an hour is as good as one for ever.
+        let ms = ms.min(3_600_000);
         if !self.0.contains_key(&model) && self.0.len() >= MAX_OFFERS {
             // Models that were replaced in the meantime.
             self.0.clear();

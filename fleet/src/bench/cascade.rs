@@ -72,8 +72,19 @@ pub(crate) async fn run(args: &BenchArgs, results: &mut Results) -> anyhow::Resu
     let photographs = spawn_blocking(move || look(&images)).await??;
     let dir = tempfile::tempdir().context("making a temporary folder")?;
     let frames = dir.path().join("frames");
-    lay_out(&photographs, args.rounds.into(), &frames, &mut Dice::new(seed))?;
-    let (readings, offload) = match play(dir.path(), frames, photographs.len() * usize::from(args.rounds)).await {
+    lay_out(
+        &photographs,
+        args.rounds.into(),
+        &frames,
+        &mut Dice::new(seed),
+    )?;
+    let (readings, offload) = match play(
+        dir.path(),
+        frames,
+        photographs.len() * usize::from(args.rounds),
+    )
+    .await
+    {
         Ok(played) => played,
         Err(error) => {
             let kept = dir.keep();
@@ -95,7 +106,11 @@ fn look(images: &Path) -> anyhow::Result<Vec<Photograph>> {
         let entries = entries.with_context(|| format!("reading {}", folder.display()))?;
         for entry in entries {
             let path = entry?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let name = path
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned();
             if !bundle.is_held_out(&format!("{label}/{name}")) {
                 continue;
             }
@@ -109,14 +124,22 @@ fn look(images: &Path) -> anyhow::Result<Vec<Photograph>> {
         }
     }
     if all.is_empty() {
-        bail!("{} has none of the photographs that were held out", images.display());
+        bail!(
+            "{} has none of the photographs that were held out",
+            images.display()
+        );
     }
     all.sort_by(|a, b| a.path.cmp(&b.path));
     Ok(all)
 }
 
 /// A folder that a camera goes through: `NUMBER/CLASS/FILE`, each round in another order.
-fn lay_out(photographs: &[Photograph], rounds: usize, to: &Path, dice: &mut Dice) -> anyhow::Result<()> {
+fn lay_out(
+    photographs: &[Photograph],
+    rounds: usize,
+    to: &Path,
+    dice: &mut Dice,
+) -> anyhow::Result<()> {
     let mut number = 0;
     for _ in 0..rounds {
         let mut order: Vec<&Photograph> = photographs.iter().collect();
@@ -126,7 +149,10 @@ fn lay_out(photographs: &[Photograph], rounds: usize, to: &Path, dice: &mut Dice
         for photograph in order {
             let folder = to.join(format!("{number:06}")).join(&photograph.label);
             std::fs::create_dir_all(&folder)?;
-            let name = photograph.path.file_name().context("a photograph without a name")?;
+            let name = photograph
+                .path
+                .file_name()
+                .context("a photograph without a name")?;
             std::fs::copy(&photograph.path, folder.join(name))?;
             number += 1;
         }
@@ -135,8 +161,16 @@ fn lay_out(photographs: &[Photograph], rounds: usize, to: &Path, dice: &mut Dice
 }
 
 /// Plays it with real agents; gives the readings of `count` frames, from the first answer on, and what was asked in all.
-async fn play(root: &Path, frames: PathBuf, count: usize) -> anyhow::Result<(Vec<Value>, OffloadStatus)> {
-    let mut plan = Plan::new(Program::current()?, root.join("site"), shipped_bundle(SMALL)?);
+async fn play(
+    root: &Path,
+    frames: PathBuf,
+    count: usize,
+) -> anyhow::Result<(Vec<Value>, OffloadStatus)> {
+    let mut plan = Plan::new(
+        Program::current()?,
+        root.join("site"),
+        shipped_bundle(SMALL)?,
+    );
     plan.agents = 2;
     plan.spawn = false;
     plan.mesh = true;
@@ -205,7 +239,9 @@ async fn readings(api: &Api, device: &str) -> anyhow::Result<Vec<Value>> {
         let mut all = Vec::new();
         let mut after = String::new();
         loop {
-            let page = api.get(&format!("/readings?device={device}&order=asc&limit={PAGE}{after}"))?;
+            let page = api.get(&format!(
+                "/readings?device={device}&order=asc&limit={PAGE}{after}"
+            ))?;
             let items = page["items"].as_array().cloned().unwrap_or_default();
             let is_last = items.len() < PAGE;
             let last = items.last().and_then(|reading| reading["id"].as_i64());
@@ -240,9 +276,12 @@ fn tell(
         .iter()
         .filter_map(|photograph| Some((photograph.path.file_name()?.to_str()?, photograph)))
         .collect();
-    let (mut small, mut large, mut both, mut asked, mut prompt) = (0_u32, 0_u32, 0_u32, 0_u32, 0_u32);
+    let (mut small, mut large, mut both, mut asked, mut prompt) =
+        (0_u32, 0_u32, 0_u32, 0_u32, 0_u32);
     for reading in readings {
-        let file = reading["file"].as_str().and_then(|file| file.rsplit('/').next());
+        let file = reading["file"]
+            .as_str()
+            .and_then(|file| file.rsplit('/').next());
         let photograph = file.and_then(|file| known.get(file));
         let photograph = photograph.context("a reading of a photograph that nobody has shown")?;
         small += u32::from(photograph.small == photograph.label);
@@ -259,17 +298,67 @@ fn tell(
         bail!("the large model is no better than the small one on these photographs");
     }
     // All that was sent, from the first frame on: none was seen before the first of `readings`.
-    let first = readings.first().and_then(|reading| reading["frame"].as_f64());
+    let first = readings
+        .first()
+        .and_then(|reading| reading["frame"].as_f64());
     let sent = offload.asked as f64 / (first.unwrap_or(0.0) + count);
     let in_time = offload.answered as f64 / (offload.answered + offload.late).max(1) as f64;
-    results.add("accuracy of the small model", of_all(small), "", None, Goal::None);
-    results.add("accuracy of the large model", of_all(large), "", None, Goal::None);
-    results.add("accuracy of both together", of_all(both), "", None, Goal::None);
-    results.add("of the gap, closed", (of_all(both) - of_all(small)) / gap, "", None, Goal::AtLeast(CLOSED));
-    results.add("of the frames, asked about", sent, "", None, Goal::AtMost(SHARE));
-    results.add("of the frames, answered by the neighbour", of_all(asked), "", None, Goal::None);
-    results.add("of those not refused, answered in time", in_time, "", None, Goal::AtLeast(KEPT));
+    results.add(
+        "accuracy of the small model",
+        of_all(small),
+        "",
+        None,
+        Goal::None,
+    );
+    results.add(
+        "accuracy of the large model",
+        of_all(large),
+        "",
+        None,
+        Goal::None,
+    );
+    results.add(
+        "accuracy of both together",
+        of_all(both),
+        "",
+        None,
+        Goal::None,
+    );
+    results.add(
+        "of the gap, closed",
+        (of_all(both) - of_all(small)) / gap,
+        "",
+        None,
+        Goal::AtLeast(CLOSED),
+    );
+    results.add(
+        "of the frames, asked about",
+        sent,
+        "",
+        None,
+        Goal::AtMost(SHARE),
+    );
+    results.add(
+        "of the frames, answered by the neighbour",
+        of_all(asked),
+        "",
+        None,
+        Goal::None,
+    );
+    results.add(
+        "of those not refused, answered in time",
+        in_time,
+        "",
+        None,
+        Goal::AtLeast(KEPT),
+    );
     results.add("refused", offload.refused as f64, "", None, Goal::None);
-    results.add("of the results, there by the deadline", of_all(prompt), "", None, Goal::AtLeast(KEPT));
+    results.add(
+        "of the results, there by the deadline",
+        of_all(prompt),
+        "",
+        None,
+        Goal::AtLeast(KEPT),
+    );
     Ok(())
 }

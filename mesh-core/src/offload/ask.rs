@@ -166,8 +166,9 @@ impl Asker {
             None => self.quantile(share * (0.5 + self.credit / BURST)).min(SURE),
         };
         self.remember(margin);
-        // No number is no doubt: the model has failed.
-        if !(margin <= limit) || self.credit < 1.0 {
+        // What is no number is no doubt, either: it is another trouble.
+        let doubtful = margin <= limit;
+        if !doubtful || self.credit < 1.0 {
             return None;
         }
         let better = |offer: &&Offer| {
