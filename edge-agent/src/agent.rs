@@ -10,13 +10,7 @@
 //! Frames that are kept to learn from leave at the store, for threads of their own: see [`crate::samples`]. Which model
 //! looks at them is the matter of [`crate::update`].
 
-use std::{
-    collections::BTreeSet,
-    ffi::OsString,
-    sync::{Arc, mpsc},
-    thread::JoinHandle,
-    time::Duration,
-};
+use std::{collections::BTreeSet, ffi::OsString, sync::mpsc, thread::JoinHandle, time::Duration};
 
 use mesh_core::{Info, Name, SampleReason, VERSION};
 use tokio::sync::watch;
@@ -30,8 +24,8 @@ use crate::{
     config::Config,
     counters::Counters,
     identity::{self, IdentityError, Keeper, Tls},
-    mesh::{self, Mesh, Own, Service},
-    offload::{self, Courier, Handoff, INFER, Pressure, Server},
+    mesh::{self, Mesh, Own},
+    offload::{self, Pressure},
     outbox::{Opened, Options, Outbox, OutboxError},
     pipeline::{Drifts, Pipeline},
     samples::{
@@ -41,7 +35,7 @@ use crate::{
     },
     settings::{self, Life},
     store::{Cursor, Store},
-    update::{Engines, StartError, Updates},
+    update::{StartError, Updates},
     uplink::{Start, Uplink},
 };
 
@@ -255,7 +249,12 @@ impl Agent {
                     rosters,
                     own,
                     ends: site_ends,
-                    services: services(&config, &ends.engines, &pressure, &counters),
+                    services: offload::services(
+                        &config.offload,
+                        &ends.engines,
+                        &pressure,
+                        &counters,
+                    ),
                 };
                 Mesh::start(&config, &credentials, parts, counters.clone())
                     .map_err(|why| tracing::error!("the device has no neighbours: {why}"))
@@ -265,7 +264,7 @@ impl Agent {
         let handoff = rosters
             .clone()
             .filter(|_| mesh.is_some() && config.offload.asks())
-            .map(|rosters| start_handoff(&config, site, rosters, &counters, &stop));
+            .map(|rosters| offload::start(&config.offload, site, rosters, &counters, &stop));
         let lanes = config
             .source
             .iter()
@@ -412,59 +411,6 @@ impl AgentHandle {
         }
         self.board.release().await;
     }
-}
-
-/// The most streams of one neighbour, and of all: each may hold a picture.
-const ASKING: (usize, usize) = (2, 8);
-
-/// What neighbours may ask of this device.
-fn services(
-    config: &Config,
-    engines: &watch::Receiver<Engines>,
-    pressure: &Pressure,
-    counters: &Counters,
-) -> Vec<Service> {
-    if !config.offload.answers() {
-        return Vec::new();
-    }
-    let models = offload::Models {
-        own: config.offload.answer.then(|| engines.clone()),
-        kept: config.offload.serve.clone(),
-    };
-    match Server::start(&config.offload, models, pressure.clone(), counters.clone()) {
-        Ok(server) => {
-            let server = Arc::new(server);
-            let (each, all) = ASKING;
-            vec![Service::new(INFER, each, all, move |_, stream| {
-                let server = Arc::clone(&server);
-                async move { server.serve(stream).await }
-            })]
-        }
-        Err(why) => {
-            tracing::error!("frames of neighbours are not looked at: {why}");
-            Vec::new()
-        }
-    }
-}
-
-/// The way to neighbours that look at frames; what carries them ends with `stop`.
-fn start_handoff(
-    config: &Config,
-    site: mesh::Site,
-    rosters: mesh::Rosters,
-    counters: &Counters,
-    stop: &CancellationToken,
-) -> Handoff {
-    let (handoff, ends) = Handoff::new(&config.offload, counters.clone());
-    let courier = Courier {
-        present: site.subscribe(),
-        roads: offload::Mesh { site, rosters },
-        errands: ends.errands,
-        returned: ends.returned,
-        known: ends.known,
-    };
-    tokio::spawn(courier.run(stop.clone()));
-    handoff
 }
 
 /// A device that cannot keep samples does everything else.

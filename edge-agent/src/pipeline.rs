@@ -3,6 +3,8 @@
 //! A frame is looked at, and then settled: what was seen becomes a reading, a sample or nothing. Between the two, a
 //! neighbour may look at it, too; then results of the same source wait for it in their order, no longer than its deadline.
 
+mod settle;
+
 use std::{
     collections::BTreeMap,
     sync::{
@@ -16,7 +18,6 @@ use mesh_core::{
     Name, SampleReason,
     decide::{Decider, Publish, Rule},
     drift::Drift,
-    offload::Answered,
 };
 use models::{Engine, Input, Outcome, Picture};
 use tokio::{
@@ -24,6 +25,7 @@ use tokio::{
     time::Instant,
 };
 
+use self::settle::{Looked, Pending};
 use crate::{
     board::BoardHandle,
     capture::Frame,
@@ -32,11 +34,8 @@ use crate::{
     drift::{DriftConfig, Watcher},
     gate::{Gate, GateConfig},
     offload::{Handoff, Held, Pressure},
-    samples::{
-        Material,
-        desk::{Desk, Marked, Seen},
-    },
-    store::{Command, Draft},
+    samples::desk::{Desk, Marked},
+    store::Command,
     update::{self, Engines, Errand, Look, Trial, Trouble},
 };
 
@@ -49,37 +48,6 @@ struct Lane {
     watcher: Option<Watcher>,
     /// Frames that wait for a neighbour's word on them, or on one before them.
     held: Held<Pending>,
-}
-
-/// A frame that was looked at, before anybody outside hears of it.
-struct Looked {
-    frame: Frame,
-    engine: Arc<Engine>,
-    model: Arc<str>,
-    outcome: Outcome,
-    /// By lot, to be kept.
-    drawn: bool,
-    begin: Instant,
-    latency: Duration,
-}
-
-/// A frame on its way through the pipeline.
-enum Pending {
-    Looked(Box<Looked>),
-    /// A neighbour looks at it instead of this device.
-    Unseen(Box<(Frame, Instant)>),
-}
-
-impl Pending {
-    /// Bytes in memory.
-    fn bytes(&self) -> usize {
-        let frame = match self {
-            Self::Looked(looked) => &looked.frame,
-            Self::Unseen(unseen) => &unseen.0,
-        };
-        let original = frame.original.as_ref().map_or(0, Vec::len);
-        frame.picture.rgb().len() + original
-    }
 }
 
 /// What was last found about each source, for the uplink.
@@ -429,135 +397,6 @@ impl Pipeline {
             latency: begin.elapsed(),
         };
         (Some(Box::new(looked)), errand)
-    }
-
-    /// Settles what has waited for a neighbour long enough, or has its answer.
-    fn settle_held(&mut self) -> Vec<Command> {
-        let now_ms = self.clock.now_ms();
-        let Some(handoff) = &mut self.handoff else {
-            return Vec::new();
-        };
-        let lanes = &mut self.lanes;
-        handoff.hear(now_ms, |number, answer| {
-            lanes
-                .iter_mut()
-                .any(|lane| lane.held.back(number, answer.clone()))
-        });
-        self.settle_until(now_ms)
-    }
-
-    fn settle_until(&mut self, now_ms: u64) -> Vec<Command> {
-        let mut commands = Vec::new();
-        for place in 0..self.lanes.len() {
-            while let Some((pending, answer)) = self
-                .lanes
-                .get_mut(place)
-                .and_then(|lane| lane.held.next(now_ms))
-            {
-                match (pending, answer) {
-                    (Pending::Looked(looked), answer) => {
-                        commands.extend(self.settle(*looked, answer))
-                    }
-                    (Pending::Unseen(unseen), Some(answer)) => {
-                        commands.extend(self.settle_unseen(*unseen, answer))
-                    }
-                    // Nobody has looked at it: the device does, after all.
-                    (Pending::Unseen(unseen), None) => {
-                        let (frame, begin) = *unseen;
-                        let engines = self.engines.borrow().clone();
-                        let (looked, _) = self.look_here(frame, false, &engines, begin);
-                        commands.extend(looked.and_then(|looked| self.settle(*looked, None)));
-                    }
-                }
-            }
-        }
-        commands
-    }
-
-    /// What becomes of a frame that was looked at, here and perhaps elsewhere, too.
-    fn settle(&mut self, looked: Looked, answer: Option<Answered>) -> Option<Command> {
-        let Looked {
-            frame,
-            engine,
-            model,
-            outcome,
-            drawn,
-            begin,
-            latency,
-        } = looked;
-        let now_ms = self.clock.now_ms();
-        let lane = self.lanes.get_mut(frame.source)?;
-        let label = answer
-            .as_ref()
-            .map_or(&outcome.label, |answered| &answered.answer.label);
-        let published = lane.decider.decide(label, now_ms);
-        let latency = if answer.is_some() {
-            begin.elapsed()
-        } else {
-            latency
-        };
-        let draft = Draft {
-            source: lane.name.clone(),
-            frame: frame.number,
-            ts: frame.ts,
-            label: outcome.label.clone(),
-            score: outcome.score,
-            margin: outcome.margin,
-            model,
-            latency_ms: latency.as_secs_f32() * 1_000.0,
-            file: frame.file,
-            truth: frame.truth,
-            answered: answer.map(Box::new),
-        };
-        let kept = self.samples.as_mut().and_then(|(desk, _)| {
-            let verdict = desk.judge(frame.source, drawn, &outcome, &engine, now_ms);
-            let seen = Seen {
-                draft: &draft,
-                material: match frame.original {
-                    Some(bytes) => Material::File(bytes),
-                    None => Material::Pixels(frame.picture),
-                },
-                outcome,
-                // What is kept has a reading's number, so it becomes a reading.
-                published: published || verdict.reason.is_some(),
-            };
-            desk.take(frame.source, &verdict, &engine, seen)
-        });
-        match kept {
-            Some(kept) => Some(Command::Keep {
-                draft,
-                kept,
-                again: false,
-            }),
-            None => published.then_some(Command::Append(draft)),
-        }
-    }
-
-    /// What becomes of a frame at which only a neighbour has looked.
-    fn settle_unseen(
-        &mut self,
-        (frame, begin): (Frame, Instant),
-        answered: Answered,
-    ) -> Option<Command> {
-        let now_ms = self.clock.now_ms();
-        let lane = self.lanes.get_mut(frame.source)?;
-        let said = &answered.answer;
-        let published = lane.decider.decide(&said.label, now_ms);
-        published.then(|| {
-            Command::Append(Draft {
-                source: lane.name.clone(),
-                frame: frame.number,
-                ts: frame.ts,
-                label: said.label.clone(),
-                score: said.score,
-                margin: said.margin,
-                model: said.model.as_str().into(),
-                latency_ms: begin.elapsed().as_secs_f32() * 1_000.0,
-                file: frame.file,
-                truth: frame.truth,
-                answered: Some(Box::new(answered)),
-            })
-        })
     }
 }
 

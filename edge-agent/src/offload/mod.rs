@@ -29,13 +29,21 @@ use mesh_core::{Digest, offload::Offer};
 use models::{Engine, Task};
 
 pub use config::OffloadConfig;
-pub(crate) use courier::{Courier, Mesh};
-pub(crate) use handoff::{Ends, Handoff};
+pub(crate) use handoff::Handoff;
 pub(crate) use held::{Away, Held};
-pub(crate) use serve::{Models, Server};
-pub(crate) use wire::INFER;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
-use crate::mesh;
+use self::{
+    courier::{Courier, Mesh},
+    serve::{Models, Server},
+    wire::INFER,
+};
+use crate::{
+    counters::Counters,
+    mesh::{self, Service},
+    update::Engines,
+};
 
 /// How busy the pipeline is with the device's own frames.
 #[derive(Clone, Debug, Default)]
@@ -90,6 +98,59 @@ impl Thermometer {
         }
         self.warmth
     }
+}
+
+/// The most streams of one neighbour, and of all: each may hold a picture.
+const ASKING: (usize, usize) = (2, 8);
+
+/// What neighbours may ask of this device.
+pub(crate) fn services(
+    config: &OffloadConfig,
+    engines: &watch::Receiver<Engines>,
+    pressure: &Pressure,
+    counters: &Counters,
+) -> Vec<Service> {
+    if !config.answers() {
+        return Vec::new();
+    }
+    let models = Models {
+        own: config.answer.then(|| engines.clone()),
+        kept: config.serve.clone(),
+    };
+    match Server::start(config, models, pressure.clone(), counters.clone()) {
+        Ok(server) => {
+            let server = Arc::new(server);
+            let (each, all) = ASKING;
+            vec![Service::new(INFER, each, all, move |_, stream| {
+                let server = Arc::clone(&server);
+                async move { server.serve(stream).await }
+            })]
+        }
+        Err(why) => {
+            tracing::error!("frames of neighbours are not looked at: {why}");
+            Vec::new()
+        }
+    }
+}
+
+/// The way to neighbours that look at frames; what carries them ends with `stop`.
+pub(crate) fn start(
+    config: &OffloadConfig,
+    site: mesh::Site,
+    rosters: mesh::Rosters,
+    counters: &Counters,
+    stop: &CancellationToken,
+) -> Handoff {
+    let (handoff, ends) = Handoff::new(config, counters.clone());
+    let courier = Courier {
+        present: site.subscribe(),
+        roads: Mesh { site, rosters },
+        errands: ends.errands,
+        returned: ends.returned,
+        known: ends.known,
+    };
+    tokio::spawn(courier.run(stop.clone()));
+    handoff
 }
 
 /// What a model is to others; nothing where it does not name anything.
