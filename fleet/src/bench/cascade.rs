@@ -43,6 +43,8 @@ const CLOSED: f64 = 0.9;
 const KEPT: f64 = 0.99;
 /// Until the two know each other, and the first answer is there.
 const START: Duration = Duration::from_secs(90);
+/// Until a reading is in the database.
+const ARRIVED: Duration = Duration::from_secs(2);
 /// Where the photographs of the recipes lie, beside the repository.
 const IMAGES: &str = "../../shared/data/steel";
 /// Rows of one page of readings.
@@ -54,6 +56,16 @@ struct Photograph {
     label: String,
     small: String,
     large: String,
+}
+
+/// What came of it.
+struct Played {
+    /// Of the frames that are counted, in order.
+    readings: Vec<Value>,
+    /// Frames since the agent's start.
+    seen: usize,
+    /// What was asked by then.
+    offload: OffloadStatus,
 }
 
 /// Two agents on what was held out, in a new order for each round.
@@ -78,7 +90,7 @@ pub(crate) async fn run(args: &BenchArgs, results: &mut Results) -> anyhow::Resu
         &frames,
         &mut Dice::new(seed),
     )?;
-    let (readings, offload) = match play(
+    let played = match play(
         dir.path(),
         frames,
         photographs.len() * usize::from(args.rounds),
@@ -91,7 +103,7 @@ pub(crate) async fn run(args: &BenchArgs, results: &mut Results) -> anyhow::Resu
             return Err(error).with_context(|| format!("all is kept in {}", kept.display()));
         }
     };
-    tell(&photographs, &readings, offload, results)
+    tell(&photographs, &played, results)
 }
 
 /// What both models say about each photograph that was held out.
@@ -160,12 +172,8 @@ fn lay_out(
     Ok(())
 }
 
-/// Plays it with real agents; gives the readings of `count` frames, from the first answer on, and what was asked in all.
-async fn play(
-    root: &Path,
-    frames: PathBuf,
-    count: usize,
-) -> anyhow::Result<(Vec<Value>, OffloadStatus)> {
+/// Plays it with real agents: `count` frames, from the first answer on.
+async fn play(root: &Path, frames: PathBuf, count: usize) -> anyhow::Result<Played> {
     let mut plan = Plan::new(
         Program::current()?,
         root.join("site"),
@@ -216,20 +224,25 @@ async fn play(
     let lasts = Duration::from_secs_f64(count as f64 / FPS);
     println!("the neighbour answers; {count} photographs take {lasts:.0?}");
     let until = Instant::now() + lasts * 2 + START;
-    let all = loop {
-        sleep(Duration::from_secs(2)).await;
+    let (all, offload) = loop {
+        // First what was asked; the readings of these frames have arrived by then, and some more.
+        let offload = status(&config).await?.offload;
+        sleep(ARRIVED).await;
         site.check()?;
         let all = readings(&api, &name).await?;
         if all.len() >= first + count {
-            break all;
+            break (all, offload);
         }
         if Instant::now() > until {
             bail!("{} readings of {} have arrived", all.len(), first + count);
         }
     };
-    let offload = status(&config).await?.offload;
     site.stop().await?;
-    Ok((all.into_iter().skip(first).take(count).collect(), offload))
+    Ok(Played {
+        seen: all.len(),
+        readings: all.into_iter().skip(first).take(count).collect(),
+        offload,
+    })
 }
 
 /// All readings of a device, in order.
@@ -266,12 +279,12 @@ async fn status(config: &Path) -> anyhow::Result<Status> {
     serde_json::from_slice(&said.stdout).context("asking the board for its neighbours")
 }
 
-fn tell(
-    photographs: &[Photograph],
-    readings: &[Value],
-    offload: OffloadStatus,
-    results: &mut Results,
-) -> anyhow::Result<()> {
+fn tell(photographs: &[Photograph], played: &Played, results: &mut Results) -> anyhow::Result<()> {
+    let Played {
+        readings,
+        seen,
+        offload,
+    } = played;
     let known: HashMap<&str, &Photograph> = photographs
         .iter()
         .filter_map(|photograph| Some((photograph.path.file_name()?.to_str()?, photograph)))
@@ -297,11 +310,7 @@ fn tell(
     if gap <= 0.0 {
         bail!("the large model is no better than the small one on these photographs");
     }
-    // All that was sent, from the first frame on: none was seen before the first of `readings`.
-    let first = readings
-        .first()
-        .and_then(|reading| reading["frame"].as_f64());
-    let sent = offload.asked as f64 / (first.unwrap_or(0.0) + count);
+    let sent = offload.asked as f64 / *seen as f64;
     let in_time = offload.answered as f64 / (offload.answered + offload.late).max(1) as f64;
     results.add(
         "accuracy of the small model",
