@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use edge_agent::mesh::{OffloadStatus, Status};
-use models::{Bundle, Engine, Picture};
+use models::{Bundle, Engine};
 use serde_json::Value;
 use tokio::{
     process::Command,
@@ -126,10 +126,12 @@ fn look(images: &Path) -> anyhow::Result<Vec<Photograph>> {
             if !bundle.is_held_out(&format!("{label}/{name}")) {
                 continue;
             }
-            let picture = Picture::read(&path)?;
+            // As on a device.
+            let file = std::fs::read(&path)?;
+            let says = |engine: &Engine| engine.run(&engine.tensor_from_bytes(&file)?);
             all.push(Photograph {
-                small: small.infer(&picture)?.label,
-                large: large.infer(&picture)?.label,
+                small: says(&small)?.label,
+                large: says(&large)?.label,
                 label: label.clone(),
                 path,
             });
