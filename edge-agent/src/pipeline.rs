@@ -350,6 +350,7 @@ impl Pipeline {
                 return (None, None);
             }
         };
+        let latency = begin.elapsed();
         let micros = u64::try_from(started.elapsed().as_micros());
         self.counters.latency(micros.unwrap_or(u64::MAX));
         if self
@@ -394,7 +395,7 @@ impl Pipeline {
             outcome,
             drawn,
             begin,
-            latency: begin.elapsed(),
+            latency,
         };
         (Some(Box::new(looked)), errand)
     }

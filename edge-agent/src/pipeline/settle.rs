@@ -156,21 +156,21 @@ impl Pipeline {
         let now_ms = self.clock.now_ms();
         let lane = self.lanes.get_mut(frame.source)?;
         let said = &answered.answer;
-        let published = lane.decider.decide(&said.label, now_ms);
-        published.then(|| {
-            Command::Append(Draft {
-                source: lane.name.clone(),
-                frame: frame.number,
-                ts: frame.ts,
-                label: said.label.clone(),
-                score: said.score,
-                margin: said.margin,
-                model: said.model.as_str().into(),
-                latency_ms: begin.elapsed().as_secs_f32() * 1_000.0,
-                file: frame.file,
-                truth: frame.truth,
-                answered: Some(Box::new(answered)),
-            })
-        })
+        if !lane.decider.decide(&said.label, now_ms) {
+            return None;
+        }
+        Some(Command::Append(Draft {
+            source: lane.name.clone(),
+            frame: frame.number,
+            ts: frame.ts,
+            label: said.label.clone(),
+            score: said.score,
+            margin: said.margin,
+            model: said.model.as_str().into(),
+            latency_ms: begin.elapsed().as_secs_f32() * 1_000.0,
+            file: frame.file,
+            truth: frame.truth,
+            answered: Some(Box::new(answered)),
+        }))
     }
 }
