@@ -190,6 +190,67 @@ async fn who_is_revoked_is_nobodys_neighbour_even_of_those_without_an_uplink() {
     site.stop().await.unwrap();
 }
 
+/// Readings of a device that are stored.
+async fn stored(site: &Site, n: usize) -> u64 {
+    let seen = site.witness(Default::default()).look().await.unwrap();
+    let account = seen.devices.get(&site.devices[n].name);
+    account.map_or(0, |account| account.stored)
+}
+
+/// Waits until `more` readings of a device are stored than now.
+async fn arrive(site: &Site, n: usize, more: u64) {
+    let before = stored(site, n).await;
+    let what = format!("{more} more readings of d{}", n + 1);
+    until(&what, async || stored(site, n).await >= before + more)
+        .await
+        .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_without_an_uplink_is_carried_whoever_dies() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = env!("CARGO_BIN_EXE_node");
+    let mut plan = plan(node, &dir.path().join("site"));
+    plan.fps = 5.0;
+    plan.mesh = true;
+    let mut site = Site::start(&plan).await.unwrap();
+    all_see_each_other(node, &site, &[0, 1, 2]).await;
+    arrive(&site, 0, 5).await;
+    // Its connection stands, and nothing passes any more.
+    site.devices[0].link.hang();
+    until("it is carried", async || {
+        let status = status(node, &site, 0).await;
+        status.is_some_and(|status| status.by_neighbours > 0)
+    })
+    .await
+    .unwrap();
+    arrive(&site, 0, 20).await;
+    // Whoever carries it: one of the two dies, then the other.
+    for n in [1, 2] {
+        site.devices[n].agent.kill().await.unwrap();
+        arrive(&site, 0, 20).await;
+        site.devices[n].agent.start().unwrap();
+        all_see_each_other(node, &site, &[0, 1, 2]).await;
+    }
+    // The same with a network that says that it is gone, from a start.
+    site.devices[0].link.cut();
+    site.devices[0].agent.kill().await.unwrap();
+    site.devices[0].agent.start().unwrap();
+    arrive(&site, 0, 20).await;
+    assert!(status(node, &site, 0).await.unwrap().by_neighbours > 0);
+    site.devices[0].link.heal();
+    until("it has an uplink of its own again", async || {
+        let status = status(node, &site, 1).await;
+        let all = status.map(|status| status.neighbours).unwrap_or_default();
+        all.iter().any(|n| n.device == "d1" && n.uplink)
+    })
+    .await
+    .unwrap();
+    let seen = site.finish(Default::default(), BOUND).await.unwrap();
+    exactly_once(&seen.total()).unwrap();
+    site.stop().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_board_doubts_its_neighbour_looks_at_and_it_goes_on_alone() {
     let dir = tempfile::tempdir().unwrap();

@@ -235,13 +235,21 @@ impl Agent {
             broken,
             wall: clock.clone(),
         };
+        let (own_way, has_own_way) = watch::channel(false);
         let own = Own {
             engines: ends.engines.clone(),
-            uplink: connected,
+            uplink: has_own_way.clone(),
             answers: config.offload.answers(),
         };
         let pressure = Pressure::default();
         let (site, site_ends) = mesh::Site::new();
+        let carriers = credentials
+            .as_ref()
+            .map(|_| mesh::Carriers::new(site.clone()));
+        if let Some(carriers) = &carriers {
+            tls.detour().set(carriers.clone(), has_own_way.clone());
+        }
+        let carrying = mesh::Carrying::new(&config, &tls, has_own_way, &counters);
         let mesh = credentials
             .zip(rosters.clone())
             .and_then(|(credentials, rosters)| {
@@ -249,12 +257,16 @@ impl Agent {
                     rosters,
                     own,
                     ends: site_ends,
-                    services: offload::services(
-                        &config.offload,
-                        &ends.engines,
-                        &pressure,
-                        &counters,
-                    ),
+                    services: carrying
+                        .map(mesh::Carrying::service)
+                        .into_iter()
+                        .chain(offload::services(
+                            &config.offload,
+                            &ends.engines,
+                            &pressure,
+                            &counters,
+                        ))
+                        .collect(),
                 };
                 Mesh::start(&config, &credentials, parts, counters.clone())
                     .map_err(|why| tracing::error!("the device has no neighbours: {why}"))
@@ -338,6 +350,8 @@ impl Agent {
             tls,
             rosters,
             connected: link,
+            own_way,
+            carriers,
             marks: mark,
             board,
             counters: counters.clone(),

@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use crate::{
     config::{Config, broker},
     identity::{MQTTS_PORT, Tls, is_about_certificates},
+    mesh::{Carriers, Door},
     trouble::{Peer, explain},
 };
 
@@ -70,7 +71,7 @@ pub(crate) struct ConnectError {
 }
 
 /// Where the broker is: as configured, or as the coordinator says.
-fn address(config: &Config, tls: &Tls) -> Result<(String, u16), String> {
+pub(crate) fn address(config: &Config, tls: &Tls) -> Result<(String, u16), String> {
     if !config.broker.by_coordinator {
         return config.broker.address();
     }
@@ -144,11 +145,15 @@ pub(crate) fn client_id(site: &Name, device: &Name) -> String {
 }
 
 impl Connection {
-    /// Starts to connect as the device, with its last will.
+    /// Starts to connect as the device, with its last will; by itself, or through one of its neighbours.
     ///
     /// # Errors
     /// If the options make no sense; everything else comes as [`News::Lost`].
-    pub(crate) fn open(config: &Config, tls: &Tls) -> Result<Self, ConnectError> {
+    pub(crate) fn open(
+        config: &Config,
+        tls: &Tls,
+        carriers: Option<Carriers>,
+    ) -> Result<Self, ConnectError> {
         let mut options = options(config, tls, client_id(&config.site, &config.device))?;
         let status = Topic::of_device(&config.site, &config.device, Kind::Status).to_string();
         options.set_last_will(LastWill::new(
@@ -157,6 +162,12 @@ impl Connection {
             QoS::AtLeastOnce,
             true,
         ));
+        if let Some(carriers) = carriers {
+            options.set_socket_connector(move |_, _| {
+                let carriers = carriers.clone();
+                async move { carriers.connect(Door::Broker).await }
+            });
+        }
         Self::start(config, tls, options)
     }
 

@@ -66,6 +66,12 @@ pub struct Numbers {
     pub strangers: Counter,
     /// What came from neighbours and was not signed by whom it names.
     pub forgeries: Counter,
+    /// Connections that were carried for neighbours.
+    pub carried: Counter,
+    /// What went over them, in bytes, both ways.
+    pub carried_bytes: Counter,
+    /// Connections to the broker that a neighbour carried.
+    pub by_neighbours: Counter,
     /// Readings that wait for the coordinator's acknowledgement.
     pub backlog: Counter,
     /// Bytes that the outbox takes on disk.

@@ -1,5 +1,7 @@
 //! How the agent asks the coordinator over HTTP, whatever it asks for.
 
+mod carried;
+
 use std::{
     io::{Read, Write},
     sync::Arc,
@@ -18,8 +20,10 @@ use ureq::{
     },
 };
 
+use self::carried::{Carry, Names};
 use crate::{
     identity::{Tls, is_about_certificates},
+    mesh::Detour,
     trouble::explained,
 };
 
@@ -42,15 +46,19 @@ pub(crate) struct Patience {
 /// Follows no redirect and no proxy, and takes any status as an answer. Each new connection to an `https` address is made
 /// with what the device's identity is then.
 pub(crate) fn agent(patience: Patience, tls: &Tls) -> ureq::Agent {
-    make(patience, Wrap::Identity(tls.clone()))
+    make(patience, Wrap::Identity(tls.clone()), tls.detour())
 }
 
 /// The same, with these settings of TLS only.
-pub(crate) fn agent_with(patience: Patience, config: Arc<ClientConfig>) -> ureq::Agent {
-    make(patience, Wrap::Fixed(config))
+pub(crate) fn agent_with(
+    patience: Patience,
+    config: Arc<ClientConfig>,
+    detour: Detour,
+) -> ureq::Agent {
+    make(patience, Wrap::Fixed(config), detour)
 }
 
-fn make(patience: Patience, wrap: Wrap) -> ureq::Agent {
+fn make(patience: Patience, wrap: Wrap, detour: Detour) -> ureq::Agent {
     let config = ureq::Agent::config_builder()
         .http_status_as_error(false)
         .max_redirects(0)
@@ -64,8 +72,10 @@ fn make(patience: Patience, wrap: Wrap) -> ureq::Agent {
         .timeout_recv_body(Some(patience.body))
         .timeout_global(patience.whole)
         .build();
-    let connector = ().chain(TcpConnector::default()).chain(wrap);
-    ureq::Agent::with_parts(config, connector, DefaultResolver::default())
+    let carry = Carry(detour.clone());
+    let connector = ().chain(carry).chain(TcpConnector::default()).chain(wrap);
+    let own = DefaultResolver::default();
+    ureq::Agent::with_parts(config, connector, Names { detour, own })
 }
 
 /// Wraps a connection in TLS where the address asks for it. The client library has a connector of its own, but that one

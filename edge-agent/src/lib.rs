@@ -21,6 +21,7 @@ pub mod identity;
 pub mod mesh;
 pub mod offload;
 pub mod outbox;
+mod passage;
 mod pipeline;
 pub mod samples;
 pub mod settings;

@@ -27,8 +27,9 @@ use crate::{
     counters::{Counter, Counters, resident_bytes},
     dice,
     identity::Tls,
-    mesh::Rosters,
+    mesh::{Carriers, Rosters},
     outbox::GapRecord,
+    passage::{Passage, Turn},
     pipeline::Drifts,
     samples::desk::Marked,
     store::{Command, Durable, Stored},
@@ -59,6 +60,8 @@ enum Event {
     News,
     /// The device has another certificate than before.
     Renewed,
+    /// Another way to the broker may be better.
+    Turn(Turn),
     Stop,
 }
 
@@ -90,6 +93,7 @@ pub(crate) struct Uplink {
     /// Whether the broker is there, for whoever wants to know.
     rosters: Option<Rosters>,
     connected: watch::Sender<bool>,
+    passage: Passage,
     /// What was last said of the model and of the state.
     said: (Option<ModelInfo>, State),
     /// Where marks go.
@@ -143,6 +147,10 @@ pub(crate) struct Start {
     /// Is the broker there?
     pub(crate) rosters: Option<Rosters>,
     pub(crate) connected: watch::Sender<bool>,
+    /// Does the device reach it by itself?
+    pub(crate) own_way: watch::Sender<bool>,
+    /// Neighbours that can carry it there otherwise.
+    pub(crate) carriers: Option<Carriers>,
     /// Where marks go.
     pub(crate) marks: std::sync::mpsc::SyncSender<Marked>,
     /// The board's lights.
@@ -171,12 +179,15 @@ impl Uplink {
             tls,
             rosters,
             connected,
+            own_way,
+            carriers,
             marks,
             board,
             counters,
             wall,
         } = start;
         Self {
+            passage: Passage::new(config.clone(), tls.clone(), carriers, own_way),
             epoch: about.info.epoch,
             delivery: Delivery::new(Pace::default(), pending),
             live: BTreeMap::new(),
@@ -235,6 +246,7 @@ impl Uplink {
                     tls,
                     renewed,
                     up,
+                    passage,
                     ..
                 } = &mut self;
                 let gaps_due = gaps_said_ms
@@ -267,6 +279,7 @@ impl Uplink {
                     Ok(()) = erased.changed() => Event::News,
                     () = about.changed() => Event::News,
                     () = tls.changed() => Event::Renewed,
+                    turn = passage.turn(), if farewell.is_none() => Event::Turn(turn),
                     // Looked at below.
                     () = at(*renewed), if farewell.is_none() => Event::News,
                 }
@@ -280,6 +293,11 @@ impl Uplink {
                     reconnect = Some(self.next_try());
                 }
                 Event::Network(news) => self.network(news),
+                Event::Turn(turn) => {
+                    if self.turn(turn).await {
+                        reconnect = Some(self.next_try());
+                    }
+                }
                 Event::Store(said) => self.store_said(said),
                 Event::Reconnect => reconnect = self.connect(),
                 Event::Due => self.due(),
@@ -317,13 +335,14 @@ impl Uplink {
         }
         self.renewed = None;
         self.tls.seen();
-        match Connection::open(&self.config, &self.tls) {
+        match self.passage.connect() {
             Ok(connection) => {
                 self.connection = Some(connection);
                 None
             }
             Err(error) => {
                 tracing::error!(%error, "cannot connect");
+                self.passage.lost();
                 Some(self.next_try())
             }
         }
@@ -345,7 +364,28 @@ impl Uplink {
         self.down();
     }
 
+    /// The way to the broker has changed. True if a new connection is to be made.
+    async fn turn(&mut self, turn: Turn) -> bool {
+        match turn {
+            Turn::Silent => self.lost("nothing comes back any more"),
+            Turn::Better => {
+                tracing::info!("the device's own way answers again");
+                if let Some(connection) = self.connection.take().filter(|_| self.up) {
+                    connection.close(GOODBYE).await;
+                }
+                self.down();
+                self.passage.lost();
+            }
+            // Otherwise an attempt is under way.
+            Turn::Carriers => return self.connection.is_none(),
+        }
+        true
+    }
+
     fn next_try(&mut self) -> tokio::time::Instant {
+        if self.passage.next() {
+            return tokio::time::Instant::now();
+        }
         let wait = self.backoff.next(dice::throw());
         tracing::debug!(wait_ms = wait, "next try to connect");
         tokio::time::Instant::now() + Duration::from_millis(wait)
@@ -359,6 +399,7 @@ impl Uplink {
             self.counters.reconnects.add(1);
         }
         self.down();
+        self.passage.lost();
         self.board.set_state(self.board_state());
     }
 
@@ -373,9 +414,13 @@ impl Uplink {
     }
 
     fn network(&mut self, news: News) {
+        self.passage.heard(&news);
         match news {
             News::Up => {
-                tracing::info!(broker = %connection::shown(&self.config, &self.tls), waiting = self.delivery.waiting(), "connected");
+                self.passage.up();
+                let is_carried = self.passage.is_carried();
+                tracing::info!(broker = %connection::shown(&self.config, &self.tls), waiting = self.delivery.waiting(), is_carried, "connected");
+                self.counters.by_neighbours.add(u64::from(is_carried));
                 self.up = true;
                 self.connected.send_replace(true);
                 // The last is asked for first.
@@ -641,6 +686,7 @@ impl Uplink {
                         return;
                     }
                     self.delivery.sent(next, self.clock.now_ms());
+                    self.passage.sent();
                 }
                 Send::Replay { from, to } => {
                     match &self.batch {
@@ -673,6 +719,7 @@ impl Uplink {
                                 },
                                 self.clock.now_ms(),
                             );
+                            self.passage.sent();
                             self.batch = Batch::None;
                         }
                     }

@@ -33,6 +33,7 @@ pub mod settings;
 mod testing;
 mod topic;
 pub mod update;
+pub mod way;
 
 pub use backoff::Backoff;
 pub use desired::{Desired, Limits, Trial};

@@ -13,7 +13,10 @@ use super::{
     tls,
     token::Token,
 };
-use crate::http::{self, Patience};
+use crate::{
+    http::{self, Patience},
+    mesh::Detour,
+};
 
 /// A coordinator that cannot be reached in this time is not there.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -42,6 +45,7 @@ pub struct Errand {
     /// The token that the present certificate came by, and its broker.
     pub(super) spent: Option<Digest>,
     pub(super) mqtt: Option<String>,
+    pub(super) detour: Detour,
 }
 
 /// What came of it.
@@ -147,7 +151,7 @@ impl Errand {
             whole: Some(EXCHANGE),
         };
         let url = format!("{}/api/v1/{route}", self.url);
-        let sent = http::agent_with(patience, config)
+        let sent = http::agent_with(patience, config, self.detour.clone())
             .post(&url)
             .content_type("application/json")
             .send(&body[..]);

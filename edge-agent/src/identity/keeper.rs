@@ -21,7 +21,12 @@ use super::{
     tls::{self, Material, Tls},
     token::Token,
 };
-use crate::{clock::WallClock, config::Config, dice, mesh::Credentials};
+use crate::{
+    clock::WallClock,
+    config::Config,
+    dice,
+    mesh::{Credentials, Detour},
+};
 
 /// The device's identity, from the disk and the configuration.
 pub struct Keeper {
@@ -38,6 +43,7 @@ pub struct Keeper {
     time: Arc<TrustedTime>,
     tell: watch::Sender<Option<Arc<Material>>>,
     doubt: Arc<Notify>,
+    detour: Detour,
     /// What the machine wanted when it began.
     first: Vec<Action>,
 }
@@ -103,6 +109,7 @@ impl Keeper {
             time,
             tell: watch::channel(material).0,
             doubt: Arc::default(),
+            detour: Detour::default(),
             first,
         }))
     }
@@ -110,7 +117,11 @@ impl Keeper {
     /// The device's side of its connections, from now on.
     #[must_use]
     pub fn tls(&self) -> Tls {
-        Tls::new(self.tell.subscribe(), Arc::clone(&self.doubt))
+        Tls::new(
+            self.tell.subscribe(),
+            Arc::clone(&self.doubt),
+            self.detour.clone(),
+        )
     }
 
     /// What the device is known by among its neighbours: the same key.
@@ -287,6 +298,7 @@ impl Keeper {
             time: Arc::clone(&self.time),
             spent: notes.and_then(|notes| notes.token),
             mqtt: notes.and_then(|notes| notes.mqtt.clone()),
+            detour: self.detour.clone(),
         }
     }
 

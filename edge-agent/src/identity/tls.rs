@@ -15,7 +15,7 @@ use super::{
     error::IdentityError,
     time::TrustedTime,
 };
-use crate::trouble::inside;
+use crate::{mesh::Detour, trouble::inside};
 
 /// The broker's port where its address names none.
 pub(crate) const MQTTS_PORT: u16 = 8883;
@@ -41,6 +41,7 @@ pub struct Material {
 pub struct Tls {
     material: watch::Receiver<Option<Arc<Material>>>,
     doubt: Arc<Notify>,
+    detour: Detour,
     wanted: bool,
 }
 
@@ -51,6 +52,7 @@ impl Tls {
         Self {
             material: watch::channel(None).1,
             doubt: Arc::default(),
+            detour: Detour::default(),
             wanted: false,
         }
     }
@@ -58,12 +60,19 @@ impl Tls {
     pub(super) fn new(
         material: watch::Receiver<Option<Arc<Material>>>,
         doubt: Arc<Notify>,
+        detour: Detour,
     ) -> Self {
         Self {
             material,
             doubt,
+            detour,
             wanted: true,
         }
+    }
+
+    /// How to get to the coordinator without an uplink.
+    pub(crate) fn detour(&self) -> Detour {
+        self.detour.clone()
     }
 
     /// The newest material; nothing before the device is enrolled.

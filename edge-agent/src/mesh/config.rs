@@ -19,10 +19,15 @@ pub struct MeshConfig {
     pub peers: Vec<SocketAddr>,
     /// Finds neighbours on the local network by multicast.
     pub mdns: bool,
+    /// Carries neighbours that have no uplink to the coordinator's doors, each connection with so many KiB/s. 0 carries nobody.
+    pub carry_kib_per_s: u32,
 }
 
 /// Registered for nobody; the same on every device, so that a firewall can be told.
 const PORT: u16 = 7473;
+
+/// A device's readings and pictures fit many times; a slow line is still its owner's.
+const CARRY_KIB_PER_S: u32 = 512;
 
 impl Default for MeshConfig {
     fn default() -> Self {
@@ -31,6 +36,7 @@ impl Default for MeshConfig {
             listen: SocketAddr::from(([0, 0, 0, 0], PORT)),
             peers: Vec::new(),
             mdns: true,
+            carry_kib_per_s: CARRY_KIB_PER_S,
         }
     }
 }

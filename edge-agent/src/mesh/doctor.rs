@@ -38,6 +38,15 @@ pub struct Status {
     pub strangers: u64,
     /// What came from neighbours and was not signed by whom it names.
     pub forgeries: u64,
+    /// Connections that it carried for neighbours without an uplink, and their bytes.
+    #[serde(default)]
+    pub carried: u64,
+    /// Both ways.
+    #[serde(default)]
+    pub carried_bytes: u64,
+    /// Connections of its own to the broker that a neighbour carried.
+    #[serde(default)]
+    pub by_neighbours: u64,
     /// Frames that neighbours look at, and theirs.
     #[serde(default)]
     pub offload: OffloadStatus,
@@ -158,6 +167,9 @@ fn status(facts: &Facts<'_>) -> Status {
         }),
         strangers: facts.counters.strangers.get(),
         forgeries: facts.counters.forgeries.get(),
+        carried: facts.counters.carried.get(),
+        carried_bytes: facts.counters.carried_bytes.get(),
+        by_neighbours: facts.counters.by_neighbours.get(),
         offload: OffloadStatus::of(facts.counters),
         neighbours,
     }
@@ -345,6 +357,15 @@ pub(super) fn shown(status: &Status) -> String {
         None => text.push_str(
             "roster: none yet; it comes from the coordinator's broker or from a neighbour\n",
         ),
+    }
+    if status.carried + status.by_neighbours > 0 {
+        let _ = writeln!(
+            text,
+            "carried for neighbours: {} connections, {} KiB; carried by them: {} connections",
+            status.carried,
+            status.carried_bytes / 1_024,
+            status.by_neighbours
+        );
     }
     let here = status.neighbours.iter().filter(|n| n.here).count();
     let _ = writeln!(text, "{here} neighbours are there");

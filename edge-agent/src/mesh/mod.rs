@@ -13,6 +13,7 @@
 //! everything else works as ever.
 
 mod admission;
+mod carry;
 mod config;
 mod doctor;
 mod local;
@@ -25,6 +26,7 @@ mod wire;
 
 use std::{path::Path, sync::Arc, thread::JoinHandle};
 
+pub(crate) use carry::{Carriers, Carrying, Detour, Door};
 pub use config::MeshConfig;
 pub use doctor::{Finding, NeighbourStatus, OffloadStatus, RosterStatus, Status};
 pub(crate) use own::{Own, warmth_now};

@@ -10,6 +10,7 @@ mod ingest;
 mod kill;
 mod outbox;
 mod peer;
+mod relay;
 mod rollout;
 mod swarm;
 mod tls;
@@ -57,6 +58,10 @@ const ALL: [(&str, &str); 11] = [
         "deltas of models: their size, and time and memory to apply one, against a copy of the file",
     ),
     (
+        "relay",
+        "half of a site loses its uplink and carriers die: what is lost, and how late the rest is, against no neighbours",
+    ),
+    (
         "rollout",
         "a bad model and a good one to 10,000 simulated devices on a real coordinator (--devices N)",
     ),
@@ -92,6 +97,7 @@ pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<bool> {
         "hostile" => hostile::run(args, &mut results).await?,
         "kill" => kill::run(args, &mut results).await?,
         "deliver" => deliver::run(args, &mut results).await?,
+        "relay" => relay::run(args, &mut results).await?,
         "rollout" => rollout::run(args, &mut results).await?,
         "update-kill" => update_kill::run(args, &mut results).await?,
         "cascade" => cascade::run(args, &mut results).await?,
