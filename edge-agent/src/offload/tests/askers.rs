@@ -13,13 +13,11 @@ use tokio::{
 };
 use tokio_util::compat::TokioAsyncReadCompatExt;
 
-use super::{
-    super::{
-        courier::Roads,
-        serve::Server,
-        wire::{MAX_IMAGE, Question, Reply, ask},
-    },
-    BOUND, BOX, Other, Room, big, bundle, drawn, engine, server,
+use super::{BOUND, BOX, Other, Room, big, bundle, drawn, engine, server};
+use crate::offload::{
+    courier::Roads,
+    serve::Server,
+    wire::{MAX_IMAGE, Question, Reply, ask},
 };
 
 /// Asks a server over a pipe, as somebody who keeps to the protocol.
