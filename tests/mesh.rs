@@ -4,6 +4,7 @@ use std::{path::Path, process::Stdio, time::Duration};
 
 use edge_agent::mesh::Status;
 use fleet::{
+    agent_file::OffloadPart,
     process::EXIT_WITH_STDIN,
     site::{Camera, Plan, Site},
 };
@@ -16,7 +17,8 @@ use libp2p::{
     swarm::SwarmEvent,
     tcp, yamux,
 };
-use tests::{BOUND, exactly_once, plan, until};
+use tests::{BOUND, Tap, bundle, exactly_once, plan, until};
+use tokio::time::sleep;
 
 /// As long as a stranger has to get somewhere.
 const STRANGER: Duration = Duration::from_secs(20);
@@ -245,6 +247,81 @@ async fn a_device_without_an_uplink_is_carried_whoever_dies() {
     .await
     .unwrap();
     let seen = site.finish(Default::default(), BOUND).await.unwrap();
+    exactly_once(&seen.total()).unwrap();
+    site.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_board_doubts_its_neighbour_looks_at_and_it_goes_on_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = env!("CARGO_BIN_EXE_node");
+    let mut plan = plan(node, &dir.path().join("site"));
+    plan.agents = 2;
+    plan.mesh = true;
+    plan.spawn = false;
+    plan.fps = 5.0;
+    plan.bundle = Some(bundle("steel-small"));
+    // Drawn pictures, of which no model is sure.
+    plan.camera = Camera::Folder {
+        path: bundle("steel").join("golden"),
+        repeat: true,
+    };
+    let mut site = Site::start(&plan).await.unwrap();
+    site.devices[0].file.offload = Some(OffloadPart {
+        escalate: true,
+        share: 0.5,
+        deadline_ms: 3_000,
+        ..OffloadPart::default()
+    });
+    site.devices[1].file.offload = Some(OffloadPart {
+        serve: Some(bundle("steel")),
+        ..OffloadPart::default()
+    });
+    site.devices[1].file.source.clear();
+    site.devices[1].file.model = None;
+    for device in &mut site.devices {
+        device.write_config().unwrap();
+        device.agent.start().unwrap();
+    }
+    until("the neighbour has answered, and was used", async || {
+        let asked = status(node, &site, 0).await.map(|s| s.offload);
+        let served = status(node, &site, 1).await.map(|s| s.offload.served);
+        asked.is_some_and(|asked| asked.answered >= 5) && served >= Some(5)
+    })
+    .await
+    .unwrap();
+    // Readings say whose they are, all the way up.
+    until(
+        "a reading says that the neighbour has computed it",
+        async || {
+            let tap = Tap::start(&site).unwrap();
+            sleep(Duration::from_secs(1)).await;
+            let heard = tap.stop().await;
+            assert_eq!(heard.bad, Vec::<String>::new());
+            heard.last.iter().any(|(topic, text)| {
+                topic.ends_with("/d1/cam0/result")
+                    && text.contains(r#""by":"d2""#)
+                    && text.contains(r#""model":"steel@"#)
+            })
+        },
+    )
+    .await
+    .unwrap();
+    site.devices[1].agent.kill().await.unwrap();
+    let before = status(node, &site, 0).await.unwrap().offload;
+    sleep(Duration::from_secs(5)).await;
+    let after = status(node, &site, 0).await.unwrap().offload;
+    // It notices by itself, or by its neighbour's silence, and does not stop.
+    assert!(after.asked - before.asked < 10, "{before:?} {after:?}");
+    // Nothing was lost or doubled by it.
+    site.devices[0].agent.stop(STRANGER).await.unwrap();
+    site.bound_sources().await.unwrap();
+    site.devices[0].agent.start().unwrap();
+    let seen = site
+        .witness(Default::default())
+        .settle(BOUND)
+        .await
+        .unwrap();
     exactly_once(&seen.total()).unwrap();
     site.stop().await.unwrap();
 }

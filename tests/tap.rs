@@ -234,6 +234,7 @@ mod tests {
             margin: 0.25,
             model: "m@1".into(),
             latency_ms: 0.5,
+            by: Some("box".parse().unwrap()),
             file: Some("a/b.png".into()),
             truth: None,
         };

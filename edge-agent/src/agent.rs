@@ -25,6 +25,7 @@ use crate::{
     counters::Counters,
     identity::{self, IdentityError, Keeper, Tls},
     mesh::{self, Mesh, Own},
+    offload::{self, Pressure},
     outbox::{Opened, Options, Outbox, OutboxError},
     pipeline::{Drifts, Pipeline},
     samples::{
@@ -246,9 +247,13 @@ impl Agent {
         let own = Own {
             engines: ends.engines.clone(),
             uplink: has_own_way.clone(),
+            answers: config.offload.answers(),
         };
+        let pressure = Pressure::default();
         let (site, site_ends) = mesh::Site::new();
-        let carriers = credentials.as_ref().map(|_| mesh::Carriers::new(site));
+        let carriers = credentials
+            .as_ref()
+            .map(|_| mesh::Carriers::new(site.clone()));
         if let Some(carriers) = &carriers {
             tls.detour().set(carriers.clone(), has_own_way.clone());
         }
@@ -260,12 +265,26 @@ impl Agent {
                     rosters,
                     own,
                     ends: site_ends,
-                    services: carrying.map(mesh::Carrying::service).into_iter().collect(),
+                    services: carrying
+                        .map(mesh::Carrying::service)
+                        .into_iter()
+                        .chain(offload::services(
+                            &config.offload,
+                            &ends.engines,
+                            &pressure,
+                            &counters,
+                        ))
+                        .collect(),
                 };
                 Mesh::start(&config, &credentials, parts, counters.clone())
                     .map_err(|why| tracing::error!("the device has no neighbours: {why}"))
                     .ok()
             });
+        let stop = CancellationToken::new();
+        let handoff = rosters
+            .clone()
+            .filter(|_| mesh.is_some() && config.offload.asks())
+            .map(|rosters| offload::start(&config.offload, site, rosters, &counters, &stop));
         let lanes = config
             .source
             .iter()
@@ -312,6 +331,7 @@ impl Agent {
                 }),
         )
         .with_trial(ends.trial, ends.disagreed)
+        .with_offload(handoff, pressure)
         .with_drift(&config.drift, config.device.clone(), found);
         let pipeline = thread("pipeline", move || pipeline.run(&frames))?;
         let store = Store::new(
@@ -323,7 +343,6 @@ impl Agent {
         )
         .with_samples(tray);
         let store_thread = thread("store", move || store.run(commands))?;
-        let stop = CancellationToken::new();
         let pins = board.clone();
         let uplink = Uplink::new(Start {
             config,

@@ -20,6 +20,7 @@ use crate::{
     drift::DriftConfig,
     identity::{self, CoordinatorConfig, IdentityConfig, Named},
     mesh::MeshConfig,
+    offload::OffloadConfig,
     samples::SamplesConfig,
     update::UpdateConfig,
 };
@@ -74,6 +75,8 @@ pub struct Config {
     pub update: UpdateConfig,
     /// The other devices of the site.
     pub mesh: MeshConfig,
+    /// Frames that go to neighbours, and theirs that come here.
+    pub offload: OffloadConfig,
 }
 
 /// The broker's address and how to keep in touch with it.
@@ -145,6 +148,7 @@ impl Default for Config {
             drift: DriftConfig::default(),
             update: UpdateConfig::default(),
             mesh: MeshConfig::default(),
+            offload: OffloadConfig::default(),
         }
     }
 }
@@ -357,6 +361,10 @@ impl Config {
         }
         for (field, what) in self.mesh.mistakes() {
             must(false, &format!("mesh.{field}"), &what);
+        }
+        let (neighbours, rejects) = (self.mesh.enabled, self.reject.is_some());
+        for (field, what) in self.offload.mistakes(neighbours, rejects) {
+            must(false, &format!("offload.{field}"), what);
         }
         for (field, what) in self.samples.mistakes() {
             must(false, &format!("samples.{field}"), &what);

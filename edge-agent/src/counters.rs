@@ -84,8 +84,27 @@ pub struct Numbers {
     pub drifting: Counter,
     /// Bytes that came for new models.
     pub update_bytes: Counter,
+    /// Frames that neighbours look at, and those of neighbours.
+    pub offload: OffloadNumbers,
     /// Frames that are kept to learn from.
     pub samples: crate::samples::SampleNumbers,
+}
+
+/// Frames that neighbours look at for this device, and those that it looks at for them.
+#[derive(Debug, Default)]
+pub struct OffloadNumbers {
+    /// Handed to a neighbour.
+    pub asked: Counter,
+    /// Of these, answered in time: the answer became the result.
+    pub answered: Counter,
+    /// Of these, refused at once.
+    pub refused: Counter,
+    /// Of these, answered too late, wrongly or not at all.
+    pub late: Counter,
+    /// Frames of neighbours that were looked at.
+    pub served: Counter,
+    /// Frames of neighbours that were not.
+    pub turned_away: Counter,
 }
 
 impl Numbers {

@@ -19,6 +19,7 @@ pub mod gate;
 mod http;
 pub mod identity;
 pub mod mesh;
+pub mod offload;
 pub mod outbox;
 mod passage;
 mod pipeline;

@@ -1,10 +1,15 @@
 //! gate → preprocess → infer → decide: the thread between the cameras and the outbox.
+//!
+//! A frame is looked at, and then settled: what was seen becomes a reading, a sample or nothing. Between the two, a
+//! neighbour may look at it, too; then results of the same source wait for it in their order, no longer than its deadline.
+
+mod settle;
 
 use std::{
     collections::BTreeMap,
     sync::{
         Arc,
-        mpsc::{Receiver, RecvTimeoutError},
+        mpsc::{Receiver, RecvTimeoutError, TryRecvError},
     },
     time::Duration,
 };
@@ -15,8 +20,12 @@ use mesh_core::{
     drift::Drift,
 };
 use models::{Engine, Input, Outcome, Picture};
-use tokio::sync::{mpsc::Sender, watch};
+use tokio::{
+    sync::{mpsc::Sender, watch},
+    time::Instant,
+};
 
+use self::settle::{Looked, Pending};
 use crate::{
     board::BoardHandle,
     capture::Frame,
@@ -24,11 +33,9 @@ use crate::{
     counters::Counters,
     drift::{DriftConfig, Watcher},
     gate::{Gate, GateConfig},
-    samples::{
-        Material,
-        desk::{Desk, Marked, Seen},
-    },
-    store::{Command, Draft},
+    offload::{Handoff, Held, Pressure},
+    samples::desk::{Desk, Marked},
+    store::Command,
     update::{self, Engines, Errand, Look, Trial, Trouble},
 };
 
@@ -39,6 +46,8 @@ struct Lane {
     decider: Decider,
     /// Is what it sees still what it should see? Nothing where nobody wants to know.
     watcher: Option<Watcher>,
+    /// Frames that wait for a neighbour's word on them, or on one before them.
+    held: Held<Pending>,
 }
 
 /// What was last found about each source, for the uplink.
@@ -46,6 +55,10 @@ pub(crate) type Drifts = BTreeMap<Name, Drift>;
 
 /// How soon a mark is heard while the cameras show nothing.
 const LISTEN: Duration = Duration::from_millis(200);
+/// How soon a neighbour's answer is heard.
+const LISTEN_AWAY: Duration = Duration::from_millis(5);
+/// A device whose next frame was there already so many times in a row cannot keep up.
+const BEHIND: u32 = 8;
 
 /// The thread's state.
 pub(crate) struct Pipeline {
@@ -64,6 +77,12 @@ pub(crate) struct Pipeline {
     button: Option<(SampleReason, u64)>,
     /// Who wants to know what the models say, and frames on which two of them disagree.
     trial: Option<(Trial, Receiver<(usize, u64)>)>,
+    /// The way to neighbours that look at frames; nothing where none is asked.
+    handoff: Option<Handoff>,
+    /// How busy this thread is, for those who would use the processor for somebody else.
+    pressure: Pressure,
+    /// Frames in a row that were there before they were asked for.
+    waited: u32,
     clock: Monotonic,
     counters: Counters,
 }
@@ -85,6 +104,7 @@ impl Pipeline {
             gate: Gate::new(gate),
             decider: Decider::new(publish),
             watcher: None,
+            held: Held::default(),
         };
         Self {
             lanes: sources.into_iter().map(lane).collect(),
@@ -97,6 +117,9 @@ impl Pipeline {
             drifts: None,
             button: None,
             trial: None,
+            handoff: None,
+            pressure: Pressure::default(),
+            waited: 0,
             clock: Monotonic::start(),
             counters,
         }
@@ -127,6 +150,16 @@ impl Pipeline {
         }
     }
 
+    /// With neighbours that look at frames, if any are asked, and others that want to know how busy the device is.
+    #[must_use]
+    pub(crate) fn with_offload(self, handoff: Option<Handoff>, pressure: Pressure) -> Self {
+        Self {
+            handoff,
+            pressure,
+            ..self
+        }
+    }
+
     /// With an eye on what the sources see, and a place for what is found.
     #[must_use]
     pub(crate) fn with_drift(
@@ -147,21 +180,23 @@ impl Pipeline {
     /// Looks at frames until the cameras or the store are gone. Blocks: it has a thread of its own.
     pub(crate) fn run(mut self, frames: &Receiver<Frame>) {
         loop {
-            let frame = if self.samples.is_some() {
-                frames.recv_timeout(LISTEN)
-            } else {
-                frames.recv().map_err(|_| RecvTimeoutError::Disconnected)
-            };
+            let frame = self.next(frames);
             let mut commands = self.hear();
+            commands.extend(self.settle_held());
             let mut errand = None;
+            let mut ends = false;
             match frame {
                 Ok(frame) => {
-                    let (command, again) = self.look(frame);
-                    commands.extend(command);
+                    let (more, again) = self.look(frame);
+                    commands.extend(more);
                     errand = again;
                 }
                 Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Disconnected) => {
+                    // Nobody waits for a neighbour any more.
+                    commands.extend(self.settle_until(u64::MAX));
+                    ends = true;
+                }
             }
             for command in commands {
                 // A frame that is a reading already becomes none.
@@ -172,11 +207,40 @@ impl Pipeline {
                     return;
                 }
             }
+            if ends {
+                return;
+            }
             // The result is on its way: now there is time.
             if let (Some(errand), Some((trial, _))) = (errand, &self.trial) {
                 trial.look(errand);
             }
         }
+    }
+
+    /// The next frame, for as long as nothing else is to be heard.
+    fn next(&mut self, frames: &Receiver<Frame>) -> Result<Frame, RecvTimeoutError> {
+        match frames.try_recv() {
+            Ok(frame) => {
+                self.waited = self.waited.saturating_add(1);
+                self.pressure.set_looking(true);
+                self.pressure.set_behind(self.waited >= BEHIND);
+                return Ok(frame);
+            }
+            Err(TryRecvError::Disconnected) => return Err(RecvTimeoutError::Disconnected),
+            Err(TryRecvError::Empty) => {}
+        }
+        self.waited = 0;
+        self.pressure.set_behind(false);
+        self.pressure.set_looking(false);
+        let frame = if self.lanes.iter().any(|lane| !lane.held.is_empty()) {
+            frames.recv_timeout(LISTEN_AWAY)
+        } else if self.samples.is_some() {
+            frames.recv_timeout(LISTEN)
+        } else {
+            frames.recv().map_err(|_| RecvTimeoutError::Disconnected)
+        };
+        self.pressure.set_looking(frame.is_ok());
+        frame
     }
 
     /// What people said in the meantime about the frames before.
@@ -209,10 +273,11 @@ impl Pipeline {
         commands
     }
 
-    /// What becomes of a frame, and what a second model is to look at.
-    fn look(&mut self, frame: Frame) -> (Option<Command>, Option<Errand>) {
-        const NOTHING: (Option<Command>, Option<Errand>) = (None, None);
-        let Some(lane) = self.lanes.get_mut(frame.source) else {
+    /// What becomes of a frame now, and what a second model is to look at.
+    fn look(&mut self, frame: Frame) -> (Vec<Command>, Option<Errand>) {
+        const NOTHING: (Vec<Command>, Option<Errand>) = (Vec::new(), None);
+        let place = frame.source;
+        let Some(lane) = self.lanes.get_mut(place) else {
             return NOTHING;
         };
         if !lane.gate.pass(frame.number, &frame.picture) {
@@ -223,12 +288,54 @@ impl Pipeline {
         let Some(engine) = &engines.active else {
             return NOTHING;
         };
+        // Before anybody has looked at it.
+        let drawn = self.samples.as_ref().is_some_and(|(desk, _)| desk.draw());
+        // What others learn from, or judge a model by, the device looks at itself.
+        if let Some(handoff) = self.handoff.as_mut().filter(|_| !drawn && !engines.watched) {
+            let behind = self.pressure.is_behind();
+            if let Some(away) = handoff.spill(engine, behind, &frame, self.clock.now_ms()) {
+                let unseen = Pending::Unseen(Box::new((frame, Instant::now())));
+                let bytes = unseen.bytes();
+                lane.held.push(unseen, bytes, Some(away));
+                return (self.settle_until(self.clock.now_ms()), None);
+            }
+        }
+        let (looked, errand) = self.look_here(frame, drawn, &engines, Instant::now());
+        let Some(looked) = looked else {
+            return NOTHING;
+        };
+        let now_ms = self.clock.now_ms();
+        let away = self.handoff.as_mut().and_then(|handoff| {
+            handoff.escalate(&looked.engine, &looked.outcome, &looked.frame, now_ms)
+        });
+        let Some(lane) = self.lanes.get_mut(place) else {
+            return NOTHING;
+        };
+        if away.is_none() && lane.held.is_empty() {
+            return (self.settle(*looked, None).into_iter().collect(), errand);
+        }
+        let looked = Pending::Looked(looked);
+        let bytes = looked.bytes();
+        lane.held.push(looked, bytes, away);
+        (self.settle_until(now_ms), errand)
+    }
+
+    /// The device's own model looks at a frame. What has to happen at once happens: the reject output waits for nobody,
+    /// and obeys nobody but the device.
+    fn look_here(
+        &mut self,
+        frame: Frame,
+        drawn: bool,
+        engines: &Engines,
+        begin: Instant,
+    ) -> (Option<Box<Looked>>, Option<Errand>) {
+        let (Some(engine), Some(lane)) = (&engines.active, self.lanes.get_mut(frame.source)) else {
+            return (None, None);
+        };
         if *self.model != *engine.id() {
             self.model = engine.id().into();
         }
-        // Before anybody has looked at it.
-        let drawn = self.samples.as_ref().is_some_and(|(desk, _)| desk.draw());
-        let begin = tokio::time::Instant::now();
+        let started = Instant::now();
         let looked = infer(engine, &frame.picture);
         let (outcome, input, ms) = match looked {
             Ok(looked) => looked,
@@ -240,12 +347,12 @@ impl Pipeline {
                 {
                     trial.say(engines.ticket, verdict);
                 }
-                return NOTHING;
+                return (None, None);
             }
         };
         let latency = begin.elapsed();
-        self.counters
-            .latency(u64::try_from(latency.as_micros()).unwrap_or(u64::MAX));
+        let micros = u64::try_from(started.elapsed().as_micros());
+        self.counters.latency(micros.unwrap_or(u64::MAX));
         if self
             .reject
             .as_ref()
@@ -260,7 +367,7 @@ impl Pipeline {
             .and_then(|watcher| watcher.see(engine, &input, &outcome, now_ms));
         let errand = match &mut self.trial {
             Some((trial, _)) if engines.watched => {
-                compare(trial, &engines, &frame, (&outcome, input, ms))
+                compare(trial, engines, &frame, (&outcome, input, ms))
             }
             // Its memory is not needed for what follows.
             _ => {
@@ -281,42 +388,16 @@ impl Pipeline {
                 self.counters.drifting.set(drifting as u64);
             });
         }
-        let published = lane.decider.decide(&outcome.label, now_ms);
-        let draft = Draft {
-            source: lane.name.clone(),
-            frame: frame.number,
-            ts: frame.ts,
-            label: outcome.label.clone(),
-            score: outcome.score,
-            margin: outcome.margin,
+        let looked = Looked {
+            frame,
+            engine: Arc::clone(engine),
             model: self.model.clone(),
-            latency_ms: latency.as_secs_f32() * 1_000.0,
-            file: frame.file,
-            truth: frame.truth,
+            outcome,
+            drawn,
+            begin,
+            latency,
         };
-        let kept = self.samples.as_mut().and_then(|(desk, _)| {
-            let verdict = desk.judge(frame.source, drawn, &outcome, engine, now_ms);
-            let seen = Seen {
-                draft: &draft,
-                material: match frame.original {
-                    Some(bytes) => Material::File(bytes),
-                    None => Material::Pixels(frame.picture),
-                },
-                outcome,
-                // What is kept has a reading's number, so it becomes a reading.
-                published: published || verdict.reason.is_some(),
-            };
-            desk.take(frame.source, &verdict, engine, seen)
-        });
-        let command = match kept {
-            Some(kept) => Some(Command::Keep {
-                draft,
-                kept,
-                again: false,
-            }),
-            None => published.then_some(Command::Append(draft)),
-        };
-        (command, errand)
+        (Some(Box::new(looked)), errand)
     }
 }
 

@@ -10,7 +10,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use mesh_core::{EventError, Name, RangeSet, Reading, VERSION};
+use mesh_core::{EventError, Name, RangeSet, Reading, VERSION, offload::Answered};
 use tokio::sync::mpsc::{Receiver, Sender};
 
 use crate::{
@@ -42,6 +42,9 @@ pub struct Draft {
     pub file: Option<String>,
     /// What it really shows.
     pub truth: Option<String>,
+    /// What a neighbour said about it: that becomes the reading. What is kept of the frame to learn from goes by what
+    /// the device's own model said.
+    pub answered: Option<Box<Answered>>,
 }
 
 /// What the thread is asked for.
@@ -349,6 +352,16 @@ fn as_entry(command: Command) -> Result<Entry, Command> {
 }
 
 fn reading(device: &Name, epoch: u64, seq: u64, draft: &Draft) -> Reading {
+    let answered = draft.answered.as_deref();
+    let (label, score, margin, model) = match answered {
+        Some(Answered { answer, .. }) => (
+            &answer.label,
+            answer.score,
+            answer.margin,
+            answer.model.as_str(),
+        ),
+        None => (&draft.label, draft.score, draft.margin, &*draft.model),
+    };
     Reading {
         v: VERSION,
         device: device.clone(),
@@ -357,11 +370,12 @@ fn reading(device: &Name, epoch: u64, seq: u64, draft: &Draft) -> Reading {
         seq,
         ts: draft.ts,
         frame: draft.frame,
-        label: draft.label.clone(),
-        score: round(draft.score, 10_000.0),
-        margin: round(draft.margin, 10_000.0),
-        model: draft.model.to_string(),
+        label: label.clone(),
+        score: round(score, 10_000.0),
+        margin: round(margin, 10_000.0),
+        model: model.to_owned(),
         latency_ms: round(draft.latency_ms, 100.0),
+        by: answered.map(|answered| answered.by.clone()),
         file: draft.file.clone(),
         truth: draft.truth.clone(),
     }

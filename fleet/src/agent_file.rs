@@ -40,6 +40,44 @@ pub struct AgentFile {
     pub update: Option<UpdatePart>,
     /// How it finds its neighbours.
     pub mesh: MeshPart,
+    /// What it asks them about, and what it answers; its own defaults if not set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub offload: Option<OffloadPart>,
+}
+
+/// `[offload]`
+#[derive(Clone, Debug, Serialize)]
+pub struct OffloadPart {
+    /// Ask about frames in doubt?
+    pub escalate: bool,
+    /// Hand on what it has no time for?
+    pub spill: bool,
+    /// The largest share of its frames that it asks about.
+    pub share: f32,
+    /// Its own answer counts after this.
+    pub deadline_ms: u32,
+    /// Answer with the model that it runs?
+    pub answer: bool,
+    /// Answer with this bundle.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serve: Option<PathBuf>,
+    /// The largest share of its time for others.
+    pub time_share: f32,
+}
+
+impl Default for OffloadPart {
+    /// As the agent's own defaults: nothing is on.
+    fn default() -> Self {
+        Self {
+            escalate: false,
+            spill: false,
+            share: 0.3,
+            deadline_ms: 500,
+            answer: false,
+            serve: None,
+            time_share: 0.25,
+        }
+    }
 }
 
 /// `[mesh]`
@@ -254,6 +292,7 @@ mod tests {
                 peers: Vec::new(),
                 mdns: false,
             },
+            offload: None,
             drift: None,
             update: None,
         };

@@ -189,7 +189,10 @@ pub struct BenchArgs {
     /// `kill`, `rollout`: repeat the run with this seed. Default: a new one, printed. `deliver`: other weights.
     #[arg(long)]
     pub seed: Option<u64>,
-    /// Rounds in turns with the peer.
+    /// `cascade`: the photographs, a folder for each class. Default: those of the recipes, beside the repository.
+    #[arg(long, value_name = "DIR")]
+    pub images: Option<PathBuf>,
+    /// Rounds in turns with the peer. `cascade`: rounds through the photographs.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub rounds: u16,
 }

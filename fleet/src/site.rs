@@ -218,7 +218,11 @@ pub struct Device {
 }
 
 impl Device {
-    pub(crate) fn write_config(&self) -> Result<(), SiteError> {
+    /// Writes its configuration file anew: it counts from the agent's next start on.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn write_config(&self) -> Result<(), SiteError> {
         let text = self.file.text();
         text.and_then(|text| std::fs::write(&self.config, text))
             .map_err(io_error(format!("writing {}", self.config.display())))
@@ -455,6 +459,7 @@ impl Site {
         };
         let file = AgentFile {
             mesh,
+            offload: None,
             site: SITE.into(),
             device: name.clone(),
             data: data.join("data"),

@@ -37,8 +37,11 @@ pub struct Reading {
     pub margin: f32,
     /// The model that said it: `name@version`.
     pub model: String,
-    /// From the frame in memory to its result, in milliseconds.
+    /// From the frame in memory to its result, in milliseconds, the way to a neighbour and back included.
     pub latency_ms: f32,
+    /// The neighbour whose `model` said it; none where the device has computed it itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub by: Option<Name>,
     /// The file that the frame came from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub file: Option<String>,
@@ -261,6 +264,7 @@ mod tests {
             margin: 0.5,
             model: "conveyor@1.0.0".into(),
             latency_ms: 4.5,
+            by: None,
             file: None,
             truth: Some("scratch".into()),
         }
@@ -276,6 +280,18 @@ mod tests {
             Reading::decode(&bytes, &"d1".parse().unwrap()).unwrap(),
             reading()
         );
+    }
+
+    #[test]
+    fn a_reading_says_who_has_computed_it() {
+        let by = Reading {
+            by: Some("box".parse().unwrap()),
+            ..reading()
+        };
+        let golden = r#"{"v":1,"device":"d1","source":"cam0","epoch":77,"seq":3,"ts":1700000000123,"frame":12,"label":"scratch","score":0.875,"margin":0.5,"model":"conveyor@1.0.0","latency_ms":4.5,"by":"box","truth":"scratch"}"#;
+        let bytes = by.encode().unwrap();
+        assert_eq!(core::str::from_utf8(&bytes).unwrap(), golden);
+        assert_eq!(Reading::decode(&bytes, &"d1".parse().unwrap()).unwrap(), by);
     }
 
     #[test]

@@ -20,6 +20,7 @@ mod erase;
 mod event;
 mod name;
 pub mod neighbours;
+pub mod offload;
 mod ranges;
 mod release;
 mod reported;

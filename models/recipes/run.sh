@@ -1,5 +1,5 @@
 #!/bin/sh
-# Remakes one bundle: models/recipes/run.sh NAME [--data DIR] [--seed N] …   NAME: backbone | steel | conveyor
+# Remakes one bundle: models/recipes/run.sh NAME [--data DIR] [--seed N] …   NAME: backbone | steel | steel_small | conveyor
 # Makes a Python environment outside the repository on the first run.
 set -eu
 [ $# -ge 1 ] || { sed -n '2,3p' "$0" >&2; exit 2; }
@@ -7,7 +7,7 @@ name=$1
 shift
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
 case $name in
-backbone | steel | conveyor) ;;
+backbone | steel | steel_small | conveyor) ;;
 *) echo "run.sh: no recipe named $name" >&2; exit 2 ;;
 esac
 venv=${LACEWING_ML_CACHE:-$HOME/.cache/lacewing-ml}/venv

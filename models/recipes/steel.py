@@ -79,12 +79,12 @@ def train_head(plain, all_turns, truth, rows, seed):
     return fit(features, np.tile(truth[rows], copies), strength, copies), strength
 
 
-def goldens(session, labels):
+def goldens(session, labels, side=backbone.SIDE):
     """For each label a drawn picture that is taken for it, not too surely, so that its score shows
     any change of the model: no photograph is shipped."""
     pictures = [textures.draw(77, index)[0] for index in range(GOLDEN_CANDIDATES)]
     gray = [Image.fromarray(p).convert("L").convert("RGB") for p in pictures]
-    logits = session.run(np.stack([common.resize(p, backbone.SIDE) for p in gray]))["logits"]
+    logits = session.run(np.stack([common.resize(p, side) for p in gray]))["logits"]
     scores = common.softmax(logits.astype(np.float64))
     away = np.abs(scores.max(1) - GOLDEN_SCORE)
     chosen = []

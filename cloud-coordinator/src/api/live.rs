@@ -122,6 +122,7 @@ fn row(new: &NewReading, site: &str, device: &str) -> ReadingRow {
         margin: f64::from(r.margin),
         model: r.model.clone(),
         latency_ms: f64::from(r.latency_ms),
+        by: r.by.as_ref().map(ToString::to_string),
         file: r.file.clone(),
         truth: r.truth.clone(),
         replayed: new.replayed,

@@ -190,6 +190,7 @@ mod tests {
             margin: 0.5,
             model: "m@1".into(),
             latency_ms: 1.0,
+            by: None,
             file: None,
             truth: None,
         }

@@ -65,6 +65,10 @@ pub(crate) struct ReadingRow {
     pub(crate) model: String,
     /// From frame to result, milliseconds.
     pub(crate) latency_ms: f64,
+    /// The neighbour whose model said it; absent where the device has computed it itself.
+    #[sqlx(rename = "answered_by")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) by: Option<String>,
     /// The file that the frame came from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) file: Option<String>,
@@ -126,7 +130,8 @@ impl Store {
     ) -> Result<Vec<ReadingRow>, StoreError> {
         let mut query = QueryBuilder::new(
             "SELECT r.id, d.site, d.device, r.source, r.epoch, r.seq, r.ts, r.received_ms, r.frame, \
-             r.label, r.score, r.margin, r.model, r.latency_ms, r.file, r.truth, r.replayed \
+             r.label, r.score, r.margin, r.model, r.latency_ms, r.answered_by, r.file, r.truth, \
+             r.replayed \
              FROM readings r JOIN devices d ON d.id = r.device WHERE 1 = 1",
         );
         and(&mut query, "d.site = ", filter.site);

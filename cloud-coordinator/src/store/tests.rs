@@ -45,6 +45,7 @@ fn reading(id: i64, seq: u64, received_ms: i64) -> NewReading {
             margin: 0.125,
             model: "m@1".into(),
             latency_ms: 2.0,
+            by: Some("box".parse().unwrap()),
             file: Some("a.png".into()),
             truth: None,
         },
@@ -98,6 +99,7 @@ async fn what_is_committed_is_on_the_disk_and_reads_back() {
     );
     assert_eq!((row.score, row.margin, row.latency_ms), (0.25, 0.125, 2.0));
     assert_eq!((row.file.as_deref(), row.truth), (Some("a.png"), None));
+    assert_eq!(row.by.as_deref(), Some("box"));
     assert_eq!(store.last_reading().await.unwrap(), 300);
     let progress = store.progress(1, (1 << 53) - 1).await.unwrap().unwrap();
     assert!(progress.covers(1, 9) && progress.len() == 9);

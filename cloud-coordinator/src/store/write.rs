@@ -91,8 +91,8 @@ const DEVICES: Insert = Insert {
 };
 const READINGS: Insert = Insert {
     before: "INSERT INTO readings (id, device, epoch, seq, ts, received_ms, source, frame, label, score, \
-             margin, model, latency_ms, file, truth, replayed) VALUES ",
-    columns: 16,
+             margin, model, latency_ms, answered_by, file, truth, replayed) VALUES ",
+    columns: 17,
     // The second guard, behind the progress: a reading is in the table once.
     after: " ON CONFLICT (device, epoch, seq) DO NOTHING",
 };
@@ -187,6 +187,7 @@ impl Store {
                     .bind(f64::from(reading.margin))
                     .bind(&reading.model)
                     .bind(f64::from(reading.latency_ms))
+                    .bind(reading.by.as_ref().map(mesh_core::Name::as_str))
                     .bind(&reading.file)
                     .bind(&reading.truth)
                     .bind(r.replayed)

@@ -281,6 +281,7 @@ pub fn reading(device: &str, epoch: u64, seq: u64) -> Reading {
         margin: 0.5,
         model: "m@1".into(),
         latency_ms: 1.5,
+        by: None,
         file: None,
         truth: Some("ok".into()),
     }

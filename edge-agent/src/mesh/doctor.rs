@@ -47,8 +47,42 @@ pub struct Status {
     /// Connections of its own to the broker that a neighbour carried.
     #[serde(default)]
     pub by_neighbours: u64,
+    /// Frames that neighbours look at, and theirs.
+    #[serde(default)]
+    pub offload: OffloadStatus,
     /// All that it has heard of.
     pub neighbours: Vec<NeighbourStatus>,
+}
+
+/// Frames handed to neighbours since the agent's start, and those of neighbours.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OffloadStatus {
+    /// Handed to a neighbour.
+    pub asked: u64,
+    /// Of these, answered in time.
+    pub answered: u64,
+    /// Of these, refused at once.
+    pub refused: u64,
+    /// Of these, answered too late, wrongly or not at all.
+    pub late: u64,
+    /// Frames of neighbours that this device has looked at.
+    pub served: u64,
+    /// Frames of neighbours that it has not.
+    pub turned_away: u64,
+}
+
+impl OffloadStatus {
+    fn of(counters: &Counters) -> Self {
+        let numbers = &counters.offload;
+        Self {
+            asked: numbers.asked.get(),
+            answered: numbers.answered.get(),
+            refused: numbers.refused.get(),
+            late: numbers.late.get(),
+            served: numbers.served.get(),
+            turned_away: numbers.turned_away.get(),
+        }
+    }
 }
 
 /// The roster, for people.
@@ -136,6 +170,7 @@ fn status(facts: &Facts<'_>) -> Status {
         carried: facts.counters.carried.get(),
         carried_bytes: facts.counters.carried_bytes.get(),
         by_neighbours: facts.counters.by_neighbours.get(),
+        offload: OffloadStatus::of(facts.counters),
         neighbours,
     }
 }
@@ -339,6 +374,21 @@ pub(super) fn shown(status: &Status) -> String {
         let _ = writeln!(
             text,
             "turned away: {strangers} strangers, {forgeries} forgeries"
+        );
+    }
+    let offload = status.offload;
+    if offload.asked > 0 {
+        let _ = writeln!(
+            text,
+            "frames for neighbours: {} asked, {} answered, {} refused, {} too late",
+            offload.asked, offload.answered, offload.refused, offload.late
+        );
+    }
+    if offload.served + offload.turned_away > 0 {
+        let _ = writeln!(
+            text,
+            "frames of neighbours: {} looked at, {} turned away",
+            offload.served, offload.turned_away
         );
     }
     for n in &status.neighbours {

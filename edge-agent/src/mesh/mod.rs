@@ -28,10 +28,10 @@ use std::{path::Path, sync::Arc, thread::JoinHandle};
 
 pub(crate) use carry::{Carriers, Carrying, Detour, Door};
 pub use config::MeshConfig;
-pub use doctor::{Finding, NeighbourStatus, RosterStatus, Status};
-pub(crate) use own::Own;
+pub use doctor::{Finding, NeighbourStatus, OffloadStatus, RosterStatus, Status};
+pub(crate) use own::{Own, warmth_now};
 pub(crate) use roster::Rosters;
-pub(crate) use streams::{Ends, Present, Service, Site};
+pub(crate) use streams::{Ends, Neighbour, Present, Service, Site};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 

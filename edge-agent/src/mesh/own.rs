@@ -17,6 +17,8 @@ pub(crate) struct Own {
     pub(crate) engines: watch::Receiver<Engines>,
     /// Does the device reach its broker?
     pub(crate) uplink: watch::Receiver<bool>,
+    /// Does it look at frames of neighbours?
+    pub(crate) answers: bool,
 }
 
 impl Own {
@@ -34,9 +36,15 @@ impl Own {
             loaded: loaded.collect(),
             holds: Vec::new(),
             uplink: *self.uplink.borrow(),
+            answers: self.answers,
             accelerators: Vec::new(),
         }
     }
+}
+
+/// Of the processor now, in °C; nothing where there is no thermometer.
+pub(crate) fn warmth_now() -> Option<i8> {
+    warmth(&std::fs::read_to_string(WARMTH).ok()?)
 }
 
 /// The load of the last minute in percent of all processors.

@@ -40,6 +40,7 @@ pub(crate) use beside::{Errand, Look, Trial, Trouble, input, run, said};
 pub use config::UpdateConfig;
 use disk::{Disk, DiskError, Opened};
 use driver::Driver;
+pub(crate) use engines::thread_time;
 pub use engines::{Engines, Wanted};
 pub(crate) use fetch::settings;
 pub(crate) use status::{doctor, status};

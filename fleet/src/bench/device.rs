@@ -330,6 +330,7 @@ fn durable<'a>(
                     latency_ms: 0.0,
                     file: None,
                     truth: None,
+                    answered: None,
                 };
                 to_store.blocking_send(Command::Append(draft))?;
                 sent += 1;

@@ -271,6 +271,7 @@ pub(super) fn reading(device: &str, epoch: u64, seq: u64) -> anyhow::Result<Vec<
         margin: 0.8412,
         model: "conveyor@1.0.0".into(),
         latency_ms: 4.31,
+        by: None,
         file: None,
         truth: Some("scratch".into()),
     };

@@ -1,5 +1,6 @@
 //! Benchmarks: each figure beside its peer's, measured in turns in one run.
 
+mod cascade;
 mod deliver;
 mod device;
 mod figures;
@@ -68,6 +69,10 @@ const ALL: [(&str, &str); 11] = [
         "update-kill",
         "SIGKILL of a device at random moments of updates: always one whole model (--kills N)",
     ),
+    (
+        "cascade",
+        "a small board that asks a stronger neighbour about what it is unsure of: accuracy, deadlines (--images DIR)",
+    ),
 ];
 
 /// Runs the benchmark that was asked for. Says whether every goal was reached.
@@ -95,6 +100,7 @@ pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<bool> {
         "relay" => relay::run(args, &mut results).await?,
         "rollout" => rollout::run(args, &mut results).await?,
         "update-kill" => update_kill::run(args, &mut results).await?,
+        "cascade" => cascade::run(args, &mut results).await?,
         other => bail!("no benchmark {other:?}; `fleet bench --list` names them"),
     }
     println!("\n{results}");

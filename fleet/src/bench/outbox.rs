@@ -134,6 +134,7 @@ fn write_records(to: &Path) -> anyhow::Result<()> {
             margin: dice.below(1 << 20) as f32 / (1 << 20) as f32,
             model: "conveyor@1.0.0".into(),
             latency_ms: 4.0 + dice.below(1 << 20) as f32 / (1 << 20) as f32,
+            by: None,
             file: Some(format!(
                 "{:016x}{:016x}{:016x}{:016x}{}/image-{seq:09}.jpg",
                 dice.any(),

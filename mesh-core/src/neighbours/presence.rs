@@ -48,6 +48,9 @@ pub struct Presence {
     /// Does it reach the coordinator by itself?
     #[serde(default)]
     pub uplink: bool,
+    /// Does it look at frames of neighbours, if they ask?
+    #[serde(default, skip_serializing_if = "core::ops::Not::not")]
+    pub answers: bool,
     /// What it has to compute faster with.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub accelerators: Vec<Name>,
@@ -93,6 +96,7 @@ impl Presence {
             || self.loaded != said.loaded
             || self.holds != said.holds
             || self.uplink != said.uplink
+            || self.answers != said.answers
             || self.accelerators != said.accelerators
     }
 }
@@ -173,6 +177,7 @@ mod tests {
         assert!(with(|p| p.warmth = Some(40)));
         assert!(with(|p| p.warmth = None));
         assert!(with(|p| p.uplink = true));
+        assert!(with(|p| p.answers = true));
         assert!(with(|p| p.holds = vec![Digest([1; 32])]));
     }
 

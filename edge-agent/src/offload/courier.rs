@@ -1,0 +1,260 @@
+//! Carries frames to neighbours and brings back what they say; knows who answers with what.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, mpsc::SyncSender},
+    time::Duration,
+};
+
+use libp2p::futures::{AsyncRead, AsyncWrite};
+use mesh_core::{
+    Name,
+    offload::{
+        Answered, MAX_KNOWN, Offer,
+        ask::{Chosen, Heard, Known},
+    },
+    roster::Peer,
+};
+use models::{Engine, UNKNOWN};
+use tokio::{
+    sync::{mpsc::Receiver, watch},
+    time::{Instant, MissedTickBehavior, interval, timeout, timeout_at},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    picture::{Shown, encode},
+    wire::{self, INFER, Question, Reply},
+};
+use crate::mesh::{Neighbour, Present, Rosters, Site};
+
+/// Offers are asked for again after this: a neighbour may have another model by then …
+const OFFERS: Duration = Duration::from_secs(60);
+/// … and after this where there were none: it may just have started.
+const NO_OFFERS: Duration = Duration::from_secs(3);
+/// For a neighbour to say what it offers.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How often it is looked who is to be asked for offers.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// A frame that a neighbour is to look at.
+#[derive(Debug)]
+pub(crate) struct Errand {
+    pub(super) number: u64,
+    pub(super) chosen: Chosen,
+    pub(super) shown: Shown,
+    pub(super) until: Instant,
+    /// The model whose labels the answer has to be one of.
+    pub(super) engine: Arc<Engine>,
+}
+
+/// What came of an errand; there is one for each.
+#[derive(Debug)]
+pub(crate) struct Returned {
+    pub(super) number: u64,
+    pub(super) peer: Peer,
+    pub(super) heard: Heard,
+    pub(super) answer: Option<Answered>,
+}
+
+/// Whom it can reach, and by which names they are known.
+pub(crate) trait Roads: Clone + Send + Sync + 'static {
+    /// A way there and back.
+    type Stream: AsyncRead + AsyncWrite + Unpin + Send;
+    /// A new stream of [`INFER`].
+    fn open(&self, peer: Peer) -> impl Future<Output = Result<Self::Stream, String>> + Send;
+    /// The neighbour's name.
+    fn name(&self, peer: &Peer) -> Option<Name>;
+}
+
+/// The mesh.
+#[derive(Clone)]
+pub(crate) struct Mesh {
+    pub(crate) site: Site,
+    pub(crate) rosters: Rosters,
+}
+
+impl Roads for Mesh {
+    type Stream = libp2p::Stream;
+
+    async fn open(&self, peer: Peer) -> Result<Self::Stream, String> {
+        let opened = self.site.open(peer, INFER).await;
+        opened.map_err(|error| error.to_string())
+    }
+
+    fn name(&self, peer: &Peer) -> Option<Name> {
+        self.rosters.current()?.name(peer).cloned()
+    }
+}
+
+/// Between the pipeline and the neighbours.
+pub(crate) struct Courier<R> {
+    pub(crate) roads: R,
+    pub(crate) present: watch::Receiver<Present>,
+    pub(crate) errands: Receiver<Errand>,
+    pub(crate) returned: SyncSender<Returned>,
+    pub(crate) known: watch::Sender<Vec<Known>>,
+}
+
+/// What a neighbour offers, and when it is to be asked again.
+struct Card {
+    offers: Vec<Offer>,
+    again: Instant,
+}
+
+impl<R: Roads> Courier<R> {
+    /// Carries until `stop`.
+    pub(crate) async fn run(self, stop: CancellationToken) {
+        let Self {
+            roads,
+            present,
+            mut errands,
+            returned,
+            known,
+        } = self;
+        let carry = async {
+            // As many at the same time as the pipeline lets go.
+            while let Some(errand) = errands.recv().await {
+                let (roads, returned, stop) = (roads.clone(), returned.clone(), stop.clone());
+                tokio::spawn(async move {
+                    tokio::select! {
+                        () = stop.cancelled() => {}
+                        // Nobody else sends more: there is room. If the pipeline has ended, nobody waits.
+                        back = carry(&roads, errand) => { let _ = returned.try_send(back); }
+                    }
+                });
+            }
+        };
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = carry => {}
+            () = know(&roads, present, &known) => {}
+        }
+    }
+}
+
+/// Asks, and says what came of it.
+async fn carry(roads: &impl Roads, errand: Errand) -> Returned {
+    let Errand {
+        number,
+        chosen: Chosen { peer, model },
+        shown,
+        until,
+        engine,
+    } = errand;
+    let begin = Instant::now();
+    let asked = async {
+        let encoded = tokio::task::spawn_blocking(move || encode(&shown));
+        let image = encoded.await.map_err(|error| error.to_string())?;
+        let image = image.map_err(|error| error.to_string())?;
+        let stream = roads.open(peer).await?;
+        let left = until.saturating_duration_since(Instant::now());
+        let question = Question::Run {
+            model,
+            deadline_ms: u32::try_from(left.as_millis()).unwrap_or(u32::MAX),
+            bytes: u32::try_from(image.len()).unwrap_or(u32::MAX),
+        };
+        let reply = wire::ask(stream, &question, &image).await;
+        reply.map_err(|error| error.to_string())
+    };
+    let labels = &engine.manifest().output.labels;
+    let knows = |label: &str| label == UNKNOWN || labels.iter().any(|known| known == label);
+    let (heard, answer) = match timeout_at(until, asked).await {
+        Ok(Ok(Reply::Answer(answer))) if answer.is_sound(knows) => {
+            let ms = u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX);
+            let answered = roads.name(&peer).map(|by| Answered { by, answer });
+            // Who is not on the roster any more is nobody's neighbour.
+            match answered {
+                Some(answered) => (Heard::Answered(ms), Some(answered)),
+                None => (Heard::Missed, None),
+            }
+        }
+        Ok(Ok(Reply::Refused(why))) => {
+            tracing::debug!(%peer, "a neighbour does not look at a frame: {}", why.as_str());
+            (Heard::Refused, None)
+        }
+        Ok(Ok(_)) => {
+            tracing::warn!(%peer, "a neighbour says what no model says");
+            (Heard::Nonsense, None)
+        }
+        Ok(Err(why)) => {
+            tracing::debug!(%peer, "a neighbour did not answer: {why}");
+            (Heard::Missed, None)
+        }
+        Err(_) => (Heard::Missed, None),
+    };
+    Returned {
+        number,
+        peer,
+        heard,
+        answer,
+    }
+}
+
+/// Knows who answers with what, for ever.
+async fn know(
+    roads: &impl Roads,
+    mut present: watch::Receiver<Present>,
+    known: &watch::Sender<Vec<Known>>,
+) {
+    let mut cards: BTreeMap<Peer, Card> = BTreeMap::new();
+    let mut tick = interval(LOOK);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tick.tick().await;
+        let here = present.borrow_and_update().clone();
+        let answering: BTreeMap<Peer, &Neighbour> = here
+            .iter()
+            .filter(|neighbour| neighbour.presence.answers)
+            .map(|neighbour| (neighbour.peer, neighbour))
+            .collect();
+        cards.retain(|peer, _| answering.contains_key(peer));
+        for peer in answering.keys() {
+            let now = Instant::now();
+            let card = cards.get(peer);
+            if card.is_some_and(|card| now < card.again)
+                || (card.is_none() && cards.len() >= MAX_KNOWN)
+            {
+                continue;
+            }
+            let offers = offers(roads, *peer).await;
+            let after = if offers.is_empty() { NO_OFFERS } else { OFFERS };
+            let again = Instant::now() + after;
+            cards.insert(*peer, Card { offers, again });
+        }
+        let all: Vec<Known> = cards
+            .iter()
+            .filter_map(|(peer, card)| {
+                let load = answering.get(peer)?.presence.load;
+                Some(Known {
+                    peer: *peer,
+                    load,
+                    offers: card.offers.clone(),
+                })
+            })
+            .collect();
+        known.send_if_modified(|known| {
+            let is_new = *known != all;
+            if is_new {
+                *known = all;
+            }
+            is_new
+        });
+    }
+}
+
+async fn offers(roads: &impl Roads, peer: Peer) -> Vec<Offer> {
+    let asked = async {
+        let stream = roads.open(peer).await?;
+        let reply = wire::ask(stream, &Question::Offers, &[]).await;
+        reply.map_err(|error| error.to_string())
+    };
+    match timeout(PATIENCE, asked).await {
+        Ok(Ok(Reply::Offers(offers))) => offers,
+        Ok(Err(why)) => {
+            tracing::debug!(%peer, "a neighbour does not say what it offers: {why}");
+            Vec::new()
+        }
+        Ok(Ok(_)) | Err(_) => Vec::new(),
+    }
+}

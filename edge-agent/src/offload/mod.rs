@@ -1,0 +1,173 @@
+//! Frames that neighbours look at for this device, and those of neighbours that this device looks at.
+//!
+//! ```text
+//!  pipeline ── handoff ──errands──> courier ══ /lacewing/infer/1 ══> server of a neighbour
+//!     ▲          │  ▲                  │                                │ admission
+//!     └─ held <──┘  └──── returned ────┘                                ▼
+//!        (in order, until a deadline)                              thread with its models
+//! ```
+//!
+//! What is asked and taken is decided by [`mesh_core::offload`]. The pipeline never waits for anybody: a frame that is away
+//! when its deadline comes is published with the device's own answer.
+
+mod config;
+mod courier;
+mod handoff;
+mod held;
+mod picture;
+mod serve;
+#[cfg(test)]
+mod tests;
+mod wire;
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use mesh_core::{Digest, offload::Offer};
+use models::{Engine, Task};
+
+pub use config::OffloadConfig;
+pub(crate) use handoff::Handoff;
+pub(crate) use held::{Away, Held};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use self::{
+    courier::{Courier, Mesh},
+    serve::{Models, Server},
+    wire::INFER,
+};
+use crate::{
+    counters::Counters,
+    mesh::{self, Service},
+    update::Engines,
+};
+
+/// How busy the pipeline is with the device's own frames.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Pressure(Arc<Flags>);
+
+#[derive(Debug, Default)]
+struct Flags {
+    looking: AtomicBool,
+    behind: AtomicBool,
+}
+
+impl Pressure {
+    /// It looks at one, or it waits for the next.
+    pub(crate) fn set_looking(&self, looking: bool) {
+        self.0.looking.store(looking, Ordering::Relaxed);
+    }
+
+    /// Frames wait for it all the time, or not.
+    pub(crate) fn set_behind(&self, behind: bool) {
+        self.0.behind.store(behind, Ordering::Relaxed);
+    }
+
+    fn is_looking(&self) -> bool {
+        self.0.looking.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn is_behind(&self) -> bool {
+        self.0.behind.load(Ordering::Relaxed)
+    }
+}
+
+/// Looks at the device's temperature now and then.
+#[derive(Clone, Copy, Debug, Default)]
+struct Thermometer {
+    at_ms: Option<u64>,
+    warmth: Option<i8>,
+}
+
+/// Silicon and its housing take longer to warm up.
+const THERMOMETER_MS: u64 = 5_000;
+
+impl Thermometer {
+    fn read(&mut self, now_ms: u64) -> Option<i8> {
+        if self
+            .at_ms
+            .is_none_or(|at| now_ms.saturating_sub(at) >= THERMOMETER_MS)
+        {
+            *self = Self {
+                at_ms: Some(now_ms),
+                warmth: mesh::warmth_now(),
+            };
+        }
+        self.warmth
+    }
+}
+
+/// The most streams of one neighbour, and of all: each may hold a picture.
+const ASKING: (usize, usize) = (2, 8);
+
+/// What neighbours may ask of this device.
+pub(crate) fn services(
+    config: &OffloadConfig,
+    engines: &watch::Receiver<Engines>,
+    pressure: &Pressure,
+    counters: &Counters,
+) -> Vec<Service> {
+    if !config.answers() {
+        return Vec::new();
+    }
+    let models = Models {
+        own: config.answer.then(|| engines.clone()),
+        kept: config.serve.clone(),
+    };
+    match Server::start(config, models, pressure.clone(), counters.clone()) {
+        Ok(server) => {
+            let server = Arc::new(server);
+            let (each, all) = ASKING;
+            vec![Service::new(INFER, each, all, move |_, stream| {
+                let server = Arc::clone(&server);
+                async move { server.serve(stream).await }
+            })]
+        }
+        Err(why) => {
+            tracing::error!("frames of neighbours are not looked at: {why}");
+            Vec::new()
+        }
+    }
+}
+
+/// The way to neighbours that look at frames; what carries them ends with `stop`.
+pub(crate) fn start(
+    config: &OffloadConfig,
+    site: mesh::Site,
+    rosters: mesh::Rosters,
+    counters: &Counters,
+    stop: &CancellationToken,
+) -> Handoff {
+    let (handoff, ends) = Handoff::new(config, counters.clone());
+    let courier = Courier {
+        present: site.subscribe(),
+        roads: Mesh { site, rosters },
+        errands: ends.errands,
+        returned: ends.returned,
+        known: ends.known,
+    };
+    tokio::spawn(courier.run(stop.clone()));
+    handoff
+}
+
+/// What a model is to others; nothing where it does not name anything.
+fn offer_of(engine: &Engine) -> Option<Offer> {
+    let manifest = engine.manifest();
+    let mut labels: Vec<&str> = manifest.output.labels.iter().map(String::as_str).collect();
+    if manifest.task != Task::Classify || labels.is_empty() {
+        return None;
+    }
+    // In whatever order: an answer names its label.
+    labels.sort_unstable();
+    let kind = serde_json::to_vec(&(manifest.task.as_str(), labels)).ok()?;
+    let digest: Digest = manifest.model.sha256.parse().ok()?;
+    Some(Offer {
+        model: engine.id().to_owned(),
+        digest,
+        kind: models::digest_of(&kind),
+        bytes: manifest.model.bytes,
+    })
+}
