@@ -28,6 +28,7 @@ pub mod roster;
 mod sample;
 pub mod sampling;
 pub mod settings;
+pub mod swarm;
 #[cfg(test)]
 mod testing;
 mod topic;
