@@ -34,7 +34,7 @@ use crate::{
     },
     settings::{self, Life},
     store::{Cursor, Store},
-    update::{StartError, Updates},
+    update::{StartError, Swarm, Updates},
     uplink::{Start, Uplink},
 };
 
@@ -161,6 +161,9 @@ impl Agent {
         let rosters = credentials
             .as_ref()
             .map(|credentials| Mesh::rosters(&config, &tls, credentials));
+        let (site, site_ends) = mesh::Site::new();
+        let me = credentials.as_ref().and_then(mesh::Credentials::me);
+        let swarm = me.map(|me| Swarm::new(me, site, counters.clone()));
         let mut broken = Vec::new();
         let (board, mut triggers) = Board::start(&config.board).unwrap_or_else(|error| {
             tracing::error!("{error}; the device goes on without its pins");
@@ -183,7 +186,7 @@ impl Agent {
             &config,
             clock.clone(),
             counters.clone(),
-            tls.clone(),
+            (tls.clone(), swarm.clone()),
             program,
         )
         .await?;
@@ -234,24 +237,25 @@ impl Agent {
             broken,
             wall: clock.clone(),
         };
-        let own = Own {
-            engines: ends.engines.clone(),
-            uplink: connected,
-        };
-        let (_site, site_ends) = mesh::Site::new();
-        let mesh = credentials
-            .zip(rosters.clone())
-            .and_then(|(credentials, rosters)| {
+        let engines = ends.engines.clone();
+        let mesh = credentials.zip(rosters.clone()).zip(swarm).and_then(
+            |((credentials, rosters), swarm)| {
+                let own = Own {
+                    engines,
+                    uplink: connected,
+                    holding: swarm.holding(),
+                };
                 let parts = mesh::Parts {
                     rosters,
                     own,
                     ends: site_ends,
-                    services: Vec::new(),
+                    services: swarm.services(),
                 };
                 Mesh::start(&config, &credentials, parts, counters.clone())
                     .map_err(|why| tracing::error!("the device has no neighbours: {why}"))
                     .ok()
-            });
+            },
+        );
         let lanes = config
             .source
             .iter()

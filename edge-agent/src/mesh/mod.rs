@@ -27,9 +27,10 @@ use std::{path::Path, sync::Arc, thread::JoinHandle};
 
 pub use config::MeshConfig;
 pub use doctor::{Finding, NeighbourStatus, RosterStatus, Status};
+use mesh_core::roster::Peer;
 pub(crate) use own::Own;
 pub(crate) use roster::Rosters;
-pub(crate) use streams::{Ends, Service, Site};
+pub(crate) use streams::{Ends, Neighbour, Service, Site};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -67,6 +68,14 @@ pub(crate) struct Parts {
     pub(crate) ends: Ends,
     /// What neighbours may ask of this device.
     pub(crate) services: Vec<Service>,
+}
+
+impl Credentials {
+    /// The device among its neighbours; nothing if its key is of a kind that they do not know.
+    pub(crate) fn me(&self) -> Option<Peer> {
+        let key = names::keypair(&self.key).ok()?;
+        names::peer(&key.public().to_peer_id())
+    }
 }
 
 impl Mesh {

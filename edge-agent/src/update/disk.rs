@@ -5,6 +5,7 @@
 //! <data>/models/<name>-<version>-<16 hex>/    one release, unpacked, and its release.json
 //! <data>/models/incoming/<digest>/            a release under way: bundle/ and chunks/
 //! <data>/models/registry/                     what is trusted: see `super::registry`
+//! <data>/models/delta                         the delta that came last, for neighbours
 //! ```
 //!
 //! - `state.json` is replaced as a whole: new file, fsync, rename, fsync of the folder. It is the old one or the new
@@ -35,6 +36,8 @@ pub(super) const DOCUMENT: &str = "release.json";
 const INCOMING: &str = "incoming";
 /// What the registry's client remembers.
 const REGISTRY: &str = "registry";
+/// What a file was made with, while neighbours may want to do the same.
+const DELTA: &str = "delta";
 /// A state with a wish, three releases and sixteen bad ones is 8 KiB.
 const MAX_STATE_BYTES: u64 = 256 * 1024;
 /// Read at once while hashing or copying: large enough for the disk, small enough for the memory.
@@ -251,6 +254,22 @@ impl Disk {
         self.models.join(REGISTRY)
     }
 
+    /// Where the last delta lies, if there is one.
+    pub(super) fn delta(&self) -> PathBuf {
+        self.models.join(DELTA)
+    }
+
+    /// Nobody is to have the last delta any more.
+    pub(super) fn drop_delta(&self) -> Result<(), DiskError> {
+        remove(&self.delta())
+    }
+
+    /// Keeps a delta. It need not be durable: neighbours have other ways.
+    pub(super) fn keep_delta(&self, from: &Path) -> Result<(), DiskError> {
+        let to = self.delta();
+        change(|| fs::rename(from, &to)).map_err(cannot("keep", &to))
+    }
+
     /// Bytes that are free for models.
     pub(super) fn free(&self) -> Result<u64, DiskError> {
         let space = rustix::fs::statvfs(&self.models)
@@ -288,7 +307,7 @@ impl Disk {
     /// If the folder cannot be listed. What cannot be removed is said and stays.
     pub fn retain(&self, needed: &[Release], under_way: Option<&Release>) -> Result<(), DiskError> {
         let keep = needed.iter().chain(under_way).map(folder_name);
-        let fixed = [STATE, INCOMING, REGISTRY].map(str::to_owned);
+        let fixed = [STATE, INCOMING, REGISTRY, DELTA].map(str::to_owned);
         let keep: Vec<String> = keep.chain(fixed).collect();
         self.sweep(&self.models, &keep)?;
         let incoming = self.models.join(INCOMING);
@@ -333,6 +352,16 @@ impl Stage {
     /// Chunks of the file that is being fetched, each named by its digest.
     pub(super) fn chunks(&self) -> PathBuf {
         self.root.join("chunks")
+    }
+
+    /// Where a delta is put while it comes.
+    pub(super) fn delta(&self) -> PathBuf {
+        self.root.join(DELTA)
+    }
+
+    /// It is of no use any more.
+    pub(super) fn drop_delta(&self) -> Result<(), DiskError> {
+        remove(&self.delta())
     }
 
     /// Makes the folders.
