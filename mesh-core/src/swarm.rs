@@ -17,7 +17,11 @@
 //! The machine is pure: time is a clock that only goes forward, in milliseconds. That the bytes are right is seen by whoever
 //! drives it, before it calls [`Plan::got`].
 
-use alloc::{collections::BTreeMap, vec, vec::Vec};
+use alloc::{
+    collections::{BTreeMap, BTreeSet},
+    vec,
+    vec::Vec,
+};
 
 use crate::{Digest, roster::Peer};
 
@@ -103,6 +107,8 @@ pub enum Fault {
 #[derive(Clone, Debug)]
 struct Known {
     offer: Offer,
+    /// What it said it has, and had not.
+    denied: BTreeSet<usize>,
     /// It had something new, or was new itself.
     progress_ms: u64,
     /// It is not asked before this.
@@ -214,10 +220,11 @@ impl Plan {
     }
 
     /// What a neighbour says of itself.
-    pub fn offer(&mut self, peer: Peer, offer: Offer, now_ms: u64) {
+    pub fn offer(&mut self, peer: Peer, mut offer: Offer, now_ms: u64) {
         let Some(known) = self.neighbours.get_mut(&peer) else {
             let known = Known {
                 offer,
+                denied: BTreeSet::new(),
                 progress_ms: now_ms,
                 rest_ms: 0,
                 is_left: false,
@@ -227,6 +234,11 @@ impl Plan {
             self.neighbours.insert(peer, known);
             return;
         };
+        for piece in &known.denied {
+            if let Some(has) = offer.has.get_mut(*piece) {
+                *has = false;
+            }
+        }
         // Only what can be asked of it counts: words do not keep anybody waiting.
         let is_new =
             |(n, piece): (usize, &Piece)| !piece.is_here && has(&offer, n) && !has(&known.offer, n);
@@ -269,10 +281,11 @@ impl Plan {
         let Some(known) = self.neighbours.get_mut(&peer) else {
             return;
         };
-        if fault == Fault::Missing
-            && let Some(has) = known.offer.has.get_mut(piece)
-        {
-            *has = false;
+        if fault == Fault::Missing {
+            known.denied.insert(piece);
+            if let Some(has) = known.offer.has.get_mut(piece) {
+                *has = false;
+            }
         }
         known.faults += 1;
         let (first, most) = match fault {

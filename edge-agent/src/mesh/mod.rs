@@ -21,6 +21,8 @@ mod node;
 mod own;
 mod roster;
 mod streams;
+#[cfg(test)]
+pub(crate) mod testing;
 mod wire;
 
 use std::{path::Path, sync::Arc, thread::JoinHandle};

@@ -173,6 +173,11 @@ impl Shelf {
         self.state().places.get(chunk).cloned()
     }
 
+    /// A chunk is not what it was.
+    pub(super) fn forget(&self, chunk: &Digest) {
+        self.state().places.remove(chunk);
+    }
+
     /// Where the delta between two files lies, if it is here.
     pub(super) fn delta(&self, between: (Digest, Digest)) -> Option<PathBuf> {
         let state = self.state();
