@@ -10,6 +10,7 @@ mod kill;
 mod outbox;
 mod peer;
 mod rollout;
+mod simulated;
 mod swarm;
 mod tls;
 mod update_kill;
@@ -25,7 +26,7 @@ pub(crate) use deliver::{DELTA_APPLY, delta_apply};
 pub(crate) use outbox::{OUTBOX_LOAD, outbox_load};
 
 /// Each benchmark and what it is about.
-const ALL: [(&str, &str); 10] = [
+const ALL: [(&str, &str); 11] = [
     (
         "outbox",
         "durable commits, space and start of the outbox, against SQLite in WAL mode",
@@ -60,6 +61,10 @@ const ALL: [(&str, &str); 10] = [
         "a bad model and a good one to 10,000 simulated devices on a real coordinator (--devices N)",
     ),
     (
+        "swarm",
+        "a release to all devices of a site over one slow uplink, against each for itself (--agents N)",
+    ),
+    (
         "update-kill",
         "SIGKILL of a device at random moments of updates: always one whole model (--kills N)",
     ),
@@ -88,6 +93,7 @@ pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<bool> {
         "kill" => kill::run(args, &mut results).await?,
         "deliver" => deliver::run(args, &mut results).await?,
         "rollout" => rollout::run(args, &mut results).await?,
+        "swarm" => swarm::run(args, &mut results).await?,
         "update-kill" => update_kill::run(args, &mut results).await?,
         other => bail!("no benchmark {other:?}; `fleet bench --list` names them"),
     }
