@@ -52,11 +52,10 @@ impl Proof<'_> {
             return Ok((self.by(source)?, true));
         };
         let digest = self.release.digest;
-        let source = Copied::new(source);
-        let papers = source.clone();
+        let (source, papers) = Copied::new(source);
         let why = match self.by(source) {
             Ok(bytes) => {
-                swarm.keep_papers(self.disk, digest, &papers.taken());
+                swarm.keep_papers(self.disk, digest, &papers.take());
                 return Ok((bytes, true));
             }
             Err(why @ UpdateError::Registry(VerifyError::Unreachable { .. })) => why,

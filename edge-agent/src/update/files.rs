@@ -7,7 +7,7 @@ use std::{
     path::Path,
 };
 
-use mesh_core::{Digest, swarm::Source as From};
+use mesh_core::{Digest, swarm::Source as Origin};
 use models::{
     ReleaseFile,
     chunks::{Assembly, listed},
@@ -104,7 +104,7 @@ impl Bringing<'_> {
             }
         }
         let mut there = all - left;
-        let mut progress = |bytes| {
+        let mut progress = |bytes: u64| {
             there += bytes;
             let done = (self.done + there).min(self.total);
             self.fetch.watchful.progress(done, self.total);
@@ -166,7 +166,7 @@ impl Bringing<'_> {
                 continue;
             };
             let made = self.apply(&path, &wanted, &to, from)?;
-            if let (false, Some(swarm), From::Neighbour(peer)) = (made, self.fetch.swarm, from) {
+            if let (false, Some(swarm), Origin::Neighbour(peer)) = (made, self.fetch.swarm, from) {
                 swarm.bad(peer);
             }
             self.keep(between, made)?;
@@ -178,7 +178,7 @@ impl Bringing<'_> {
     }
 
     /// Brings a delta into the stage, and says from whom; nothing if there is none.
-    fn delta(&self, between: (Digest, Digest), most: u64) -> Result<Option<From>, UpdateError> {
+    fn delta(&self, between: (Digest, Digest), most: u64) -> Result<Option<Origin>, UpdateError> {
         let swarm = self.fetch.swarm;
         let of_neighbours_only = swarm.is_some_and(|swarm| swarm.is_in_the_site(self.release));
         let tell = |how| {
@@ -234,7 +234,7 @@ impl Bringing<'_> {
         old: &Path,
         wanted: &Wanted,
         file: &Path,
-        from: From,
+        from: Origin,
     ) -> Result<bool, UpdateError> {
         let (Ok(mut old), Ok(delta)) = (File::open(old), File::open(self.stage.delta())) else {
             return Ok(false);

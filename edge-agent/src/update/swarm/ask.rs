@@ -75,7 +75,7 @@ async fn once(stream: &mut Stream, look: &Look) -> std::io::Result<Said> {
 
 /// Something from a neighbour.
 #[derive(Clone, Debug)]
-pub(super) struct Asking {
+pub(in crate::update) struct Asking {
     pub(super) site: Site,
     pub(super) counters: Counters,
 }

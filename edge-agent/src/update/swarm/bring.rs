@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     clock::Monotonic,
-    update::{client::Client, error::UpdateError, worker::Watchful},
+    update::{client::Client, error::UpdateError, fetch::alone, worker::Watchful},
 };
 
 /// What waits is looked over so often, besides when something comes.
@@ -50,7 +50,7 @@ type Done = (Ask, Result<Vec<u8>, Trouble>);
 
 /// Brings all pieces of a load. Blocks.
 pub(in crate::update) fn bring(load: &mut impl Load, with: &With<'_>) -> Result<(), UpdateError> {
-    let runtime = super::super::fetch::alone()?;
+    let runtime = alone()?;
     let result = runtime.block_on(async { Bringing::new(load, with).run().await });
     // A request to the coordinator may still wait for its answer: nobody is interested in it any more.
     runtime.shutdown_background();
@@ -130,8 +130,9 @@ impl<'a, L: Load> Bringing<'a, L> {
             }
             let now_ms = self.clock.now_ms();
             self.meet(now_ms);
-            let is_known = |peer| self.looks.known.contains(peer);
-            if now_ms >= self.hello_ms || self.looks.peers.keys().all(is_known) {
+            let looks = &self.looks;
+            let all_known = looks.peers.keys().all(|peer| looks.known.contains(peer));
+            if all_known || now_ms >= self.hello_ms {
                 for ask in self.plan.asks(now_ms) {
                     self.ask(ask);
                 }

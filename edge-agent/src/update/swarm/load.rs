@@ -40,7 +40,7 @@ pub(super) enum Trouble {
 }
 
 /// What is brought, in pieces.
-pub(super) trait Load {
+pub(in crate::update) trait Load {
     /// The name of each piece.
     fn names(&self) -> Vec<Digest>;
     /// A neighbour that brings nothing for so long is waited for no longer.

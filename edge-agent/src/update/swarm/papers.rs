@@ -11,7 +11,7 @@
 use std::{
     collections::BTreeMap,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use mesh_core::Digest;
@@ -86,32 +86,42 @@ impl Source for Papers {
 }
 
 /// The coordinator's registry, and a copy of what came from there.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(in crate::update) struct Copied<S> {
-    pub(in crate::update) from: Arc<S>,
-    copy: Arc<Mutex<Papers>>,
+    from: S,
+    copy: Copies,
+}
+
+/// What came.
+#[derive(Clone, Debug, Default)]
+pub(in crate::update) struct Copies(Arc<Mutex<Papers>>);
+
+impl Copies {
+    fn lock(&self) -> MutexGuard<'_, Papers> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All of it.
+    pub(in crate::update) fn take(&self) -> Papers {
+        std::mem::take(&mut *self.lock())
+    }
 }
 
 impl<S: Source> Copied<S> {
-    pub(in crate::update) fn new(from: S) -> Self {
-        Self {
-            from: Arc::new(from),
-            copy: Arc::default(),
-        }
-    }
-
-    /// What has come so far.
-    pub(in crate::update) fn taken(&self) -> Papers {
-        let mut copy = self.copy.lock().unwrap_or_else(PoisonError::into_inner);
-        std::mem::take(&mut *copy)
+    pub(in crate::update) fn new(from: S) -> (Self, Copies) {
+        let copy = Copies::default();
+        let copied = Self {
+            from,
+            copy: copy.clone(),
+        };
+        (copied, copy)
     }
 }
 
 impl<S: Source> Source for Copied<S> {
     fn get(&self, path: &str) -> Result<Vec<u8>, SourceError> {
         let bytes = self.from.get(path)?;
-        let mut copy = self.copy.lock().unwrap_or_else(PoisonError::into_inner);
-        copy.0.insert(path.to_owned(), bytes.clone());
+        self.copy.lock().0.insert(path.to_owned(), bytes.clone());
         Ok(bytes)
     }
 }

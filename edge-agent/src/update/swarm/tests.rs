@@ -108,7 +108,7 @@ impl World {
         std::thread::scope(|scope| {
             let fetches: Vec<_> = who
                 .iter()
-                .map(|n| scope.spawn(|| self.devices[*n].fetch(release, true)))
+                .map(|n| scope.spawn(move || self.devices[*n].fetch(release, true)))
                 .collect();
             let results = fetches.into_iter().map(|fetch| fetch.join().unwrap());
             results.collect()

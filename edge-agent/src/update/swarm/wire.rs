@@ -50,7 +50,7 @@ pub(crate) enum DeltaState {
 
 /// The answer to a [`Look`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Said {
+pub(in crate::update) struct Said {
     pub(super) fetches: bool,
     pub(super) uplink: bool,
     pub(super) delta: DeltaState,
@@ -74,7 +74,7 @@ impl Look {
     }
 
     pub(super) fn parse(bytes: &[u8; LOOK_BYTES]) -> Self {
-        let [release, from, to] = cut(bytes);
+        let [release, from, to] = cut::<3>(bytes);
         Self {
             release,
             delta: (from != NONE).then_some((from, to)),
@@ -97,7 +97,7 @@ impl Want {
 
     pub(super) fn parse(bytes: &[u8; WANT_BYTES]) -> Option<Self> {
         let (kind, names) = bytes.split_first()?;
-        let [first, second] = cut(names);
+        let [first, second] = cut::<2>(names);
         match kind {
             1 => Some(Self::Chunk(first)),
             2 => Some(Self::Delta(first, second)),
@@ -117,7 +117,7 @@ fn joined<const N: usize, const B: usize>(digests: [Digest; N]) -> [u8; B] {
 
 fn cut<const N: usize>(bytes: &[u8]) -> [Digest; N] {
     let mut digests = [NONE; N];
-    for (digest, bytes) in digests.iter_mut().zip(bytes.as_chunks().0) {
+    for (digest, bytes) in digests.iter_mut().zip(bytes.as_chunks::<32>().0) {
         *digest = Digest(*bytes);
     }
     digests
