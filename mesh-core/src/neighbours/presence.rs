@@ -141,6 +141,10 @@ pub struct Signed {
 
 /// What travels between two neighbours.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "each is used up at once, none is kept"
+)]
 pub enum Frame {
     /// "I am alive."
     Beat,
