@@ -16,6 +16,8 @@
 //!
 //! The bundle that the configuration names is the factory model. It is used where it lies, and never written.
 
+mod stage;
+
 use std::{
     fs::{self, File},
     io::{self, Read, Write},
@@ -27,6 +29,8 @@ use mesh_core::{Digest, Release, VERSION, update::Saved};
 use models::{Bundle, MAX_RELEASE_BYTES, ReleaseDocument};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
+
+pub(super) use stage::Stage;
 
 /// The state's file.
 const STATE: &str = "state.json";
@@ -334,63 +338,6 @@ impl Disk {
             }
         }
         Ok(())
-    }
-}
-
-/// Where a release is put together.
-#[derive(Debug)]
-pub(super) struct Stage {
-    root: PathBuf,
-}
-
-impl Stage {
-    /// The folder that will be the release.
-    pub(super) fn bundle(&self) -> PathBuf {
-        self.root.join("bundle")
-    }
-
-    /// Chunks of the file that is being fetched, each named by its digest.
-    pub(super) fn chunks(&self) -> PathBuf {
-        self.root.join("chunks")
-    }
-
-    /// Where a delta is put while it comes.
-    pub(super) fn delta(&self) -> PathBuf {
-        self.root.join(DELTA)
-    }
-
-    /// It is of no use any more.
-    pub(super) fn drop_delta(&self) -> Result<(), DiskError> {
-        remove(&self.delta())
-    }
-
-    /// Makes the folders.
-    pub(super) fn prepare(&self) -> Result<(), DiskError> {
-        for folder in [self.bundle(), self.chunks()] {
-            change(|| fs::create_dir_all(&folder)).map_err(cannot("make", &folder))?;
-        }
-        Ok(())
-    }
-
-    /// Where a file of the release goes; its folder is there afterwards.
-    pub(super) fn file(&self, path: &str) -> Result<PathBuf, DiskError> {
-        let file = self.bundle().join(path);
-        if let Some(folder) = file.parent() {
-            change(|| fs::create_dir_all(folder)).map_err(cannot("make", folder))?;
-        }
-        Ok(file)
-    }
-
-    /// Keeps a chunk. It is hashed when it is taken up again, so it need not be durable.
-    pub(super) fn keep(&self, digest: Digest, bytes: &[u8]) -> Result<(), DiskError> {
-        let path = self.chunks().join(digest.to_string());
-        change(|| fs::write(&path, bytes)).map_err(cannot("write", &path))
-    }
-
-    /// The file that they were for is complete.
-    pub(super) fn drop_chunks(&self) -> Result<(), DiskError> {
-        remove(&self.chunks())?;
-        self.prepare()
     }
 }
 
