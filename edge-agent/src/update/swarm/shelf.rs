@@ -57,7 +57,7 @@ pub(super) struct Shelf {
 }
 
 /// The pieces of a release: each of its chunks once, in the order of the document.
-pub(super) fn pieces(document: &ReleaseDocument) -> Vec<Digest> {
+pub(in crate::update) fn pieces(document: &ReleaseDocument) -> Vec<Digest> {
     let mut seen = BTreeSet::new();
     let all = document.files.iter().flat_map(|file| &file.chunks);
     all.filter(|name| seen.insert(**name)).copied().collect()
