@@ -36,7 +36,7 @@ use crate::{
     seal::{Seal, SealError},
     settings::{self, Life},
     store::{Cursor, Store},
-    update::{StartError, Updates},
+    update::{StartError, Swarm, Updates},
     uplink::{Start, Uplink},
 };
 
@@ -166,6 +166,9 @@ impl Agent {
         let rosters = credentials
             .as_ref()
             .map(|credentials| Mesh::rosters(&config, &tls, credentials));
+        let (site, site_ends) = mesh::Site::new();
+        let me = credentials.as_ref().and_then(mesh::Credentials::me);
+        let swarm = me.map(|me| Swarm::new(me, site.clone(), counters.clone()));
         let mut broken = Vec::new();
         let (board, mut triggers) = Board::start(&config.board).unwrap_or_else(|error| {
             tracing::error!("{error}; the device goes on without its pins");
@@ -192,7 +195,7 @@ impl Agent {
             &config,
             clock.clone(),
             counters.clone(),
-            tls.clone(),
+            (tls.clone(), swarm.clone()),
             program,
         )
         .await?;
@@ -244,42 +247,42 @@ impl Agent {
             wall: clock.clone(),
         };
         let (own_way, has_own_way) = watch::channel(false);
-        let own = Own {
-            engines: ends.engines.clone(),
-            uplink: has_own_way.clone(),
-            answers: config.offload.answers(),
-        };
-        let pressure = Pressure::default();
-        let (site, site_ends) = mesh::Site::new();
         let carriers = credentials
             .as_ref()
             .map(|_| mesh::Carriers::new(site.clone()));
         if let Some(carriers) = &carriers {
             tls.detour().set(carriers.clone(), has_own_way.clone());
         }
-        let carrying = mesh::Carrying::new(&config, &tls, has_own_way, &counters);
-        let mesh = credentials
-            .zip(rosters.clone())
-            .and_then(|(credentials, rosters)| {
+        let carrying = mesh::Carrying::new(&config, &tls, has_own_way.clone(), &counters);
+        let pressure = Pressure::default();
+        let mut services: Vec<_> = carrying.map(mesh::Carrying::service).into_iter().collect();
+        services.extend(offload::services(
+            &config.offload,
+            &ends.engines,
+            &pressure,
+            &counters,
+        ));
+        let engines = ends.engines.clone();
+        let mesh = credentials.zip(rosters.clone()).zip(swarm).and_then(
+            |((credentials, rosters), swarm)| {
+                services.extend(swarm.services());
+                let own = Own {
+                    engines,
+                    uplink: has_own_way,
+                    answers: config.offload.answers(),
+                    holding: swarm.holding(),
+                };
                 let parts = mesh::Parts {
                     rosters,
                     own,
                     ends: site_ends,
-                    services: carrying
-                        .map(mesh::Carrying::service)
-                        .into_iter()
-                        .chain(offload::services(
-                            &config.offload,
-                            &ends.engines,
-                            &pressure,
-                            &counters,
-                        ))
-                        .collect(),
+                    services,
                 };
                 Mesh::start(&config, &credentials, parts, counters.clone())
                     .map_err(|why| tracing::error!("the device has no neighbours: {why}"))
                     .ok()
-            });
+            },
+        );
         let stop = CancellationToken::new();
         let handoff = rosters
             .clone()

@@ -82,10 +82,16 @@ pub struct Numbers {
     pub latency_us: Counter,
     /// Sources that see something else than they should.
     pub drifting: Counter,
-    /// Bytes that came for new models.
+    /// Bytes that came for new models over the uplink …
     pub update_bytes: Counter,
     /// Frames that neighbours look at, and those of neighbours.
     pub offload: OffloadNumbers,
+    /// … and from neighbours.
+    pub swarm_bytes: Counter,
+    /// Bytes of models that neighbours had from this device.
+    pub served_bytes: Counter,
+    /// Neighbours that have served wrong bytes too often.
+    pub bans: Counter,
     /// Frames that are kept to learn from.
     pub samples: crate::samples::SampleNumbers,
 }

@@ -186,6 +186,9 @@ pub struct BenchArgs {
     /// `rollout`: how many simulated devices. Each takes a connection, and the broker lets 20,000 in.
     #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(100..=19_000))]
     pub devices: u32,
+    /// `swarm`: how many devices, each a process.
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u16).range(2..=50))]
+    pub agents: u16,
     /// `kill`, `rollout`: repeat the run with this seed. Default: a new one, printed. `deliver`: other weights.
     #[arg(long)]
     pub seed: Option<u64>,

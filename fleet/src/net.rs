@@ -7,7 +7,7 @@ use std::{
     io,
     net::{Ipv4Addr, SocketAddr},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
@@ -49,6 +49,8 @@ struct Weather {
     mode: Mode,
     target: SocketAddr,
     bytes_per_s: Option<u64>,
+    /// Is that for all connections together?
+    together: bool,
     latency: Duration,
     /// How often it was cut: a connection that is older than the last time ends.
     cuts: u64,
@@ -63,6 +65,8 @@ pub struct Counters {
     resets: AtomicU64,
     up: AtomicU64,
     down: AtomicU64,
+    /// Where the connections share a rate: when the way up is free again, and the way down.
+    free: [Mutex<Option<Instant>>; 2],
 }
 
 impl Counters {
@@ -112,6 +116,7 @@ impl Link {
             mode: Mode::Open,
             target,
             bytes_per_s: None,
+            together: false,
             latency: Duration::ZERO,
             cuts: 0,
             losses: 0,
@@ -175,7 +180,16 @@ impl Link {
     pub fn slow(&self, bytes_per_s: u64, latency: Duration) {
         self.weather.send_modify(|w| {
             w.bytes_per_s = Some(bytes_per_s.max(1));
+            w.together = false;
             w.latency = latency;
+        });
+    }
+
+    /// At most `bytes_per_s` (0 counts as 1) in each direction, for all connections together: an uplink that many share.
+    pub fn narrow(&self, bytes_per_s: u64) {
+        self.weather.send_modify(|w| {
+            w.bytes_per_s = Some(bytes_per_s.max(1));
+            w.together = true;
         });
     }
 
@@ -238,12 +252,14 @@ async fn carry(
             losses,
             up: true,
             passed: &counters.up,
+            shared: &counters,
         };
         let down = Direction {
             weather: weather.clone(),
             losses,
             up: false,
             passed: &counters.down,
+            shared: &counters,
         };
         tokio::select! {
             broken = up.carry(client_read, target_write) => broken,
@@ -270,6 +286,7 @@ struct Direction<'a> {
     losses: u64,
     up: bool,
     passed: &'a AtomicU64,
+    shared: &'a Counters,
 }
 
 impl Direction<'_> {
@@ -284,6 +301,17 @@ impl Direction<'_> {
             // Nothing more comes; what is on its way still arrives.
             () = take_in(from, send, weather) => hand_out.await,
         }
+    }
+
+    /// When this direction, which all connections share, has carried what takes so long.
+    fn turn(&self, takes: Duration) -> Instant {
+        let [up, down] = &self.shared.free;
+        let free = if self.up { up } else { down };
+        let mut free = free.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        let done = free.map_or(now, |free| free.max(now)) + takes;
+        *free = Some(done);
+        done
     }
 
     /// Hands each chunk out when it is due.
@@ -301,7 +329,10 @@ impl Direction<'_> {
             };
             if let Some(rate) = now.bytes_per_s {
                 let takes = Duration::from_secs_f64(chunk.len() as f64 / rate as f64);
-                free = free.max(Instant::now()) + takes;
+                free = match now.together {
+                    true => self.turn(takes),
+                    false => free.max(Instant::now()) + takes,
+                };
                 sleep_until(free).await;
             }
             let losing = now.losses > self.losses;
@@ -453,6 +484,21 @@ mod tests {
         assert_eq!(link.counters().up(), before + 1, "it did arrive");
         let mut next = connected(&link).await;
         assert!(timeout(LONG, ask(&mut next, 3)).await.unwrap().is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_narrow_one_is_shared() {
+        let link = Link::new(doubler().await).await.unwrap();
+        link.narrow(1_000);
+        let start = Instant::now();
+        let (mut one, mut two) = (connected(&link).await, connected(&link).await);
+        for client in [&mut one, &mut two] {
+            client.write_all(&[7; 50]).await.unwrap();
+        }
+        let mut answers = [0; 100];
+        one.read_exact(&mut answers).await.unwrap();
+        two.read_exact(&mut answers).await.unwrap();
+        assert!(start.elapsed() >= Duration::from_millis(200));
     }
 
     #[tokio::test]

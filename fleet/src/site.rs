@@ -164,6 +164,8 @@ pub struct Plan {
     pub updates: bool,
     /// The devices know each other.
     pub mesh: bool,
+    /// The devices fetch models over one stretch of network, [`Site::door`].
+    pub door: bool,
     /// Share of the frames that the devices keep by lot, beside those worth learning from; without one they keep none. An
     /// `ageing` has its own.
     pub kept: Option<f64>,
@@ -197,6 +199,7 @@ impl Plan {
             tls: true,
             updates: false,
             mesh: false,
+            door: false,
             kept: None,
         }
     }
@@ -251,6 +254,8 @@ pub struct Site {
     pub broker: Option<Process>,
     /// The devices.
     pub devices: Vec<Device>,
+    /// The way of all devices to the coordinator's door for HTTP, where they have one of their own.
+    pub door: Option<Link>,
     spawn: bool,
     http: SocketAddr,
     mqtt: SocketAddr,
@@ -340,6 +345,7 @@ impl Site {
             coordinator,
             broker,
             devices: Vec::new(),
+            door: None,
             spawn: plan.spawn,
             http,
             mqtt,
@@ -354,6 +360,10 @@ impl Site {
         } else {
             None
         };
+        if plan.door {
+            let door = Link::new(http).await;
+            site.door = Some(door.map_err(io_error("opening the door"))?);
+        }
         for n in 1..=plan.agents {
             let device = site.device(plan, n, &logs, token.clone()).await?;
             site.devices.push(device);
@@ -491,7 +501,11 @@ impl Site {
                 frames: ageing.window,
             }),
             update: plan.updates.then(|| UpdatePart {
-                coordinator: self.way.console(),
+                coordinator: match &self.door {
+                    Some(door) if plan.tls => format!("https://{}", door.address()),
+                    Some(door) => format!("http://{}", door.address()),
+                    None => self.way.console(),
+                },
                 root: plan.root.join("coordinator/root.json"),
             }),
         };

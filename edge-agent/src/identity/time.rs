@@ -23,7 +23,7 @@ pub struct TrustedTime {
 }
 
 impl TrustedTime {
-    pub(super) fn new(wall: WallClock, floor_ms: i64) -> Self {
+    pub(crate) fn new(wall: WallClock, floor_ms: i64) -> Self {
         Self {
             wall,
             mono: Monotonic::start(),

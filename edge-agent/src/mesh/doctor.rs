@@ -50,6 +50,12 @@ pub struct Status {
     /// Frames that neighbours look at, and theirs.
     #[serde(default)]
     pub offload: OffloadStatus,
+    /// Bytes of models that came from neighbours.
+    pub swarm_bytes: u64,
+    /// Bytes of models that neighbours had from this device.
+    pub served_bytes: u64,
+    /// Neighbours that have served wrong bytes too often, and are not asked any more.
+    pub bans: u64,
     /// All that it has heard of.
     pub neighbours: Vec<NeighbourStatus>,
 }
@@ -171,6 +177,9 @@ fn status(facts: &Facts<'_>) -> Status {
         carried_bytes: facts.counters.carried_bytes.get(),
         by_neighbours: facts.counters.by_neighbours.get(),
         offload: OffloadStatus::of(facts.counters),
+        swarm_bytes: facts.counters.swarm_bytes.get(),
+        served_bytes: facts.counters.served_bytes.get(),
+        bans: facts.counters.bans.get(),
         neighbours,
     }
 }
@@ -369,6 +378,14 @@ pub(super) fn shown(status: &Status) -> String {
     }
     let here = status.neighbours.iter().filter(|n| n.here).count();
     let _ = writeln!(text, "{here} neighbours are there");
+    if status.swarm_bytes + status.served_bytes + status.bans > 0 {
+        let (had, gave) = (status.swarm_bytes >> 10, status.served_bytes >> 10);
+        let _ = writeln!(
+            text,
+            "models: {had} KiB from neighbours, {gave} KiB for them, {} of them banned",
+            status.bans
+        );
+    }
     if status.strangers + status.forgeries > 0 {
         let (strangers, forgeries) = (status.strangers, status.forgeries);
         let _ = writeln!(

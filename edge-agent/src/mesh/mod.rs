@@ -22,6 +22,8 @@ mod node;
 mod own;
 mod roster;
 mod streams;
+#[cfg(test)]
+pub(crate) mod testing;
 mod wire;
 
 use std::{path::Path, sync::Arc, thread::JoinHandle};
@@ -29,6 +31,7 @@ use std::{path::Path, sync::Arc, thread::JoinHandle};
 pub(crate) use carry::{Carriers, Carrying, Detour, Door};
 pub use config::MeshConfig;
 pub use doctor::{Finding, NeighbourStatus, OffloadStatus, RosterStatus, Status};
+use mesh_core::roster::Peer;
 pub(crate) use own::{Own, warmth_now};
 pub(crate) use roster::Rosters;
 pub(crate) use streams::{Ends, Neighbour, Present, Service, Site};
@@ -69,6 +72,14 @@ pub(crate) struct Parts {
     pub(crate) ends: Ends,
     /// What neighbours may ask of this device.
     pub(crate) services: Vec<Service>,
+}
+
+impl Credentials {
+    /// The device among its neighbours; nothing if its key is of a kind that they do not know.
+    pub(crate) fn me(&self) -> Option<Peer> {
+        let key = names::keypair(&self.key).ok()?;
+        names::peer(&key.public().to_peer_id())
+    }
 }
 
 impl Mesh {

@@ -278,6 +278,7 @@ impl Node {
 
     /// Runs until `stop`, and says goodbye.
     pub(super) async fn run(mut self, stop: CancellationToken) {
+        let mut holding = self.own.holding.clone();
         let mut rosters = self.rosters.subscribe();
         rosters.mark_changed();
         let mut tick = interval(TICK);
@@ -292,6 +293,8 @@ impl Node {
                 Ok(()) = rosters.changed() => self.roster(),
                 Some(request) = self.requests.recv() => self.answer(request),
                 Some(wanted) = self.ends.wanted.recv() => self.want(wanted),
+                // Others wait to hear of it.
+                Ok(()) = holding.changed() => self.look(),
                 _ = tick.tick() => {
                     self.passed(ticks);
                     ticks += 1;
@@ -311,8 +314,7 @@ impl Node {
     /// A tick: the `ticks`-th.
     fn passed(&mut self, ticks: u64) {
         if ticks.is_multiple_of(LOOK_TICKS) {
-            let presence = self.own.look(self.addresses());
-            self.give(Input::Own(presence));
+            self.look();
         }
         if ticks.is_multiple_of(SEARCH_TICKS) && self.links.is_empty() {
             for address in self.config.peers.clone() {
@@ -333,6 +335,12 @@ impl Node {
             all.retain(|wanted| !wanted.back.is_closed());
             !all.is_empty()
         });
+    }
+
+    /// Looks at what this device has to say of itself.
+    fn look(&mut self) {
+        let presence = self.own.look(self.addresses());
+        self.give(Input::Own(presence));
     }
 
     /// Tells the rest of the agent who is there, if that has changed.
@@ -704,8 +712,7 @@ impl Node {
             }
             SwarmEvent::NewListenAddr { address, .. } => {
                 tracing::info!(%address, "neighbours reach this device");
-                let presence = self.own.look(self.addresses());
-                self.give(Input::Own(presence));
+                self.look();
             }
             SwarmEvent::ListenerClosed {
                 reason: Err(error), ..

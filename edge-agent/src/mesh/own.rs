@@ -3,7 +3,7 @@
 use mesh_core::neighbours::Presence;
 use tokio::sync::watch;
 
-use crate::update::Engines;
+use crate::update::{Engines, Holding};
 
 /// The kernel's own summary of how busy it was in the last minute.
 const LOAD: &str = "/proc/loadavg";
@@ -19,6 +19,8 @@ pub(crate) struct Own {
     pub(crate) uplink: watch::Receiver<bool>,
     /// Does it look at frames of neighbours?
     pub(crate) answers: bool,
+    /// The models on its disk.
+    pub(crate) holding: watch::Receiver<Holding>,
 }
 
 impl Own {
@@ -28,13 +30,15 @@ impl Own {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let engines = self.engines.borrow();
         let loaded = engines.active.iter().map(|engine| engine.id().to_owned());
+        let holding = self.holding.borrow().clone();
         Presence {
             addresses,
             load: load(&read(LOAD), processors),
             warmth: warmth(&read(WARMTH)),
             free_mib: free_mib(&read(MEMORY)),
             loaded: loaded.collect(),
-            holds: Vec::new(),
+            holds: holding.holds,
+            fetching: holding.fetching.into_iter().collect(),
             uplink: *self.uplink.borrow(),
             answers: self.answers,
             accelerators: Vec::new(),

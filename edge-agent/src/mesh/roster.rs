@@ -95,6 +95,42 @@ impl Rosters {
         rosters
     }
 
+    /// One that nobody has signed.
+    #[cfg(test)]
+    pub(super) fn of_test(peers: &[Peer]) -> Self {
+        use mesh_core::{VERSION, roster::Member};
+
+        let name = |n: usize| format!("d{}", n + 1).parse::<Name>().unwrap();
+        let members = peers.iter().enumerate().map(|(n, peer)| Member {
+            device: name(n),
+            peer: *peer,
+        });
+        let roster = Roster {
+            v: VERSION,
+            site: name(0),
+            version: 1,
+            iat: 0,
+            exp: i64::MAX,
+            members: members.collect(),
+        };
+        let names = roster.members.iter();
+        let names = names.map(|m| (m.peer, m.device.clone())).collect();
+        let accepted = Accepted {
+            roster,
+            signed: "".into(),
+            names,
+        };
+        let wall = crate::clock::WallClock::system();
+        Self {
+            folder: PathBuf::new(),
+            site: name(0),
+            tls: Tls::none(),
+            time: Arc::new(TrustedTime::new(wall, 0)),
+            tell: Arc::new(watch::channel(Some(Arc::new(accepted))).0),
+            turn: Arc::default(),
+        }
+    }
+
     /// The newest one, while it holds.
     pub(crate) fn current(&self) -> Option<Arc<Accepted>> {
         let now_ms = self.time.now_ms();

@@ -32,7 +32,7 @@ const DELTA: Duration = Duration::from_secs(30);
 const DELTA_BYTES_PER_S: u64 = 100_000;
 
 /// Speaks to one coordinator.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Client {
     agent: ureq::Agent,
     api: String,
@@ -110,13 +110,13 @@ impl Client {
 
     /// The delta between two files, of which the new one has `length` bytes; nothing where there is none. A delta that
     /// is as long as the file is of no use, so no more is read.
-    pub(super) fn delta<'a>(
+    pub(super) fn delta(
         &self,
         from: Digest,
         to: Digest,
         length: u64,
-        watchful: &'a Watchful,
-    ) -> Result<Option<impl Read + use<'a>>, UpdateError> {
+        watchful: &Watchful,
+    ) -> Result<Option<impl Read + use<>>, UpdateError> {
         let url = format!("{}/deltas/{from}/{to}", self.api);
         let patience = DELTA + Duration::from_secs(length / DELTA_BYTES_PER_S);
         let answer = |why: String| UpdateError::Answer {
@@ -134,19 +134,19 @@ impl Client {
         Ok(Some(Counting {
             from: response.into_body().into_reader().take(length),
             counters: self.counters.clone(),
-            watchful,
+            watchful: watchful.clone(),
         }))
     }
 }
 
 /// Counts what comes, and ends when something newer takes its place.
-struct Counting<'a, R> {
+struct Counting<R> {
     from: R,
     counters: Counters,
-    watchful: &'a Watchful,
+    watchful: Watchful,
 }
 
-impl<R: Read> Read for Counting<'_, R> {
+impl<R: Read> Read for Counting<R> {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
         if self.watchful.is_overtaken() {
             return Err(io::Error::other(UpdateError::Overtaken.to_string()));

@@ -5,6 +5,7 @@
 //! <data>/models/<name>-<version>-<16 hex>/    one release, unpacked, and its release.json
 //! <data>/models/incoming/<digest>/            a release under way: bundle/ and chunks/
 //! <data>/models/registry/                     what is trusted: see `super::registry`
+//! <data>/models/delta                         the delta that came last, for neighbours
 //! ```
 //!
 //! - `state.json` is replaced as a whole: new file, fsync, rename, fsync of the folder. It is the old one or the new
@@ -14,6 +15,8 @@
 //! - Nothing is removed that the state names.
 //!
 //! The bundle that the configuration names is the factory model. It is used where it lies, and never written.
+
+mod stage;
 
 use std::{
     fs::{self, File},
@@ -27,6 +30,8 @@ use models::{Bundle, MAX_RELEASE_BYTES, ReleaseDocument};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+pub(super) use stage::Stage;
+
 /// The state's file.
 const STATE: &str = "state.json";
 /// The release document inside of its release.
@@ -35,6 +40,8 @@ pub(super) const DOCUMENT: &str = "release.json";
 const INCOMING: &str = "incoming";
 /// What the registry's client remembers.
 const REGISTRY: &str = "registry";
+/// What a file was made with, while neighbours may want to do the same.
+const DELTA: &str = "delta";
 /// A state with a wish, three releases and sixteen bad ones is 8 KiB.
 const MAX_STATE_BYTES: u64 = 256 * 1024;
 /// Read at once while hashing or copying: large enough for the disk, small enough for the memory.
@@ -251,6 +258,22 @@ impl Disk {
         self.models.join(REGISTRY)
     }
 
+    /// Where the last delta lies, if there is one.
+    pub(super) fn delta(&self) -> PathBuf {
+        self.models.join(DELTA)
+    }
+
+    /// Nobody is to have the last delta any more.
+    pub(super) fn drop_delta(&self) -> Result<(), DiskError> {
+        remove(&self.delta())
+    }
+
+    /// Keeps a delta. It need not be durable: neighbours have other ways.
+    pub(super) fn keep_delta(&self, from: &Path) -> Result<(), DiskError> {
+        let to = self.delta();
+        change(|| fs::rename(from, &to)).map_err(cannot("keep", &to))
+    }
+
     /// Bytes that are free for models.
     pub(super) fn free(&self) -> Result<u64, DiskError> {
         let space = rustix::fs::statvfs(&self.models)
@@ -288,7 +311,7 @@ impl Disk {
     /// If the folder cannot be listed. What cannot be removed is said and stays.
     pub fn retain(&self, needed: &[Release], under_way: Option<&Release>) -> Result<(), DiskError> {
         let keep = needed.iter().chain(under_way).map(folder_name);
-        let fixed = [STATE, INCOMING, REGISTRY].map(str::to_owned);
+        let fixed = [STATE, INCOMING, REGISTRY, DELTA].map(str::to_owned);
         let keep: Vec<String> = keep.chain(fixed).collect();
         self.sweep(&self.models, &keep)?;
         let incoming = self.models.join(INCOMING);
@@ -315,53 +338,6 @@ impl Disk {
             }
         }
         Ok(())
-    }
-}
-
-/// Where a release is put together.
-#[derive(Debug)]
-pub(super) struct Stage {
-    root: PathBuf,
-}
-
-impl Stage {
-    /// The folder that will be the release.
-    pub(super) fn bundle(&self) -> PathBuf {
-        self.root.join("bundle")
-    }
-
-    /// Chunks of the file that is being fetched, each named by its digest.
-    pub(super) fn chunks(&self) -> PathBuf {
-        self.root.join("chunks")
-    }
-
-    /// Makes the folders.
-    pub(super) fn prepare(&self) -> Result<(), DiskError> {
-        for folder in [self.bundle(), self.chunks()] {
-            change(|| fs::create_dir_all(&folder)).map_err(cannot("make", &folder))?;
-        }
-        Ok(())
-    }
-
-    /// Where a file of the release goes; its folder is there afterwards.
-    pub(super) fn file(&self, path: &str) -> Result<PathBuf, DiskError> {
-        let file = self.bundle().join(path);
-        if let Some(folder) = file.parent() {
-            change(|| fs::create_dir_all(folder)).map_err(cannot("make", folder))?;
-        }
-        Ok(file)
-    }
-
-    /// Keeps a chunk. It is hashed when it is taken up again, so it need not be durable.
-    pub(super) fn keep(&self, digest: Digest, bytes: &[u8]) -> Result<(), DiskError> {
-        let path = self.chunks().join(digest.to_string());
-        change(|| fs::write(&path, bytes)).map_err(cannot("write", &path))
-    }
-
-    /// The file that they were for is complete.
-    pub(super) fn drop_chunks(&self) -> Result<(), DiskError> {
-        remove(&self.chunks())?;
-        self.prepare()
     }
 }
 

@@ -35,6 +35,9 @@ pub(super) enum UpdateError {
     /// The disk.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// There is no delta, or none that is worth it.
+    #[error("there is no delta")]
+    NoDelta,
     /// The coordinator's answer.
     #[error("{what}: {why}")]
     Answer { what: String, why: String },
@@ -70,6 +73,7 @@ impl UpdateError {
         match self {
             Self::Registry(VerifyError::Unreachable { .. } | VerifyError::Missing(_))
             | Self::NoCoordinator
+            | Self::NoDelta
             | Self::Answer { .. }
             | Self::Overtaken => Reason::Fetch,
             Self::Registry(VerifyError::Store { source, .. }) => of_disk(source),

@@ -1,4 +1,5 @@
-//! Brings a release to the disk: what is there already stays, what is alike comes as a difference, the rest in chunks.
+//! Brings a release to the disk: what is there already stays, what is alike comes as a difference, the rest in chunks; both
+//! from neighbours, where these have it.
 //!
 //! Nothing is believed because of where it lies or who sent it. The document is the one whose digest is wished for and
 //! that the registry has signed; each file is the one whose digest is in the document.
@@ -6,23 +7,19 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::{self, BufReader, BufWriter, Write},
     path::{Path, PathBuf},
 };
 
 use mesh_core::{Digest, Failure, Reason, Release, Settings};
-use models::{
-    ReleaseDocument, ReleaseFile,
-    chunks::{Assembly, listed},
-    delta::{self, DeltaError, Wanted},
-    digest_of,
-};
+use models::{ReleaseDocument, ReleaseFile, digest_of};
 
 use super::{
     client::Client,
-    disk::{DOCUMENT, Disk, Installed, Stage, copy, is_file, write},
+    disk::{DOCUMENT, Disk, Installed, copy, is_file, write},
     error::UpdateError,
-    registry::{Registry, Source},
+    files::{BATCH_BYTES, Bringing},
+    registry::{Registry, Source, VerifyError},
+    swarm::{Copied, Swarm, pieces},
     worker::Watchful,
 };
 use crate::{config::Config, counters::Counters, identity::Tls};
@@ -30,28 +27,69 @@ use crate::{config::Config, counters::Counters, identity::Tls};
 /// Left free for readings: the outbox writes on while a model comes.
 const RESERVE_BYTES: u64 = 32 << 20;
 /// The file that changes little from one version to the next and is most of a release.
-const MODEL: &str = "model.onnx";
+pub(super) const MODEL: &str = "model.onnx";
 /// Deltas that are asked for: from the model that runs, the one before, and the factory's.
 const MAX_DELTAS: usize = 3;
 
-/// The document of a release, as the registry has signed it, now.
-pub(super) fn document(
-    release: &Release,
-    pinned: &[u8],
-    disk: &Disk,
-    source: impl Source + 'static,
-    now_ms: i64,
-) -> Result<Vec<u8>, UpdateError> {
-    let mut registry = Registry::new(pinned, disk.registry(), source)?;
-    let bytes = alone()?.block_on(async {
-        registry.refresh(now_ms).await?;
-        let (name, version) = (&release.name, &release.version);
-        registry.release(name, version, now_ms).await
-    })?;
-    if digest_of(&bytes) == release.digest {
-        Ok(bytes)
-    } else {
-        Err(UpdateError::Other(release.clone()))
+/// What the document of a release is proved with.
+pub(super) struct Proof<'a> {
+    pub(super) release: &'a Release,
+    /// The root of trust.
+    pub(super) pinned: &'a [u8],
+    pub(super) disk: &'a Disk,
+    pub(super) swarm: Option<&'a Swarm>,
+    pub(super) now_ms: i64,
+}
+
+impl Proof<'_> {
+    /// The document, as the registry has signed it, now; and whether the coordinator could be reached. Where it cannot, a
+    /// neighbour's copies of the registry's files do as well: they prove the same.
+    pub(super) fn document(
+        &self,
+        source: impl Source + 'static,
+    ) -> Result<(Vec<u8>, bool), UpdateError> {
+        let Some(swarm) = self.swarm else {
+            return Ok((self.by(source)?, true));
+        };
+        let digest = self.release.digest;
+        let (source, papers) = Copied::new(source);
+        let why = match self.by(source) {
+            Ok(bytes) => {
+                swarm.keep_papers(self.disk, digest, &papers.take());
+                return Ok((bytes, true));
+            }
+            Err(why @ UpdateError::Registry(VerifyError::Unreachable { .. })) => why,
+            Err(why) => return Err(why),
+        };
+        let mut found = None;
+        alone()?.block_on(swarm.papers(digest, async |papers| {
+            match self.verify(papers.clone()).await {
+                Ok(bytes) => {
+                    tracing::info!(release = %self.release, "a neighbour proves what the coordinator cannot now");
+                    swarm.keep_papers(self.disk, digest, &papers);
+                    found = Some(bytes);
+                }
+                Err(why) => tracing::debug!("a neighbour's papers prove nothing: {why}"),
+            }
+            found.is_some()
+        }));
+        Ok((found.ok_or(why)?, false))
+    }
+
+    fn by(&self, source: impl Source + 'static) -> Result<Vec<u8>, UpdateError> {
+        alone()?.block_on(self.verify(source))
+    }
+
+    async fn verify(&self, source: impl Source + 'static) -> Result<Vec<u8>, UpdateError> {
+        let mut registry = Registry::new(self.pinned, self.disk.registry(), source)?;
+        registry.refresh(self.now_ms).await?;
+        let (name, version) = (&self.release.name, &self.release.version);
+        let bytes = registry.release(name, version, self.now_ms).await?;
+        if digest_of(&bytes) == self.release.digest {
+            Ok(bytes)
+        } else {
+            Err(UpdateError::Other(self.release.clone()))
+        }
     }
 }
 
@@ -91,7 +129,7 @@ pub(super) fn pinned(root: Option<&Path>) -> Result<Vec<u8>, UpdateError> {
 }
 
 /// The library is asynchronous; its threads here have nothing else to do.
-fn alone() -> Result<tokio::runtime::Runtime, UpdateError> {
+pub(super) fn alone() -> Result<tokio::runtime::Runtime, UpdateError> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -123,6 +161,10 @@ pub(super) struct Fetch<'a> {
     pub(super) disk: &'a Disk,
     pub(super) client: &'a Client,
     pub(super) watchful: &'a Watchful,
+    /// What neighbours have, where there are any.
+    pub(super) swarm: Option<&'a Swarm>,
+    /// Did the coordinator answer a moment ago?
+    pub(super) uplink: bool,
     /// The model that runs: the best beginning of a delta.
     pub(super) current: Option<Digest>,
     /// Deltas have failed on this line before.
@@ -138,6 +180,11 @@ impl Fetch<'_> {
         }
         let stage = self.disk.stage(release);
         stage.prepare()?;
+        // Neighbours that need it had time.
+        self.disk.drop_delta()?;
+        if let Some(swarm) = self.swarm {
+            swarm.describe(release.digest, &document);
+        }
         let installed = self.disk.installed();
         let here = places(&installed);
         let (mut missing, mut total) = (Vec::new(), 0);
@@ -146,19 +193,31 @@ impl Fetch<'_> {
             total += file.length;
             let to = stage.file(&file.path)?;
             let is_here = is_file(&to, file.length, file.sha256).unwrap_or(false);
-            if !is_here && !self.take(file, here.get(&file.sha256), &to)? {
+            if is_here || self.take(file, here.get(&file.sha256), &to)? {
+                self.show(file, &to);
+            } else {
                 missing.push(file);
             }
         }
         let left: u64 = missing.iter().map(|file| file.length).sum();
         self.make_room(left, &missing)?;
-        let mut done = total - left;
-        for file in missing {
-            self.bring(file, &stage, &installed, (done, total))?;
-            done += file.length;
-            self.watchful.progress(done, total);
-        }
+        let mut bringing = Bringing {
+            fetch: self,
+            release: release.digest,
+            pieces: pieces(&document),
+            stage: &stage,
+            done: total - left,
+            total,
+        };
+        bringing.files(missing, &installed)?;
         Ok(self.disk.install(release, bytes)?)
+    }
+
+    /// A file is whole: neighbours may have it.
+    pub(super) fn show(&self, file: &ReleaseFile, path: &Path) {
+        if let Some(swarm) = self.swarm {
+            swarm.put_file(path, file);
+        }
     }
 
     /// Is it all there already?
@@ -191,6 +250,7 @@ impl Fetch<'_> {
     fn make_room(&self, left: u64, missing: &[&ReleaseFile]) -> Result<(), UpdateError> {
         // Beside each file its chunks, until it is whole.
         let largest = missing.iter().map(|file| file.length).max().unwrap_or(0);
+        let largest = largest.max(left.min(BATCH_BYTES));
         let needed = left + largest + RESERVE_BYTES;
         let free = self.disk.free()?;
         if left == 0 || free >= needed {
@@ -200,67 +260,8 @@ impl Fetch<'_> {
         Err(UpdateError::Room { needed, free })
     }
 
-    /// Brings one file: as a difference if there is one, else in chunks.
-    fn bring(
-        &self,
-        file: &ReleaseFile,
-        stage: &Stage,
-        installed: &[Installed],
-        (done, total): (u64, u64),
-    ) -> Result<(), UpdateError> {
-        let to = stage.file(&file.path)?;
-        let chunks = listed(file.length, &file.chunks).unwrap_or_default();
-        let mut assembly = Assembly::new(chunks);
-        assembly.resume(&stage.chunks())?;
-        let wanted = Wanted {
-            length: file.length,
-            sha256: file.sha256,
-        };
-        if file.path == MODEL && !self.without_delta && !assembly.is_complete() {
-            for old in self.candidates(installed) {
-                if self.by_delta(old, &wanted, &to)? {
-                    return Ok(stage.drop_chunks()?);
-                }
-            }
-        }
-        let missing: Vec<_> = assembly.missing().collect();
-        let mut there = file.length
-            - missing
-                .iter()
-                .map(|c| c.length as u64)
-                .sum::<u64>()
-                .min(file.length);
-        for chunk in missing {
-            self.watch()?;
-            let bytes = self.client.chunk(&chunk)?;
-            assembly.accept(chunk.sha256, &bytes)?;
-            stage.keep(chunk.sha256, &bytes)?;
-            there += chunk.length as u64;
-            self.watchful.progress(done + there, total);
-        }
-        let mut trouble = None;
-        let written = write(&to, |to| {
-            assembly.write(&stage.chunks(), to).map_err(|error| {
-                let words = error.to_string();
-                trouble = Some(error);
-                io::Error::other(words)
-            })
-        });
-        if let Some(error) = trouble {
-            return Err(error.into());
-        }
-        written?;
-        if !is_file(&to, file.length, file.sha256).unwrap_or(false) {
-            let path = &file.path;
-            return Err(UpdateError::Bytes(format!(
-                "{path} is not what its chunks should make"
-            )));
-        }
-        Ok(stage.drop_chunks()?)
-    }
-
     /// Models that are here, the one that runs first.
-    fn candidates<'b>(
+    pub(super) fn candidates<'b>(
         &self,
         installed: &'b [Installed],
     ) -> impl Iterator<Item = (&'b ReleaseFile, PathBuf)> + use<'b> {
@@ -278,51 +279,7 @@ impl Fetch<'_> {
             .map(|(_, file, path)| (file, path))
     }
 
-    /// Makes the file from an old one; false if there is no delta, or none that works.
-    fn by_delta(
-        &self,
-        (old, path): (&ReleaseFile, PathBuf),
-        wanted: &Wanted,
-        file: &Path,
-    ) -> Result<bool, UpdateError> {
-        self.watch()?;
-        let (from, to) = (old.sha256, wanted.sha256);
-        let delta = self.client.delta(from, to, wanted.length, self.watchful)?;
-        let (Some(delta), Ok(mut old)) = (delta, File::open(&path)) else {
-            return Ok(false);
-        };
-        let mut trouble = None;
-        let written = write(file, |to| {
-            let mut to = BufWriter::new(to);
-            let applied = delta::apply(&mut old, BufReader::new(delta), wanted, &mut to);
-            match applied.and_then(|()| to.flush().map_err(DeltaError::Write)) {
-                Ok(()) => Ok(()),
-                // A full disk is for whoever writes the file to tell.
-                Err(DeltaError::Write(error)) => Err(error),
-                Err(error) => {
-                    let words = error.to_string();
-                    trouble = Some(error);
-                    Err(io::Error::other(words))
-                }
-            }
-        });
-        match trouble {
-            None => Ok(written.map(|()| true)?),
-            Some(DeltaError::Read(error)) => {
-                self.watch()?;
-                Err(UpdateError::Answer {
-                    what: format!("delta to {}", wanted.sha256),
-                    why: error.to_string(),
-                })
-            }
-            Some(error) => {
-                tracing::warn!(%error, "a delta is of no use; the file comes whole");
-                Ok(false)
-            }
-        }
-    }
-
-    fn watch(&self) -> Result<(), UpdateError> {
+    pub(super) fn watch(&self) -> Result<(), UpdateError> {
         if self.watchful.is_overtaken() {
             return Err(UpdateError::Overtaken);
         }
@@ -344,4 +301,4 @@ fn places(installed: &[Installed]) -> BTreeMap<Digest, PathBuf> {
 
 #[cfg(test)]
 #[path = "fetch_tests.rs"]
-mod tests;
+pub(super) mod tests;

@@ -1,7 +1,7 @@
 //! Fetching from a coordinator that answers as it likes. What is signed is tested with the registry.
 
 use std::{
-    io::{Read, Write},
+    io::{self, Read, Write},
     net::{TcpListener, TcpStream},
     path::Path,
     sync::{
@@ -11,7 +11,7 @@ use std::{
 };
 
 use mesh_core::{Failure, Reason};
-use models::chunks;
+use models::{chunks, delta};
 
 use super::*;
 use crate::{counters::Counters, update::disk::Opened};
@@ -20,9 +20,9 @@ use crate::{counters::Counters, update::disk::Opened};
 type Files = Arc<Mutex<BTreeMap<String, Vec<u8>>>>;
 
 /// A coordinator with these files, and how often it was asked.
-struct Server {
-    address: String,
-    files: Files,
+pub(in crate::update) struct Server {
+    pub(in crate::update) address: String,
+    pub(in crate::update) files: Files,
     asked: Arc<AtomicUsize>,
 }
 
@@ -53,7 +53,7 @@ fn serve(mut stream: TcpStream, files: &Files, asked: &AtomicUsize) -> io::Resul
 }
 
 impl Server {
-    fn start() -> Self {
+    pub(in crate::update) fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
         let (files, asked) = (Files::default(), Arc::<AtomicUsize>::default());
@@ -71,7 +71,7 @@ impl Server {
         }
     }
 
-    fn put(&self, path: String, bytes: &[u8]) {
+    pub(in crate::update) fn put(&self, path: String, bytes: &[u8]) {
         self.files.lock().unwrap().insert(path, bytes.to_vec());
     }
 
@@ -84,13 +84,35 @@ impl Server {
         }
     }
 
-    fn asked(&self) -> usize {
+    /// A release with this model, whose chunks are there.
+    pub(in crate::update) fn release(&self, version: &str, model: &[u8]) -> (Release, Vec<u8>) {
+        let from = tempfile::tempdir().unwrap();
+        let manifest = format!("version = {version}").into_bytes();
+        std::fs::create_dir(from.path().join("golden")).unwrap();
+        for (name, bytes) in [
+            (MODEL, model),
+            ("manifest.toml", &manifest),
+            ("golden/1.png", b"a picture"),
+        ] {
+            std::fs::write(from.path().join(name), bytes).unwrap();
+            self.put_chunks(bytes);
+        }
+        let document = ReleaseDocument::of(from.path(), "a", version, None).unwrap();
+        let release = Release {
+            name: "a".into(),
+            version: version.into(),
+            digest: document.digest().unwrap(),
+        };
+        (release, document.to_bytes().unwrap())
+    }
+
+    pub(in crate::update) fn asked(&self) -> usize {
         self.asked.swap(0, Ordering::Relaxed)
     }
 }
 
 /// Bytes that nothing compresses.
-fn noise(seed: u64, length: usize) -> Vec<u8> {
+pub(in crate::update) fn noise(seed: u64, length: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     (0..length)
         .map(|_| {
@@ -128,34 +150,14 @@ impl World {
         }
     }
 
-    /// A release with this model, whose chunks are on the server.
-    fn release(&self, version: &str, model: &[u8]) -> (Release, Vec<u8>) {
-        let from = tempfile::tempdir().unwrap();
-        let manifest = format!("version = {version}").into_bytes();
-        std::fs::create_dir(from.path().join("golden")).unwrap();
-        for (name, bytes) in [
-            (MODEL, model),
-            ("manifest.toml", &manifest),
-            ("golden/1.png", b"a picture"),
-        ] {
-            std::fs::write(from.path().join(name), bytes).unwrap();
-            self.server.put_chunks(bytes);
-        }
-        let document = ReleaseDocument::of(from.path(), "a", version, None).unwrap();
-        let release = Release {
-            name: "a".into(),
-            version: version.into(),
-            digest: document.digest().unwrap(),
-        };
-        (release, document.to_bytes().unwrap())
-    }
-
     fn fetch(&self, (release, document): &(Release, Vec<u8>)) -> Result<(), Failure> {
         let (tell, _news) = tokio::sync::mpsc::channel(1);
         let fetch = Fetch {
             disk: &self.disk,
             client: &self.client,
             watchful: &Watchful::of_test(tell),
+            swarm: None,
+            uplink: true,
             current: None,
             without_delta: false,
         };
@@ -171,7 +173,7 @@ impl World {
 fn what_is_there_is_not_fetched_again() {
     let world = World::new();
     let model = noise(1, LENGTH);
-    let first = world.release("1", &model);
+    let first = world.server.release("1", &model);
     world.fetch(&first).unwrap();
     assert_eq!(world.file(&first.0, MODEL).unwrap(), model);
     assert_eq!(world.file(&first.0, DOCUMENT).unwrap(), first.1);
@@ -182,7 +184,7 @@ fn what_is_there_is_not_fetched_again() {
     world.fetch(&first).unwrap();
     assert_eq!(world.server.asked(), 0);
     // The same model and picture in another release: only the manifest comes.
-    let second = world.release("2", &model);
+    let second = world.server.release("2", &model);
     world.fetch(&second).unwrap();
     assert_eq!(world.server.asked(), 1);
     assert_eq!(world.file(&second.0, MODEL).unwrap(), model);
@@ -200,7 +202,7 @@ fn what_is_there_is_not_fetched_again() {
 fn a_fetch_goes_on_where_it_ended() {
     let world = World::new();
     let model = noise(1, LENGTH);
-    let release = world.release("1", &model);
+    let release = world.server.release("1", &model);
     let chunks = chunks::split(&model);
     let third = format!("/api/v1/chunks/{}", chunks[2].sha256);
     let good = world.server.files.lock().unwrap().remove(&third).unwrap();
@@ -238,13 +240,13 @@ fn a_fetch_goes_on_where_it_ended() {
 fn a_delta_comes_instead_of_the_file_and_a_bad_one_does_not_matter() {
     let world = World::new();
     let old = noise(1, LENGTH);
-    world.fetch(&world.release("1", &old)).unwrap();
+    world.fetch(&world.server.release("1", &old)).unwrap();
     world.server.asked();
     let mut new = old.clone();
     new[LENGTH / 2] ^= 1;
     let delta = delta::make(&old, &new).unwrap();
     let path = format!("/api/v1/deltas/{}/{}", digest_of(&old), digest_of(&new));
-    let second = world.release("2", &new);
+    let second = world.server.release("2", &new);
     let before = world.counters.update_bytes.get();
     world.server.put(path, &delta);
     world.fetch(&second).unwrap();
@@ -253,7 +255,7 @@ fn a_delta_comes_instead_of_the_file_and_a_bad_one_does_not_matter() {
     // The delta and the manifest.
     assert_eq!(world.server.asked(), 2);
     let newest = noise(3, LENGTH);
-    let third = world.release("3", &newest);
+    let third = world.server.release("3", &newest);
     let bad = delta::make(&old, &new).unwrap();
     for from in [&old, &new] {
         let path = format!("/api/v1/deltas/{}/{}", digest_of(from), digest_of(&newest));
@@ -266,7 +268,7 @@ fn a_delta_comes_instead_of_the_file_and_a_bad_one_does_not_matter() {
 #[test]
 fn nobody_there_and_something_newer() {
     let mut world = World::new();
-    let release = world.release("1", &noise(1, 1_000));
+    let release = world.server.release("1", &noise(1, 1_000));
     let (tell, _news) = tokio::sync::mpsc::channel(1);
     let watchful = Watchful::of_test(tell);
     watchful.overtake();
@@ -274,6 +276,8 @@ fn nobody_there_and_something_newer() {
         disk: &world.disk,
         client: &world.client,
         watchful: &watchful,
+        swarm: None,
+        uplink: true,
         current: None,
         without_delta: false,
     };
@@ -286,7 +290,7 @@ fn nobody_there_and_something_newer() {
 #[test]
 fn a_document_of_something_else_is_refused() {
     let world = World::new();
-    let (release, document) = world.release("1", b"model");
+    let (release, document) = world.server.release("1", b"model");
     let other = Release {
         version: "2".into(),
         ..release.clone()

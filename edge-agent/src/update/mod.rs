@@ -18,8 +18,10 @@ mod driver;
 mod engines;
 mod error;
 mod fetch;
+mod files;
 pub mod registry;
 mod status;
+mod swarm;
 mod worker;
 
 use std::{
@@ -44,6 +46,7 @@ pub(crate) use engines::thread_time;
 pub use engines::{Engines, Wanted};
 pub(crate) use fetch::settings;
 pub(crate) use status::{doctor, status};
+pub(crate) use swarm::{Holding, Swarm};
 use worker::{Slot, Worker};
 
 use crate::{clock::WallClock, config::Config, counters::Counters, identity::Tls};
@@ -113,12 +116,12 @@ pub(crate) struct Updates {
 
 impl Updates {
     /// Loads the model that is to run, and takes care of it from then on. `program` is a file and its first arguments
-    /// that lead to [`models::try_here`].
+    /// that lead to [`models::try_here`]; `swarm` is what neighbours have, where there are any.
     pub(crate) async fn start(
         config: &Config,
         clock: WallClock,
         counters: Counters,
-        tls: Tls,
+        (tls, swarm): (Tls, Option<Swarm>),
         program: Vec<OsString>,
     ) -> Result<(Self, Ends), StartError> {
         let Opened {
@@ -152,6 +155,7 @@ impl Updates {
             tell: tell.clone(),
             clock: clock.clone(),
             counters,
+            swarm,
             failing: None,
         };
         let work = Arc::clone(&slot);

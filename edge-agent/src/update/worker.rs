@@ -21,6 +21,7 @@ use super::{
     disk::{DOCUMENT, Disk, is_file},
     error::UpdateError,
     fetch::{self, Fetch},
+    swarm::Swarm,
 };
 use crate::{clock::WallClock, counters::Counters, identity::Tls};
 
@@ -113,7 +114,7 @@ impl Slot {
 }
 
 /// Looks out for something newer while a job runs, and says how far it is.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Watchful {
     slot: Arc<Slot>,
     newest: u64,
@@ -164,6 +165,8 @@ pub(super) struct Worker {
     pub(super) tell: Sender<News>,
     pub(super) clock: WallClock,
     pub(super) counters: Counters,
+    /// What neighbours have, where there are any.
+    pub(super) swarm: Option<Swarm>,
     /// The release whose fetch failed last, and how often.
     pub(super) failing: Option<(Digest, u32)>,
 }
@@ -171,12 +174,14 @@ pub(super) struct Worker {
 impl Worker {
     /// Works until the slot is closed. Blocks: it has a thread of its own.
     pub(super) fn run(mut self, slot: Arc<Slot>) {
+        self.look_over();
         while let Some((waiting, newest)) = slot.next() {
             if let Some((needed, under_way)) = waiting.retain
                 && let Err(error) = self.disk.retain(&needed, under_way.as_ref())
             {
                 tracing::warn!(%error, "models that are not needed stay");
             }
+            self.look_over();
             let Some((job, ticket, current)) = waiting.job else {
                 continue;
             };
@@ -208,6 +213,13 @@ impl Worker {
         }
     }
 
+    /// Neighbours are told what is here.
+    fn look_over(&self) {
+        if let Some(swarm) = &self.swarm {
+            swarm.refresh(&self.disk);
+        }
+    }
+
     fn work(
         &mut self,
         job: &Job,
@@ -217,6 +229,7 @@ impl Worker {
         match job {
             Job::Fetch(release) => {
                 let result = self.fetch(release, current, watchful);
+                self.look_over();
                 let failures = self.failing.filter(|(digest, _)| *digest == release.digest);
                 self.failing = match &result {
                     Ok(()) => None,
@@ -248,12 +261,23 @@ impl Worker {
         let pinned = fetch::pinned(self.root.as_deref())?;
         let client = Client::with(coordinator, self.counters.clone(), self.tls.clone())?;
         let now_ms = self.clock.now_ms();
-        let document = fetch::document(release, &pinned, &self.disk, client.registry(), now_ms)?;
+        let swarm = self.swarm.as_ref();
+        let _fetching = swarm.map(|swarm| swarm.begin(release.digest));
+        let proof = fetch::Proof {
+            release,
+            pinned: &pinned,
+            disk: &self.disk,
+            swarm,
+            now_ms,
+        };
+        let (document, uplink) = proof.document(client.registry())?;
         let failures = self.failing.filter(|(digest, _)| *digest == release.digest);
         let fetch = Fetch {
             disk: &self.disk,
             client: &client,
             watchful,
+            swarm,
+            uplink,
             current,
             without_delta: failures.is_some_and(|(_, n)| n >= MAX_DELTA_FAILURES),
         };

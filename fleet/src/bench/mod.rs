@@ -12,6 +12,7 @@ mod outbox;
 mod peer;
 mod relay;
 mod rollout;
+mod simulated;
 mod swarm;
 mod tls;
 mod update_kill;
@@ -66,6 +67,10 @@ const ALL: [(&str, &str); 11] = [
         "a bad model and a good one to 10,000 simulated devices on a real coordinator (--devices N)",
     ),
     (
+        "swarm",
+        "a release to all devices of a site over one slow uplink, against each for itself (--agents N)",
+    ),
+    (
         "update-kill",
         "SIGKILL of a device at random moments of updates: always one whole model (--kills N)",
     ),
@@ -99,6 +104,7 @@ pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<bool> {
         "deliver" => deliver::run(args, &mut results).await?,
         "relay" => relay::run(args, &mut results).await?,
         "rollout" => rollout::run(args, &mut results).await?,
+        "swarm" => swarm::run(args, &mut results).await?,
         "update-kill" => update_kill::run(args, &mut results).await?,
         "cascade" => cascade::run(args, &mut results).await?,
         other => bail!("no benchmark {other:?}; `fleet bench --list` names them"),

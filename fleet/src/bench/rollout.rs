@@ -18,7 +18,7 @@ use tokio::{
 
 use super::{
     figures::{Goal, Results},
-    swarm::{Swarm, World},
+    simulated::{Swarm, World},
 };
 use crate::{
     api::Api,

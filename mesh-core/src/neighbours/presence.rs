@@ -14,6 +14,8 @@ const MAX_ADDRESSES: usize = 4;
 const MAX_ADDRESS: usize = 192;
 /// Models that one device speaks of: loaded, kept to go back to, and on the way.
 const MAX_MODELS: usize = 8;
+/// Releases that one device fetches: one at a time, and the next one that takes its place.
+const MAX_FETCHING: usize = 2;
 /// The longest of their names, with a version.
 const MAX_MODEL: usize = 128;
 /// Kinds of accelerators in one device.
@@ -45,6 +47,9 @@ pub struct Presence {
     /// The models on its disk, whole, that others may have from it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub holds: Vec<Digest>,
+    /// The releases that it is fetching, for those that fetch the same.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fetching: Vec<Digest>,
     /// Does it reach the coordinator by itself?
     #[serde(default)]
     pub uplink: bool,
@@ -66,6 +71,7 @@ impl Presence {
             && self.loaded.len() <= MAX_MODELS
             && self.loaded.iter().all(|text| text.len() <= MAX_MODEL)
             && self.holds.len() <= MAX_MODELS
+            && self.fetching.len() <= MAX_FETCHING
             && self.accelerators.len() <= MAX_ACCELERATORS
     }
 
@@ -78,6 +84,7 @@ impl Presence {
         self.loaded.retain(|text| text.len() <= MAX_MODEL);
         self.loaded.truncate(MAX_MODELS);
         self.holds.truncate(MAX_MODELS);
+        self.fetching.truncate(MAX_FETCHING);
         self.accelerators.truncate(MAX_ACCELERATORS);
         self
     }
@@ -95,6 +102,7 @@ impl Presence {
         far || self.addresses != said.addresses
             || self.loaded != said.loaded
             || self.holds != said.holds
+            || self.fetching != said.fetching
             || self.uplink != said.uplink
             || self.answers != said.answers
             || self.accelerators != said.accelerators
@@ -137,6 +145,10 @@ pub struct Signed {
 
 /// What travels between two neighbours.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "each is used up at once, none is kept"
+)]
 pub enum Frame {
     /// "I am alive."
     Beat,
@@ -179,6 +191,7 @@ mod tests {
         assert!(with(|p| p.uplink = true));
         assert!(with(|p| p.answers = true));
         assert!(with(|p| p.holds = vec![Digest([1; 32])]));
+        assert!(with(|p| p.fetching = vec![Digest([1; 32])]));
     }
 
     #[test]
@@ -188,6 +201,7 @@ mod tests {
             load: 200,
             loaded: vec!["a".repeat(MAX_MODEL); 99],
             holds: vec![Digest([1; 32]); 99],
+            fetching: vec![Digest([1; 32]); 99],
             accelerators: vec![Name::itself(); 9],
             ..Presence::default()
         };
