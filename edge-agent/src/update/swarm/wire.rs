@@ -220,7 +220,7 @@ mod tests {
             let short = bytes.get(..bytes.len() - 1).unwrap();
             assert!(block_on(Said::read(&mut Cursor::new(short))).is_err());
         }
-        for bad in [&[0, 0, 0xff, 0xff][..], &[0, 9, 0, 0], &[]] {
+        for bad in [&[0_u8, 0, 0xff, 0xff][..], &[0, 9, 0, 0], &[]] {
             assert!(block_on(Said::read(&mut Cursor::new(bad))).is_err());
         }
     }
