@@ -1,7 +1,6 @@
 //! Readings of several cameras that are about the same thing.
 
 use serde::Serialize;
-use sha2::{Digest as _, Sha256};
 use sqlx::{Connection, QueryBuilder, Sqlite, SqliteConnection};
 
 use super::{Order, Store, StoreError};
@@ -95,8 +94,7 @@ fn name(seen: &Seen) -> String {
         "{}/{}/{}/{}/{}",
         seen.site, seen.device, seen.epoch, seen.seq, seen.label
     );
-    let hash = Sha256::digest(identity.as_bytes());
-    let [a, b, c, d, e, f, g, h, ..] = hash.into();
+    let [a, b, c, d, e, f, g, h, ..] = models::digest_of(identity.as_bytes()).0;
     format!("{:016x}", u64::from_be_bytes([a, b, c, d, e, f, g, h]))
 }
 

@@ -88,6 +88,7 @@ pub(crate) fn start(
             own: Own {
                 engines: watch::channel(Engines::default()).1,
                 uplink: watch::channel(true).1,
+                answers: true,
                 holding,
             },
             counters,

@@ -28,7 +28,7 @@ pub(crate) use deliver::{DELTA_APPLY, delta_apply};
 pub(crate) use outbox::{OUTBOX_LOAD, outbox_load};
 
 /// Each benchmark and what it is about.
-const ALL: [(&str, &str); 11] = [
+const ALL: [(&str, &str); 13] = [
     (
         "outbox",
         "durable commits, space and start of the outbox, against SQLite in WAL mode",

@@ -124,7 +124,7 @@ impl Asking {
     }
 
     /// Something of at most `most` bytes, into a file.
-    pub(super) async fn into_file(
+    pub(super) async fn to_file(
         &self,
         peer: Peer,
         want: Want,

@@ -215,7 +215,7 @@ impl Load for Delta {
         let (want, most) = (Want::Delta(self.from, self.to), self.most);
         let path = Arc::clone(&self.path);
         Box::pin(async move {
-            asking.into_file(peer, want, most, &path).await?;
+            asking.to_file(peer, want, most, &path).await?;
             Ok(Vec::new())
         })
     }
