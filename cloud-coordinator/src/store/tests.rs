@@ -197,3 +197,9 @@ async fn space_is_bounded_and_given_back() {
     let oldest: i64 = pragma(&store, "SELECT min(seq) FROM readings").await;
     assert_eq!(oldest, removed.cast_signed() + 1, "the oldest went first");
 }
+
+#[test]
+fn each_migration_has_a_number_of_its_own() {
+    let versions: Vec<i64> = sqlx::migrate!().iter().map(|m| m.version).collect();
+    assert!(versions.is_sorted_by(|a, b| a < b), "{versions:?}");
+}
