@@ -338,3 +338,7 @@ impl Carrying {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "carry_tests.rs"]
+mod tests;
