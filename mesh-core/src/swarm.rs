@@ -38,9 +38,9 @@ pub const PER_NEIGHBOUR: usize = 2;
 /// Devices of a site that fetch from the coordinator at the same time: enough to fill an uplink whatever its latency, few
 /// enough that a slow one brings each piece within the patience of the others.
 const CARRIERS: usize = 4;
-/// Before the coordinator is asked those that were told to fetch the same are to have heard of each other: a device has
-/// something new to say of itself within two seconds.
-pub const SETTLE_MS: u64 = 2_000;
+/// Before the coordinator is asked those that were told to fetch the same are to have heard of each other: a device may say
+/// something new of itself two seconds after the last time, and it takes a moment to be heard and looked at.
+pub const SETTLE_MS: u64 = 3_000;
 /// A device that is to bring a piece and has brought none for so long is waited for no longer: one of 256 KiB takes this at
 /// 100 kbit/s.
 pub const PATIENCE_MS: u64 = 20_000;

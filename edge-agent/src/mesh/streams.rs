@@ -210,12 +210,11 @@ struct Place {
 impl Places {
     fn take(this: &Arc<Self>, peer: Peer, each: usize, all: usize) -> Option<Place> {
         let mut taken = this.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let total: usize = taken.values().sum();
-        let own = taken.entry(peer).or_default();
-        if *own >= each || total >= all {
+        let own = taken.get(&peer).copied().unwrap_or(0);
+        if own >= each || taken.values().sum::<usize>() >= all {
             return None;
         }
-        *own += 1;
+        taken.insert(peer, own + 1);
         Some(Place {
             places: Arc::clone(this),
             peer,
