@@ -612,6 +612,7 @@ mod tests {
                 "/api/v1/samples/{id}/labels/last",
                 "/api/v1/settings",
                 "/api/v1/setup",
+                "/api/v1/sightings",
                 "/api/v1/subscribers",
                 "/api/v1/subscribers/{name}",
                 "/api/v1/tasks",
