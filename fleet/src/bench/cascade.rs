@@ -343,18 +343,18 @@ fn tell(photographs: &[Photograph], played: &Played, results: &mut Results) -> a
         Goal::AtLeast(CLOSED),
     );
     results.add(
-        "of the frames, asked about",
+        "of all frames since the start, asked about",
         sent,
         "",
         None,
-        Goal::AtMost(SHARE),
+        Goal::None,
     );
     results.add(
         "of the frames, answered by the neighbour",
         of_all(asked),
         "",
         None,
-        Goal::None,
+        Goal::AtMost(SHARE),
     );
     results.add(
         "of those not refused, answered in time",
