@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// Newest operator set that the engine is tested against.
-const MAX_OPSET: i64 = 18;
+const MAX_OPSET: i64 = 20;
 /// Large vision models have some thousand operators.
 const MAX_NODES: usize = 20_000;
 /// Elements of one tensor: a gigabyte of f32.
@@ -40,7 +40,7 @@ pub enum OnnxError {
     #[error("not a usable ONNX file: {0}")]
     Unreadable(String),
     /// Not an operator set that is supported.
-    #[error("operator set {0}: 1 to 18 are supported")]
+    #[error("operator set {0}: 1 to 20 are supported")]
     Opset(i64),
     /// Something that is not allowed, and where.
     #[error("{place}: {problem}")]
