@@ -86,14 +86,16 @@ pub(crate) async fn run(args: &BenchArgs, results: &mut Results) -> anyhow::Resu
     let frames = dir.path().join("frames");
     lay_out(
         &photographs,
-        args.rounds.into(),
+        // The first is not counted: a device may save up some frames that it did not ask about, and has by then.
+        usize::from(args.rounds) + 1,
         &frames,
         &mut Dice::new(seed),
     )?;
     let played = match play(
         dir.path(),
         frames,
-        photographs.len() * usize::from(args.rounds),
+        photographs.len(),
+        usize::from(args.rounds),
     )
     .await
     {
@@ -174,8 +176,9 @@ fn lay_out(
     Ok(())
 }
 
-/// Plays it with real agents: `count` frames, from the first answer on.
-async fn play(root: &Path, frames: PathBuf, count: usize) -> anyhow::Result<Played> {
+/// Plays it with real agents: so many rounds of frames, from one round after the first answer on.
+async fn play(root: &Path, frames: PathBuf, round: usize, rounds: usize) -> anyhow::Result<Played> {
+    let count = round * rounds;
     let mut plan = Plan::new(
         Program::current()?,
         root.join("site"),
@@ -223,8 +226,12 @@ async fn play(root: &Path, frames: PathBuf, count: usize) -> anyhow::Result<Play
         site.check()?;
         sleep(Duration::from_secs(1)).await;
     };
-    let lasts = Duration::from_secs_f64(count as f64 / FPS);
-    println!("the neighbour answers; {count} photographs take {lasts:.0?}");
+    let first = first + round;
+    let lasts = Duration::from_secs_f64((round + count) as f64 / FPS);
+    println!(
+        "the neighbour answers; {} photographs take {lasts:.0?}",
+        round + count
+    );
     let until = Instant::now() + lasts * 2 + START;
     let (all, offload) = loop {
         // First what was asked; the readings of these frames have arrived by then, and some more.
@@ -248,7 +255,7 @@ async fn play(root: &Path, frames: PathBuf, count: usize) -> anyhow::Result<Play
 }
 
 /// All readings of a device, in order.
-async fn readings(api: &Api, device: &str) -> anyhow::Result<Vec<Value>> {
+pub(super) async fn readings(api: &Api, device: &str) -> anyhow::Result<Vec<Value>> {
     let (api, device) = (api.clone(), device.to_owned());
     let asked = spawn_blocking(move || -> anyhow::Result<Vec<Value>> {
         let mut all = Vec::new();
@@ -273,7 +280,7 @@ async fn readings(api: &Api, device: &str) -> anyhow::Result<Vec<Value>> {
 }
 
 /// `edge-agent mesh status`
-async fn status(config: &Path) -> anyhow::Result<Status> {
+pub(super) async fn status(config: &Path) -> anyhow::Result<Status> {
     let mut command = Command::new(Program::current()?.0);
     command.args(["edge-agent", "mesh", "status", "--json", "--config"]);
     command.arg(config).stdin(Stdio::null());

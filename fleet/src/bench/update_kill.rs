@@ -33,10 +33,10 @@ const ANY_MS: usize = 5_000;
 /// that it is about an update.
 const LATE: usize = 5;
 const LATE_MS: usize = 9_000;
-const SOON_MS: usize = 1_500;
+const SOON_MS: usize = 2_500;
 /// How long it has to say so, in steps of [`LOOK`].
-const LOOKS: usize = 40;
-const LOOK: Duration = Duration::from_millis(100);
+const LOOKS: usize = 160;
+const LOOK: Duration = Duration::from_millis(25);
 /// How long the device may take to be at rest in the end.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -83,7 +83,7 @@ async fn play(
         None => anyhow::bail!("the site has no device"),
     };
     let (mut whole, mut updates, mut rollout, mut next) = (0, 0, None, 0);
-    let mut phases: BTreeMap<String, u64> = BTreeMap::new();
+    let mut phases: BTreeMap<&str, u64> = BTreeMap::new();
     for kill in 1..=args.kills {
         let ended = match &rollout {
             None => true,
@@ -107,16 +107,12 @@ async fn play(
             dice.below(SOON_MS)
         };
         tokio::time::sleep(Duration::from_millis(life as u64)).await;
-        let devices = get(&api, "/devices".into()).await?;
-        let phase = devices["items"][0]["update"]["phase"]
-            .as_str()
-            .unwrap_or("not reported");
-        *phases.entry(phase.to_owned()).or_default() += 1;
         let Some(device) = site.devices.first_mut() else {
             continue;
         };
         device.agent.kill().await?;
-        look(&data).with_context(|| format!("after kill {kill}, last seen {phase}"))?;
+        let phase = look(&data).with_context(|| format!("after kill {kill}"))?;
+        *phases.entry(phase).or_default() += 1;
         whole += 1;
         device.agent.start()?;
         if kill % 50 == 0 {
@@ -197,7 +193,7 @@ async fn begin(api: &Api, version: &str) -> anyhow::Result<u64> {
     let asked = json!({
         "model": format!("{MODEL}@{version}"), "author": "bench", "force": true,
         "plan": {"stages": [{"percent": 100, "soak_s": 0, "keep": 1.0}]},
-        "trial": {"share": 1.0, "shadow_frames": 10, "watch_frames": 10, "watch_s_min": 0},
+        "trial": {"share": 1.0, "shadow_frames": 20, "watch_frames": 20, "watch_s_min": 0},
         "limits": {"latency_times": 100.0},
     });
     let api = api.clone();
@@ -210,15 +206,26 @@ async fn get(api: &Api, path: String) -> anyhow::Result<Value> {
     spawn_blocking(move || api.get(&path)).await?
 }
 
-/// What is on the disk of the dead device names a model whose every byte is as it was signed.
-fn look(data: &Path) -> anyhow::Result<()> {
+/// What is on the disk of the dead device names a model whose every byte is as it was signed. Says how far the update was.
+fn look(data: &Path) -> anyhow::Result<&'static str> {
     let models = data.join("models");
     let path = models.join("state.json");
     let text = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
     let state: Value = serde_json::from_slice(&text).context("state.json is damaged")?;
     let current = &state["saved"]["current"];
+    let begun = &state["saved"]["begun"]["digest"];
+    let wished = current["digest"].as_str().is_some_and(|digest| {
+        let desired = state["saved"]["desired"].to_string();
+        desired.contains(digest)
+    });
+    let phase = match (begun.is_null(), wished) {
+        (false, _) if *begun == current["digest"] => "watch",
+        (false, _) => "shadow",
+        (true, false) => "fetch or test",
+        (true, true) => "rest",
+    };
     if state["factory"] == current["digest"] {
-        return Ok(());
+        return Ok(phase);
     }
     let part = |key: &str| current[key].as_str().context("no model is named");
     let (name, version, digest) = (part("name")?, part("version")?, part("digest")?);
@@ -236,7 +243,7 @@ fn look(data: &Path) -> anyhow::Result<()> {
         anyhow::ensure!(digest_of(&bytes) == file.sha256, "{} is damaged", file.path);
     }
     Bundle::open(&folder)?;
-    Ok(())
+    Ok(phase)
 }
 
 /// Waits until the device runs a model and nothing is under way.
