@@ -326,6 +326,90 @@ async fn what_a_board_doubts_its_neighbour_looks_at_and_it_goes_on_alone() {
     site.stop().await.unwrap();
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_no_board_has_room_for_runs_on_two_without_any_coordinator() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = env!("CARGO_BIN_EXE_node");
+    let mut plan = plan(node, &dir.path().join("site"));
+    plan.agents = 3;
+    plan.mesh = true;
+    plan.spawn = false;
+    plan.fps = 5.0;
+    plan.bundle = Some(bundle("steel-small"));
+    plan.camera = Camera::Folder {
+        path: bundle("steel").join("golden"),
+        repeat: true,
+    };
+    let mut site = Site::start(&plan).await.unwrap();
+    site.devices[0].file.offload = Some(OffloadPart {
+        escalate: true,
+        share: 1.0,
+        below: Some(1.0),
+        deadline_ms: 5_000,
+        ..OffloadPart::default()
+    });
+    let large = Some(bundle("steel"));
+    site.devices[1].file.offload = Some(OffloadPart {
+        serve: large.clone(),
+        split: true,
+        // Its first layer has room, the others have not.
+        room_mib: 1,
+        time_share: 0.9,
+        ..OffloadPart::default()
+    });
+    site.devices[2].file.offload = Some(OffloadPart {
+        lend: large,
+        time_share: 0.9,
+        ..OffloadPart::default()
+    });
+    for device in &mut site.devices[1..] {
+        device.file.source.clear();
+        device.file.model = None;
+    }
+    for device in &mut site.devices {
+        device.write_config().unwrap();
+        device.agent.start().unwrap();
+    }
+    all_see_each_other(node, &site, &[0, 1, 2]).await;
+    // It has named them to each other; from now on they are alone.
+    site.coordinator.kill().await.unwrap();
+    let answered = async |site: &Site| {
+        let asked = status(node, site, 0).await.map(|s| s.offload.answered);
+        asked.unwrap_or_default()
+    };
+    let more = async |site: &Site, what: &str| {
+        let before = answered(site).await;
+        until(what, async || answered(site).await >= before + 5)
+            .await
+            .unwrap();
+    };
+    more(&site, "a model in two parts has answered").await;
+    let parts = status(node, &site, 2).await.unwrap().offload.parts;
+    assert!(parts >= 5, "{parts} parts");
+    site.devices[2].agent.kill().await.unwrap();
+    until("nobody is asked for what nobody can answer", async || {
+        let before = answered(&site).await;
+        sleep(Duration::from_secs(3)).await;
+        answered(&site).await == before
+    })
+    .await
+    .unwrap();
+    site.devices[2].agent.start().unwrap();
+    more(&site, "the lender is back, and the model answers").await;
+    // Each frame has become one reading, whoever has answered.
+    site.coordinator.start().unwrap();
+    site.devices[0].agent.stop(STRANGER).await.unwrap();
+    site.bound_sources().await.unwrap();
+    site.devices[0].agent.start().unwrap();
+    let seen = site
+        .witness(Default::default())
+        .settle(BOUND)
+        .await
+        .unwrap();
+    exactly_once(&seen.total()).unwrap();
+    site.stop().await.unwrap();
+}
+
 /// A node of libp2p with a good key that nobody has enrolled.
 fn stranger() -> (Swarm<libp2p_stream::Behaviour>, libp2p_stream::Control) {
     let key: Keypair = ecdsa::Keypair::generate().into();

@@ -256,12 +256,20 @@ impl Agent {
         let carrying = mesh::Carrying::new(&config, &tls, has_own_way.clone(), &counters);
         let pressure = Pressure::default();
         let mut services: Vec<_> = carrying.map(mesh::Carrying::service).into_iter().collect();
-        services.extend(offload::services(
-            &config.offload,
-            &ends.engines,
-            &pressure,
-            &counters,
-        ));
+        let stop = CancellationToken::new();
+        let neighbours = rosters
+            .clone()
+            .map(|rosters| offload::Mesh { site, rosters });
+        if let Some(neighbours) = neighbours.clone() {
+            services.extend(offload::services(
+                &config.offload,
+                &ends.engines,
+                &pressure,
+                neighbours,
+                &counters,
+                &stop,
+            ));
+        }
         let engines = ends.engines.clone();
         let mesh = credentials.zip(rosters.clone()).zip(swarm).and_then(
             |((credentials, rosters), swarm)| {
@@ -283,11 +291,9 @@ impl Agent {
                     .ok()
             },
         );
-        let stop = CancellationToken::new();
-        let handoff = rosters
-            .clone()
+        let handoff = neighbours
             .filter(|_| mesh.is_some() && config.offload.asks())
-            .map(|rosters| offload::start(&config.offload, site, rosters, &counters, &stop));
+            .map(|neighbours| offload::start(&config.offload, neighbours, &counters, &stop));
         let lanes = config
             .source
             .iter()

@@ -111,6 +111,10 @@ pub struct OffloadNumbers {
     pub served: Counter,
     /// Frames of neighbours that were not.
     pub turned_away: Counter,
+    /// Parts of a model that were run for a neighbour.
+    pub parts: Counter,
+    /// Times that a neighbour with a part of a model failed a frame.
+    pub replaced: Counter,
 }
 
 impl Numbers {

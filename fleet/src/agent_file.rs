@@ -54,6 +54,9 @@ pub struct OffloadPart {
     pub spill: bool,
     /// The largest share of its frames that it asks about.
     pub share: f32,
+    /// The margin below which it asks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub below: Option<f32>,
     /// Its own answer counts after this.
     pub deadline_ms: u32,
     /// Answer with the model that it runs?
@@ -61,6 +64,13 @@ pub struct OffloadPart {
     /// Answer with this bundle.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serve: Option<PathBuf>,
+    /// Run that one in parts?
+    pub split: bool,
+    /// Run parts of this bundle's model for others.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lend: Option<PathBuf>,
+    /// MiB of weights that a part may have here.
+    pub room_mib: u32,
     /// The largest share of its time for others.
     pub time_share: f32,
 }
@@ -72,9 +82,13 @@ impl Default for OffloadPart {
             escalate: false,
             spill: false,
             share: 0.3,
+            below: None,
             deadline_ms: 500,
             answer: false,
             serve: None,
+            split: false,
+            lend: None,
+            room_mib: 64,
             time_share: 0.25,
         }
     }

@@ -119,6 +119,11 @@ impl Process {
         self
     }
 
+    /// From its next start on it runs on this processor only.
+    pub const fn set_cpu(&mut self, cpu: Option<usize>) {
+        self.cpu = cpu;
+    }
+
     /// Describes a child that is any other program, run under a guard that ends with us.
     #[must_use]
     pub fn other(

@@ -30,6 +30,7 @@ mod sample;
 pub mod sampling;
 pub mod settings;
 mod sighting;
+pub mod split;
 pub mod swarm;
 #[cfg(test)]
 mod testing;

@@ -2,6 +2,7 @@
 //! size is known and checked before the engine may compute it.
 
 use tract_onnx::{
+    pb::ModelProto,
     prelude::*,
     tract_core::ops::Cost,
     tract_hir::{
@@ -9,6 +10,8 @@ use tract_onnx::{
         internal::TVec,
     },
 };
+
+use crate::engine::guarded;
 
 /// Elements of one value: 256 MiB of f32, a hundred times the largest layer of a model for small devices.
 const MAX_ELEMENTS: u64 = 1 << 26;
@@ -32,8 +35,44 @@ fn too_large(name: &str, elements: u64, most: u64) -> String {
     format!("{name:?} would have {elements} elements, {most} are allowed")
 }
 
+/// What is read as a graph whose every shape is known and within bounds.
+pub(crate) fn model(proto: ModelProto) -> Result<TypedModel, String> {
+    guarded(move || {
+        let parsed = tract_onnx::onnx()
+            .model_for_proto_model(&proto)
+            .map_err(|e| format!("{e:#}"))?;
+        drop(proto);
+        typed(parsed)
+    })
+}
+
+/// What a piece of a model takes and gives.
+pub(crate) struct Looked {
+    /// Multiply-adds of one run.
+    pub(crate) operations: u64,
+    /// The dimensions of its one output of 32-bit floats; nothing for any other.
+    pub(crate) shape: Option<Vec<usize>>,
+}
+
+/// Looks at a piece without making it ready to run.
+pub(crate) fn piece(proto: ModelProto) -> Result<Looked, String> {
+    let model = model(proto)?;
+    let operations = check(&model)?;
+    let outputs = model.output_outlets().map_err(|e| format!("{e:#}"))?;
+    let shape = match outputs {
+        &[only] => {
+            let fact = model.outlet_fact(only).map_err(|e| format!("{e:#}"))?;
+            let size = |dim: &TDim| usize::try_from(dim.to_i64().ok()?).ok();
+            let sizes = fact.shape.iter().map(size).collect::<Option<Vec<_>>>();
+            sizes.filter(|_| fact.datum_type == f32::datum_type())
+        }
+        _ => None,
+    };
+    Ok(Looked { operations, shape })
+}
+
 /// The typed form of a model in which every shape is known and within bounds.
-pub(crate) fn typed(mut model: InferenceModel) -> Result<TypedModel, String> {
+fn typed(mut model: InferenceModel) -> Result<TypedModel, String> {
     let order = model.eval_order().map_err(|e| format!("{e:#}"))?;
     let mut total = 0u64;
     for id in order {
@@ -112,8 +151,8 @@ pub(crate) fn typed(mut model: InferenceModel) -> Result<TypedModel, String> {
     Ok(model)
 }
 
-/// Every value's size again, now that all are known, and the work of one run.
-fn check(model: &TypedModel) -> Result<(), String> {
+/// Every value's size again, now that all are known; the operations of one run.
+fn check(model: &TypedModel) -> Result<u64, String> {
     let (mut total, mut operations) = (0u64, 0u64);
     for node in model.nodes() {
         for output in &node.outputs {
@@ -153,5 +192,5 @@ fn check(model: &TypedModel) -> Result<(), String> {
             "one run takes {operations} operations, {MAX_OPERATIONS} are allowed"
         ));
     }
-    Ok(())
+    Ok(operations)
 }

@@ -1,9 +1,6 @@
 //! Runs a model: loads it once, then turns pictures into outcomes from any thread.
 
-use std::{
-    panic::{AssertUnwindSafe, catch_unwind},
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use tract_onnx::prelude::*;
 
@@ -13,9 +10,10 @@ use crate::{
     image::{ImageError, Picture},
     manifest::{Manifest, Task},
     memory::of_this_process,
+    net::Net,
     onnx::{self, OnnxError},
-    outcome::{self, Outcome, OutcomeError},
-    tensor::{Input, Preprocess, Scratch},
+    outcome::{Outcome, OutcomeError, outcome_of},
+    tensor::{Input, Preparer},
 };
 
 /// Why a model cannot be loaded or a picture not judged.
@@ -76,18 +74,12 @@ pub enum EngineError {
     },
 }
 
-type Plan = TypedRunnableModel;
-type State = TypedSimpleState;
-
 /// A loaded model. Share it by reference or `Arc`; every run takes buffers of its own.
 pub struct Engine {
     id: String,
     manifest: Manifest,
-    preprocess: Preprocess,
-    plan: Arc<Plan>,
-    /// Idle run states. As many as ever ran at the same time.
-    states: Mutex<Vec<State>>,
-    scratch: Mutex<Vec<Scratch>>,
+    preparer: Preparer,
+    net: Net,
     memory_kib: Option<u64>,
 }
 
@@ -111,17 +103,6 @@ pub(crate) fn guarded<T>(work: impl FnOnce() -> Result<T, String>) -> Result<T, 
             words.unwrap_or("no reason given")
         ))
     })
-}
-
-/// Takes an idle one, or nothing.
-fn take<T>(pool: &Mutex<Vec<T>>) -> Option<T> {
-    pool.lock().unwrap_or_else(PoisonError::into_inner).pop()
-}
-
-fn give_back<T>(pool: &Mutex<Vec<T>>, item: T) {
-    pool.lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .push(item);
 }
 
 impl Engine {
@@ -149,44 +130,27 @@ impl Engine {
                 task: manifest.task.as_str(),
             });
         }
-        let plan = {
-            let proto = onnx::read(&model, &manifest).map_err(|source| EngineError::Onnx {
-                id: id.clone(),
-                source,
-            })?;
-            drop(model);
-            let fail = |detail| EngineError::Tract {
-                id: id.clone(),
-                action: "load the model",
-                detail,
-            };
-            let typed = guarded(move || {
-                let parsed = tract_onnx::onnx()
-                    .model_for_proto_model(&proto)
-                    .map_err(|e| format!("{e:#}"))?;
-                drop(proto);
-                analyse::typed(parsed)
-            })
-            .map_err(fail)?;
-            check_outputs(&typed, &manifest)?;
-            guarded(|| {
-                typed
-                    .into_optimized()
-                    .and_then(IntoRunnable::into_runnable)
-                    .map_err(|e| format!("{e:#}"))
-            })
-            .map_err(fail)?
+        let proto = onnx::read(&model, &manifest).map_err(|source| EngineError::Onnx {
+            id: id.clone(),
+            source,
+        })?;
+        drop(model);
+        let fail = |detail| EngineError::Tract {
+            id: id.clone(),
+            action: "load the model",
+            detail,
         };
+        let typed = analyse::model(proto).map_err(fail)?;
+        check_outputs(&typed, &manifest)?;
+        let net = Net::new(typed).map_err(fail)?;
         let mut engine = Self {
-            preprocess: Preprocess::new(&manifest.input),
+            preparer: Preparer::new(&manifest.input),
             id,
             manifest,
-            plan,
-            states: Mutex::new(Vec::new()),
-            scratch: Mutex::new(Vec::new()),
+            net,
             memory_kib: None,
         };
-        let (width, height) = engine.preprocess.size();
+        let (width, height) = engine.preparer.size();
         let black = vec![0; width as usize * height as usize * 3];
         let input = engine.tensor(&Picture::from_rgb(width, height, black)?)?;
         engine.bare_run(&input)?;
@@ -220,10 +184,9 @@ impl Engine {
     /// # Errors
     /// When the picture cannot be resized.
     pub fn tensor(&self, picture: &Picture) -> Result<Input, EngineError> {
-        let mut scratch = take(&self.scratch).unwrap_or_else(|| self.preprocess.scratch());
-        let input = self.preprocess.run(picture, &mut scratch);
-        give_back(&self.scratch, scratch);
-        input.map_err(|detail| self.fail("prepare the picture", detail))
+        self.preparer
+            .tensor(picture)
+            .map_err(|detail| self.fail("prepare the picture", detail))
     }
 
     /// The model's input straight from an image file's bytes: like [`Picture::decode`] and
@@ -232,7 +195,7 @@ impl Engine {
     /// # Errors
     /// When the bytes are no picture.
     pub fn tensor_from_bytes(&self, bytes: &[u8]) -> Result<Input, EngineError> {
-        self.tensor(&Picture::decode_wanted(bytes, self.preprocess.wanted())?)
+        self.tensor(&Picture::decode_wanted(bytes, self.preparer.wanted())?)
     }
 
     /// The model's input from values that somebody else prepared: in the layout of the manifest, normalised.
@@ -259,25 +222,8 @@ impl Engine {
     /// When the model fails, or says something that is not a number.
     pub fn run(&self, input: &Input) -> Result<Outcome, EngineError> {
         let outputs = self.bare_run(input)?;
-        let mut outputs = outputs.iter().map(|output| {
-            let view = output
-                .try_as_plain_ram()
-                .map_err(|e| self.fail("read the output", e))?;
-            let values = view
-                .as_slice::<f32>()
-                .map_err(|e| self.fail("read the output", e))?;
-            Ok::<_, EngineError>(values.to_vec())
-        });
-        let mut next = |wanted: bool| {
-            if wanted {
-                outputs.next().unwrap_or(Ok(Vec::new()))
-            } else {
-                Ok(Vec::new())
-            }
-        };
-        let scores = next(self.manifest.output.scores.is_some())?;
-        let embedding = next(self.manifest.output.embedding.is_some())?;
-        outcome::outcome(&self.manifest, scores, embedding).map_err(|source| EngineError::Outcome {
+        let floats = floats(&outputs).map_err(|e| self.fail("read the output", e))?;
+        outcome_of(&self.manifest, floats).map_err(|source| EngineError::Outcome {
             id: self.id.clone(),
             source,
         })
@@ -297,19 +243,9 @@ impl Engine {
     /// # Errors
     /// When the model fails.
     pub fn bare_run(&self, input: &Input) -> Result<TVec<TValue>, EngineError> {
-        guarded(|| {
-            let mut state = match take(&self.states) {
-                Some(state) => state,
-                None => self.plan.spawn().map_err(|e| format!("{e:#}"))?,
-            };
-            // A state that failed is dropped: it may hold anything.
-            let outputs = state
-                .run(tvec![input.0.clone()])
-                .map_err(|e| format!("{e:#}"))?;
-            give_back(&self.states, state);
-            Ok(outputs)
-        })
-        .map_err(|detail| self.fail("run the model", detail))
+        self.net
+            .run(input)
+            .map_err(|detail| self.fail("run the model", detail))
     }
 
     fn fail(&self, action: &'static str, detail: impl ToString) -> EngineError {
@@ -319,6 +255,16 @@ impl Engine {
             detail: detail.to_string(),
         }
     }
+}
+
+/// The values of each output.
+pub(crate) fn floats(outputs: &[TValue]) -> Result<Vec<Vec<f32>>, String> {
+    let values = |output: &TValue| {
+        let view = output.try_as_plain_ram().map_err(|e| format!("{e:#}"))?;
+        let values = view.as_slice::<f32>().map_err(|e| format!("{e:#}"))?;
+        Ok(values.to_vec())
+    };
+    outputs.iter().map(values).collect()
 }
 
 /// Scores must be one per label, the embedding as long as the manifest says, both of f32.

@@ -26,8 +26,10 @@ mod image;
 mod jpeg;
 mod manifest;
 mod memory;
+mod net;
 mod onnx;
 mod outcome;
+mod parts;
 mod read;
 mod reference;
 mod release;
@@ -50,12 +52,13 @@ pub use manifest::{
 };
 pub use mesh_core::Digest;
 pub use onnx::OnnxError;
-pub use outcome::{EMBEDDING, Outcome, OutcomeError, UNKNOWN};
+pub use outcome::{EMBEDDING, Outcome, OutcomeError, UNKNOWN, outcome_of};
+pub use parts::{Cut, MAX_CUT_ELEMENTS, Part, Span, Step, Steps};
 pub use reference::{Reference, SCORE_BINS, score_bin};
 pub use release::{MAX_RELEASE_BYTES, Parent, ReleaseDocument, ReleaseError, ReleaseFile};
 pub use selftest::{GoldenResult, SelfTest, self_test};
 pub use sketch::{Port, Sketch};
-pub use tensor::Input;
+pub use tensor::{Input, Preparer};
 pub use trial::{
     Fault, TRY_MODEL, Trial, ask_process, bound_memory, bound_time, this_program, try_bundle,
     try_here,

@@ -71,8 +71,20 @@ fn activate(scores: &mut [f32], activation: Activation) {
     }
 }
 
+/// The outcome of a model's raw outputs in the manifest's order: scores, embedding, or the one that there is.
+///
+/// # Errors
+/// When one of them is not a finite number.
+pub fn outcome_of(manifest: &Manifest, outputs: Vec<Vec<f32>>) -> Result<Outcome, OutcomeError> {
+    let mut outputs = outputs.into_iter();
+    let mut next = |wanted: bool| if wanted { outputs.next() } else { None }.unwrap_or_default();
+    let scores = next(manifest.output.scores.is_some());
+    let embedding = next(manifest.output.embedding.is_some());
+    outcome(manifest, scores, embedding)
+}
+
 /// The outcome of raw `scores` (one per label; empty for embed) and an `embedding` (may be empty).
-pub(crate) fn outcome(
+fn outcome(
     manifest: &Manifest,
     mut scores: Vec<f32>,
     embedding: Vec<f32>,

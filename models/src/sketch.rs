@@ -76,11 +76,7 @@ impl Sketch {
         onnx::fit(&mut self.proto, input, names)?;
         let proto = self.proto;
         guarded(move || {
-            let parsed = tract_onnx::onnx()
-                .model_for_proto_model(&proto)
-                .map_err(|e| format!("{e:#}"))?;
-            drop(proto);
-            let typed = analyse::typed(parsed)?;
+            let typed = analyse::model(proto)?;
             let sizes = |at: usize| {
                 let fact = typed.output_fact(at).map_err(|e| format!("{e:#}"))?;
                 let size = |dim: &TDim| {

@@ -10,6 +10,7 @@ use crate::{
     image::Picture,
     jpeg::Wanted,
     manifest::{Color, Filter, InputSpec, Layout, Resize},
+    net::Pool,
 };
 
 /// A prepared input: f32 in the manifest's shape. Cheap to clone.
@@ -51,6 +52,62 @@ pub(crate) struct Preprocess {
     tables: Vec<[f32; 256]>,
     /// Where each channel of the picture goes in the tensor.
     order: Vec<usize>,
+}
+
+/// The steps from a picture to a model's input, for whoever does not run the whole model. Share it by reference or `Arc`.
+pub struct Preparer {
+    preprocess: Preprocess,
+    scratch: Pool<Scratch>,
+}
+
+impl Preparer {
+    /// For an input that a manifest describes.
+    #[must_use]
+    pub fn new(spec: &InputSpec) -> Self {
+        Self {
+            preprocess: Preprocess::new(spec),
+            scratch: Pool::default(),
+        }
+    }
+
+    /// Pixels across and down.
+    pub(crate) fn size(&self) -> (u32, u32) {
+        self.preprocess.size()
+    }
+
+    /// What a decoder may shrink a picture for.
+    pub(crate) fn wanted(&self) -> Option<Wanted> {
+        self.preprocess.wanted()
+    }
+
+    /// The model's input from a picture.
+    ///
+    /// # Errors
+    /// In words, when the picture cannot be resized.
+    pub fn tensor(&self, picture: &Picture) -> Result<Input, String> {
+        let mut scratch = self
+            .scratch
+            .take()
+            .unwrap_or_else(|| self.preprocess.scratch());
+        let input = self.preprocess.run(picture, &mut scratch);
+        self.scratch.give_back(scratch);
+        input
+    }
+
+    /// The model's input from an image file's bytes, see [`crate::Engine::tensor_from_bytes`].
+    ///
+    /// # Errors
+    /// In words, when the bytes are no picture.
+    pub fn tensor_from_bytes(&self, bytes: &[u8]) -> Result<Input, String> {
+        let picture = Picture::decode_wanted(bytes, self.wanted()).map_err(|e| e.to_string())?;
+        self.tensor(&picture)
+    }
+}
+
+impl std::fmt::Debug for Preparer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Preparer").finish_non_exhaustive()
+    }
 }
 
 /// Rec. 601 luma in 16-bit fixed point, rounded.

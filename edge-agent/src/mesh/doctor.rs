@@ -75,6 +75,12 @@ pub struct OffloadStatus {
     pub served: u64,
     /// Frames of neighbours that it has not.
     pub turned_away: u64,
+    /// Parts of a model that it has run for a neighbour.
+    #[serde(default)]
+    pub parts: u64,
+    /// Times that a neighbour with a part of a model failed a frame.
+    #[serde(default)]
+    pub replaced: u64,
 }
 
 impl OffloadStatus {
@@ -87,6 +93,8 @@ impl OffloadStatus {
             late: numbers.late.get(),
             served: numbers.served.get(),
             turned_away: numbers.turned_away.get(),
+            parts: numbers.parts.get(),
+            replaced: numbers.replaced.get(),
         }
     }
 }
@@ -406,6 +414,13 @@ pub(super) fn shown(status: &Status) -> String {
             text,
             "frames of neighbours: {} looked at, {} turned away",
             offload.served, offload.turned_away
+        );
+    }
+    if offload.parts + offload.replaced > 0 {
+        let _ = writeln!(
+            text,
+            "parts of models: {} run for neighbours, {} frames on which a neighbour with a part failed",
+            offload.parts, offload.replaced
         );
     }
     for n in &status.neighbours {

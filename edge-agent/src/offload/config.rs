@@ -28,6 +28,12 @@ pub struct OffloadConfig {
     pub answer: bool,
     /// Answer them, too, with the model of this bundle.
     pub serve: Option<PathBuf>,
+    /// Run the model of `serve` in parts, the first here and the others on neighbours that lend.
+    pub split: bool,
+    /// Run parts of the model of this bundle for neighbours.
+    pub lend: Option<PathBuf>,
+    /// MiB of weights that a part may have here, 1 to 4096.
+    pub room_mib: u32,
     /// The largest share of this device's time for frames of others, above 0, at most 0.9.
     pub time_share: f32,
 }
@@ -45,6 +51,9 @@ impl Default for OffloadConfig {
             hot_c: 78,
             answer: false,
             serve: None,
+            split: false,
+            lend: None,
+            room_mib: 64,
             time_share: 0.25,
         }
     }
@@ -60,7 +69,12 @@ impl OffloadConfig {
     /// Does it answer?
     #[must_use]
     pub const fn answers(&self) -> bool {
-        self.answer || self.serve.is_some()
+        self.answer || self.serve.is_some() || self.lend.is_some()
+    }
+
+    /// Bytes of weights that a part may have here.
+    pub(super) fn room(&self) -> u64 {
+        u64::from(self.room_mib) << 20
     }
 
     pub(super) const fn asking(&self) -> Asking {
@@ -112,6 +126,17 @@ impl OffloadConfig {
         must(mesh || !self.answer, "answer", needs_mesh);
         must(mesh || self.serve.is_none(), "serve", needs_mesh);
         must(
+            !self.split || self.serve.is_some(),
+            "split",
+            "needs serve: the bundle whose model runs in parts",
+        );
+        must(mesh || self.lend.is_none(), "lend", needs_mesh);
+        must(
+            (1..=4_096).contains(&self.room_mib),
+            "room_mib",
+            "must be 1 to 4096 MiB",
+        );
+        must(
             self.time_share > 0.0 && self.time_share <= 0.9,
             "time_share",
             "must be above 0 and at most 0.9: the device has frames of its own",
@@ -130,15 +155,24 @@ mod tests {
         assert_eq!(defaults.mistakes(false, true), []);
         assert!(!defaults.asks() && !defaults.answers());
         let text = "escalate = true\nspill = true\nshare = 0.0\nbelow = 2.0\ndeadline_ms = 1\nhot_c = 5\n\
-            answer = true\nserve = 'x'\ntime_share = nan";
+            answer = true\nserve = 'x'\nlend = 'x'\nroom_mib = 0\ntime_share = nan";
         let config: OffloadConfig = toml::from_str(text).unwrap();
         let fields = |mesh, reject| -> Vec<_> {
             let all = config.mistakes(mesh, reject);
             all.into_iter().map(|(field, _)| field).collect()
         };
-        let values = ["share", "below", "deadline_ms", "hot_c", "time_share"];
+        let values = [
+            "share",
+            "below",
+            "deadline_ms",
+            "hot_c",
+            "room_mib",
+            "time_share",
+        ];
         assert_eq!(fields(true, false), values);
         assert_eq!(fields(true, true)[0], "spill");
-        assert_eq!(fields(false, false).len(), values.len() + 4);
+        assert_eq!(fields(false, false).len(), values.len() + 5);
+        let alone: OffloadConfig = toml::from_str("split = true").unwrap();
+        assert_eq!(alone.mistakes(true, false)[0].0, "split");
     }
 }

@@ -61,8 +61,12 @@ pub(crate) struct Returned {
 pub(crate) trait Roads: Clone + Send + Sync + 'static {
     /// A way there and back.
     type Stream: AsyncRead + AsyncWrite + Unpin + Send;
-    /// A new stream of [`INFER`].
-    fn open(&self, peer: Peer) -> impl Future<Output = Result<Self::Stream, String>> + Send;
+    /// A new stream of a protocol.
+    fn open(
+        &self,
+        peer: Peer,
+        protocol: &'static str,
+    ) -> impl Future<Output = Result<Self::Stream, String>> + Send;
     /// The neighbour's name.
     fn name(&self, peer: &Peer) -> Option<Name>;
 }
@@ -77,8 +81,8 @@ pub(crate) struct Mesh {
 impl Roads for Mesh {
     type Stream = libp2p::Stream;
 
-    async fn open(&self, peer: Peer) -> Result<Self::Stream, String> {
-        let opened = self.site.open(peer, INFER).await;
+    async fn open(&self, peer: Peer, protocol: &'static str) -> Result<Self::Stream, String> {
+        let opened = self.site.open(peer, protocol).await;
         opened.map_err(|error| error.to_string())
     }
 
@@ -147,7 +151,7 @@ async fn carry(roads: &impl Roads, errand: Errand) -> Returned {
         let encoded = tokio::task::spawn_blocking(move || encode(&shown));
         let image = encoded.await.map_err(|error| error.to_string())?;
         let image = image.map_err(|error| error.to_string())?;
-        let stream = roads.open(peer).await?;
+        let stream = roads.open(peer, INFER).await?;
         let left = until.saturating_duration_since(Instant::now());
         let question = Question::Run {
             model,
@@ -245,7 +249,7 @@ async fn know(
 
 async fn offers(roads: &impl Roads, peer: Peer) -> Vec<Offer> {
     let asked = async {
-        let stream = roads.open(peer).await?;
+        let stream = roads.open(peer, INFER).await?;
         let reply = wire::ask(stream, &Question::Offers, &[]).await;
         reply.map_err(|error| error.to_string())
     };

@@ -135,7 +135,7 @@ impl Handoff {
             .as_ref()
             .is_some_and(|(known, _)| Arc::ptr_eq(known, engine));
         if !is_same {
-            self.own = Some((Arc::clone(engine), offer_of(engine)));
+            self.own = Some((Arc::clone(engine), offer_of(engine.manifest())));
         }
         self.own.as_ref().and_then(|(_, offer)| offer.clone())
     }

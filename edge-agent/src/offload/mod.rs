@@ -16,9 +16,11 @@ mod handoff;
 mod held;
 mod picture;
 mod serve;
+mod split;
 #[cfg(test)]
 mod tests;
 mod wire;
+mod work;
 
 use std::sync::{
     Arc,
@@ -26,7 +28,7 @@ use std::sync::{
 };
 
 use mesh_core::{Digest, offload::Offer};
-use models::{Engine, Task};
+use models::{Manifest, Task};
 
 pub use config::OffloadConfig;
 pub(crate) use handoff::Handoff;
@@ -34,10 +36,13 @@ pub(crate) use held::{Away, Held};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use self::courier::Mesh;
 use self::{
-    courier::{Courier, Mesh},
+    courier::Courier,
     serve::{Models, Server},
+    split::{Leader, Lender, PART},
     wire::INFER,
+    work::Worker,
 };
 use crate::{
     counters::Counters,
@@ -103,48 +108,80 @@ impl Thermometer {
 /// The most streams of one neighbour, and of all: each may hold a picture.
 const ASKING: (usize, usize) = (2, 8);
 
-/// What neighbours may ask of this device.
+/// The most streams of one neighbour for parts, and of all: each may hold the values of a layer.
+const LENDING: (usize, usize) = (8, 16);
+
+/// What neighbours may ask of this device; what plans for it ends with `stop`.
 pub(crate) fn services(
     config: &OffloadConfig,
     engines: &watch::Receiver<Engines>,
     pressure: &Pressure,
+    mesh: Mesh,
     counters: &Counters,
+    stop: &CancellationToken,
 ) -> Vec<Service> {
     if !config.answers() {
         return Vec::new();
     }
+    let started = Worker::start(config, pressure.clone(), counters.clone())
+        .and_then(|worker| start_services(config, engines, mesh, &worker, stop));
+    started.unwrap_or_else(|why| {
+        tracing::error!("frames of neighbours are not looked at: {why}");
+        Vec::new()
+    })
+}
+
+fn start_services(
+    config: &OffloadConfig,
+    engines: &watch::Receiver<Engines>,
+    mesh: Mesh,
+    worker: &Arc<Worker>,
+    stop: &CancellationToken,
+) -> Result<Vec<Service>, String> {
+    let kept = config.serve.clone();
+    let (kept, split) = if config.split {
+        (None, kept)
+    } else {
+        (kept, None)
+    };
+    let split = split.map(|folder| {
+        let present = mesh.site.subscribe();
+        let (leader, planner) = Leader::new(folder, config.room(), mesh.clone());
+        tokio::spawn(planner.run(present, stop.clone()));
+        leader
+    });
     let models = Models {
         own: config.answer.then(|| engines.clone()),
-        kept: config.serve.clone(),
+        kept,
+        split,
     };
-    match Server::start(config, models, pressure.clone(), counters.clone()) {
-        Ok(server) => {
-            let server = Arc::new(server);
-            let (each, all) = ASKING;
-            vec![Service::new(INFER, each, all, move |_, stream| {
-                let server = Arc::clone(&server);
-                async move { server.serve(stream).await }
-            })]
-        }
-        Err(why) => {
-            tracing::error!("frames of neighbours are not looked at: {why}");
-            Vec::new()
-        }
+    let server = Arc::new(Server::start(Arc::clone(worker), models)?);
+    let (each, all) = ASKING;
+    let mut services = vec![Service::new(INFER, each, all, move |_, stream| {
+        let server = Arc::clone(&server);
+        async move { server.serve(stream).await }
+    })];
+    if let Some(folder) = &config.lend {
+        let lender = Lender::start(Arc::clone(worker), folder.clone(), config.room())?;
+        let (each, all) = LENDING;
+        services.push(Service::new(PART, each, all, move |_, stream| {
+            Arc::clone(&lender).serve(stream)
+        }));
     }
+    Ok(services)
 }
 
 /// The way to neighbours that look at frames; what carries them ends with `stop`.
 pub(crate) fn start(
     config: &OffloadConfig,
-    site: mesh::Site,
-    rosters: mesh::Rosters,
+    mesh: Mesh,
     counters: &Counters,
     stop: &CancellationToken,
 ) -> Handoff {
     let (handoff, ends) = Handoff::new(config, counters.clone());
     let courier = Courier {
-        present: site.subscribe(),
-        roads: Mesh { site, rosters },
+        present: mesh.site.subscribe(),
+        roads: mesh,
         errands: ends.errands,
         returned: ends.returned,
         known: ends.known,
@@ -154,8 +191,7 @@ pub(crate) fn start(
 }
 
 /// What a model is to others; nothing where it does not name anything.
-fn offer_of(engine: &Engine) -> Option<Offer> {
-    let manifest = engine.manifest();
+fn offer_of(manifest: &Manifest) -> Option<Offer> {
     let mut labels: Vec<&str> = manifest.output.labels.iter().map(String::as_str).collect();
     if manifest.task != Task::Classify || labels.is_empty() {
         return None;
@@ -165,7 +201,7 @@ fn offer_of(engine: &Engine) -> Option<Offer> {
     let kind = serde_json::to_vec(&(manifest.task.as_str(), labels)).ok()?;
     let digest: Digest = manifest.model.sha256.parse().ok()?;
     Some(Offer {
-        model: engine.id().to_owned(),
+        model: manifest.id(),
         digest,
         kind: models::digest_of(&kind),
         bytes: manifest.model.bytes,

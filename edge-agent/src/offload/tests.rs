@@ -64,7 +64,7 @@ fn drawn(number: usize) -> Vec<u8> {
 /// What is at the other end of each stream.
 #[derive(Clone)]
 enum Other {
-    Server(Arc<Server>),
+    Server(Arc<Server<Alone>>),
     /// Offers a good model, and then does not keep to anything.
     Hostile(Hostile, Offer),
 }
@@ -134,6 +134,22 @@ impl Hostile {
     }
 }
 
+/// Whoever answers has nobody to ask.
+#[derive(Clone)]
+struct Alone;
+
+impl Roads for Alone {
+    type Stream = Compat<DuplexStream>;
+
+    async fn open(&self, _: Peer, _: &'static str) -> Result<Self::Stream, String> {
+        Err("nobody".into())
+    }
+
+    fn name(&self, _: &Peer) -> Option<Name> {
+        None
+    }
+}
+
 /// A room with one other device in it.
 #[derive(Clone)]
 struct Room(Other);
@@ -141,7 +157,7 @@ struct Room(Other);
 impl Roads for Room {
     type Stream = Compat<DuplexStream>;
 
-    async fn open(&self, _: Peer) -> Result<Self::Stream, String> {
+    async fn open(&self, _: Peer, _: &'static str) -> Result<Self::Stream, String> {
         let (ours, theirs) = duplex(16 * 1024);
         match self.0.clone() {
             Other::Server(server) => {
@@ -159,7 +175,7 @@ impl Roads for Room {
     }
 }
 
-fn server(config: &str, own: Option<&Arc<Engine>>) -> (Arc<Server>, Pressure, Counters) {
+fn server(config: &str, own: Option<&Arc<Engine>>) -> (Arc<Server<Alone>>, Pressure, Counters) {
     let config: OffloadConfig = toml::from_str(config).unwrap();
     let (pressure, counters) = (Pressure::default(), Counters::default());
     let engines = own.map(|engine| {
@@ -172,8 +188,10 @@ fn server(config: &str, own: Option<&Arc<Engine>>) -> (Arc<Server>, Pressure, Co
     let models = Models {
         own: engines,
         kept: config.serve.clone(),
+        split: None,
     };
-    let server = Server::start(&config, models, pressure.clone(), counters.clone()).unwrap();
+    let worker = Worker::start(&config, pressure.clone(), counters.clone()).unwrap();
+    let server = Server::start(worker, models).unwrap();
     (Arc::new(server), pressure, counters)
 }
 
@@ -340,7 +358,7 @@ async fn whatever_a_neighbour_does_each_frame_has_an_answer_in_order() {
     let offer = Offer {
         bytes: u64::MAX,
         digest: Digest([3; 32]),
-        ..offer_of(&small).unwrap()
+        ..offer_of(small.manifest()).unwrap()
     };
     let hostile = [
         NeverAnswers,

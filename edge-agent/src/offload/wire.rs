@@ -63,7 +63,7 @@ pub(crate) enum WireError {
     Json(#[from] serde_json::Error),
 }
 
-async fn read<T: DeserializeOwned>(
+pub(super) async fn read<T: DeserializeOwned>(
     from: &mut (impl AsyncRead + Unpin),
     most: usize,
 ) -> Result<T, WireError> {
@@ -78,7 +78,7 @@ async fn read<T: DeserializeOwned>(
     Ok(serde_json::from_slice(&json)?)
 }
 
-async fn write(
+pub(super) async fn write(
     to: &mut (impl AsyncWrite + Unpin),
     what: &impl Serialize,
     picture: &[u8],

@@ -1,6 +1,7 @@
 //! Benchmarks: each figure beside its peer's, measured in turns in one run.
 
 mod cascade;
+mod chain;
 mod deliver;
 mod device;
 mod figures;
@@ -13,6 +14,7 @@ mod peer;
 mod relay;
 mod rollout;
 mod simulated;
+mod split;
 mod swarm;
 mod tls;
 mod update_kill;
@@ -28,7 +30,7 @@ pub(crate) use deliver::{DELTA_APPLY, delta_apply};
 pub(crate) use outbox::{OUTBOX_LOAD, outbox_load};
 
 /// Each benchmark and what it is about.
-const ALL: [(&str, &str); 13] = [
+const ALL: [(&str, &str); 14] = [
     (
         "outbox",
         "durable commits, space and start of the outbox, against SQLite in WAL mode",
@@ -78,6 +80,10 @@ const ALL: [(&str, &str); 13] = [
         "cascade",
         "a small board that asks a stronger neighbour about what it is unsure of: accuracy, deadlines (--images DIR)",
     ),
+    (
+        "split",
+        "a model in parts on two boards, against one, and after one has died: the same answers, frames per second",
+    ),
 ];
 
 /// Runs the benchmark that was asked for. Says whether every goal was reached.
@@ -107,6 +113,7 @@ pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<bool> {
         "swarm" => swarm::run(args, &mut results).await?,
         "update-kill" => update_kill::run(args, &mut results).await?,
         "cascade" => cascade::run(args, &mut results).await?,
+        "split" => split::run(args, &mut results).await?,
         other => bail!("no benchmark {other:?}; `fleet bench --list` names them"),
     }
     println!("\n{results}");

@@ -13,24 +13,24 @@ use tokio::{
 };
 use tokio_util::compat::TokioAsyncReadCompatExt;
 
-use super::{BOUND, BOX, Other, Room, big, bundle, drawn, engine, server};
+use super::{Alone, BOUND, BOX, Other, Room, big, bundle, drawn, engine, server};
 use crate::offload::{
     courier::Roads,
     serve::Server,
-    wire::{MAX_IMAGE, Question, Reply, ask},
+    wire::{INFER, MAX_IMAGE, Question, Reply, ask},
 };
 
 /// Asks a server over a pipe, as somebody who keeps to the protocol.
-async fn asked(server: &Arc<Server>, question: &Question, picture: &[u8]) -> Reply {
+async fn asked(server: &Arc<Server<Alone>>, question: &Question, picture: &[u8]) -> Reply {
     let room = Room(Other::Server(Arc::clone(server)));
-    let stream = room.open(BOX).await.unwrap();
+    let stream = room.open(BOX, INFER).await.unwrap();
     timeout(BOUND, ask(stream, question, picture))
         .await
         .unwrap()
         .unwrap()
 }
 
-async fn offers_of(server: &Arc<Server>) -> Vec<Offer> {
+async fn offers_of(server: &Arc<Server<Alone>>) -> Vec<Offer> {
     loop {
         match asked(server, &Question::Offers, &[]).await {
             Reply::Offers(offers) if !offers.is_empty() => return offers,
