@@ -223,10 +223,9 @@ async fn all_there(site: &mut Site, api: &Api) -> anyhow::Result<()> {
         let api = api.clone();
         let page: Value = spawn_blocking(move || api.get("/devices?limit=1000")).await??;
         let all = page["items"].as_array();
-        let there = all
-            .into_iter()
-            .flatten()
-            .filter(|device| device["online"] == true && device["update"]["phase"] == "settled");
+        let there = all.into_iter().flatten().filter(|device| {
+            device["status"] == "online" && device["update"]["phase"] == "settled"
+        });
         let there = there.count();
         if there == site.devices.len() {
             return Ok(());

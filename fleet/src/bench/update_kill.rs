@@ -160,7 +160,7 @@ async fn is_about_it(api: &Api) -> anyhow::Result<()> {
         tokio::time::sleep(LOOK).await;
         let devices = get(api, "/devices".into()).await?;
         let device = &devices["items"][0];
-        if device["online"] == true && device["update"]["phase"] != "settled" {
+        if device["status"] == "online" && device["update"]["phase"] != "settled" {
             break;
         }
     }
