@@ -107,15 +107,20 @@ pub(crate) async fn picture(
     if length > MAX_IMAGE {
         return Err(WireError::TooLarge(length));
     }
-    // Memory is taken as it comes, not as it is announced.
-    let mut picture = Vec::new();
-    from.take(u64::from(bytes))
-        .read_to_end(&mut picture)
-        .await?;
-    if picture.len() < length {
+    all(from, length).await
+}
+
+/// So many bytes. Memory is taken as they come, not as they are announced.
+pub(super) async fn all(
+    from: &mut (impl AsyncRead + Unpin),
+    length: usize,
+) -> Result<Vec<u8>, WireError> {
+    let mut bytes = Vec::new();
+    from.take(length as u64).read_to_end(&mut bytes).await?;
+    if bytes.len() < length {
         return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
     }
-    Ok(picture)
+    Ok(bytes)
 }
 
 /// Answers, and ends the stream.

@@ -570,7 +570,7 @@ fn step(step: &models::Step) -> Step {
     Step {
         operations: step.operations,
         weights: step.weights,
-        travels: travels.map_or(0, |elements| 4 * elements as u64),
+        travels: travels.map_or(0, |elements| (BYTES * elements) as u64),
     }
 }
 

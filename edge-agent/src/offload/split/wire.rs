@@ -13,7 +13,7 @@ use mesh_core::{Digest, offload::serve::Refusal};
 use models::{MAX_CUT_ELEMENTS, Span};
 use serde::{Deserialize, Serialize};
 
-use super::super::wire::{WireError, read, write};
+use super::super::wire::{WireError, all, read, write};
 
 /// The protocol.
 pub(crate) const PART: &str = "/lacewing/part/1";
@@ -78,13 +78,7 @@ pub(crate) async fn values(
     if count > MAX_CUT_ELEMENTS {
         return Err(WireError::TooLarge(count));
     }
-    // Memory is taken as it comes, not as it is announced.
-    let mut bytes = Vec::new();
-    let length = count * BYTES;
-    from.take(length as u64).read_to_end(&mut bytes).await?;
-    if bytes.len() < length {
-        return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
-    }
+    let bytes = all(from, count * BYTES).await?;
     let (whole, _) = bytes.as_chunks::<BYTES>();
     Ok(whole
         .iter()
