@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use mesh_core::way::{Attempt, Path, Way};
+use mesh_core::way::{Attempt, Path, Wait, Way};
 use tokio::{sync::watch, task::JoinHandle};
 
 use crate::{
@@ -21,7 +21,7 @@ const GOODBYE: Duration = Duration::from_millis(200);
 /// Something about the way to the broker has changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Turn {
-    /// What was sent is not answered any more, and a neighbour could carry it.
+    /// What was sent is not answered, or the attempt to connect leads to nothing; and a neighbour could carry it.
     Silent,
     /// The device is carried, and its own way answers again.
     Better,
@@ -79,17 +79,18 @@ impl Passage {
         self.carriers.as_ref().is_some_and(Carriers::are_there)
     }
 
-    /// Decides how to connect next. True if that is not to wait.
-    pub(crate) fn next(&mut self) -> bool {
+    /// Decides how to connect next, and when.
+    pub(crate) fn next(&mut self) -> Wait {
         self.attempt = self.way.next(self.can_carry());
-        self.attempt.at_once
+        self.attempt.wait
     }
 
     /// Starts to connect.
     ///
     /// # Errors
     /// As [`Connection::open`].
-    pub(crate) fn connect(&self) -> Result<Connection, ConnectError> {
+    pub(crate) fn connect(&mut self) -> Result<Connection, ConnectError> {
+        self.way.begun(self.clock.now_ms());
         let carriers = self.carriers.clone();
         let carriers = carriers.filter(|_| self.attempt.path == Path::Carried);
         Connection::open(&self.config, &self.tls, carriers)

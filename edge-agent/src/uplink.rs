@@ -10,6 +10,7 @@ use mesh_core::{
     State, Status, Topic, VERSION,
     delivery::{Delivery, Pace, Send},
     replay_bytes,
+    way::Wait,
 };
 use rumqttc::PublishOptions;
 use tokio::sync::{
@@ -383,10 +384,11 @@ impl Uplink {
     }
 
     fn next_try(&mut self) -> tokio::time::Instant {
-        if self.passage.next() {
-            return tokio::time::Instant::now();
-        }
-        let wait = self.backoff.next(dice::throw());
+        let wait = match self.passage.next() {
+            Wait::Not => return tokio::time::Instant::now(),
+            Wait::Short => dice::throw() % BACKOFF_MS,
+            Wait::Longer => self.backoff.next(dice::throw()),
+        };
         tracing::debug!(wait_ms = wait, "next try to connect");
         tokio::time::Instant::now() + Duration::from_millis(wait)
     }

@@ -15,6 +15,11 @@
 const SILENCE_MS: u64 = 1_500;
 /// A way that was thought dead and was only slow gets more patience each time, up to this.
 const MAX_SILENCE_MS: u64 = 60_000;
+/// An attempt to connect that has led to nothing for this long is given up, if somebody can carry: a way that swallows
+/// everything says no word. Twice as long each time that the own way was given up so, …
+const CONNECT_MS: u64 = 3_000;
+/// … up to this.
+const MAX_CONNECT_MS: u64 = 30_000;
 /// The device's own way is tried this long after it was left, …
 const TRY_MS: u64 = 3_000;
 /// … and then each time after twice as long, up to this.
@@ -33,19 +38,34 @@ pub enum Path {
     Carried,
 }
 
+/// How long to wait before an attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Not at all: it is the first since the other way was lost.
+    Not,
+    /// As before a first attempt: another neighbour is asked, and only so many are in a row.
+    Short,
+    /// Longer each time.
+    Longer,
+}
+
 /// The next attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Attempt {
     /// Which way.
     pub path: Path,
-    /// Without a wait: it is the first since the other way was lost.
-    pub at_once: bool,
+    /// And when.
+    pub wait: Wait,
 }
 
 /// The state of a device's way to its broker.
 #[derive(Clone, Debug)]
 pub struct Way {
     path: Path,
+    /// Since when the connection is being made.
+    begun_ms: Option<u64>,
+    /// How long that may take.
+    connect_ms: u64,
     /// Since when the connection stands.
     up_ms: Option<u64>,
     /// The own way has failed and has not answered since.
@@ -73,6 +93,8 @@ impl Way {
     pub const fn new() -> Self {
         Self {
             path: Path::Own,
+            begun_ms: None,
+            connect_ms: CONNECT_MS,
             up_ms: None,
             is_bad: false,
             is_at_once: false,
@@ -94,12 +116,25 @@ impl Way {
             self.carried_failures = 0;
             Path::Own
         };
-        let at_once = self.is_at_once;
+        let wait = if self.is_at_once {
+            Wait::Not
+        } else if matches!(self.path, Path::Carried) && self.carried_failures > 0 {
+            Wait::Short
+        } else {
+            Wait::Longer
+        };
         self.is_at_once = false;
         Attempt {
             path: self.path,
-            at_once,
+            wait,
         }
+    }
+
+    /// The attempt begins.
+    pub const fn begun(&mut self, now_ms: u64) {
+        self.up_ms = None;
+        self.asked_ms = None;
+        self.begun_ms = Some(now_ms);
     }
 
     /// The way of the connection that stands, or is being made.
@@ -110,6 +145,8 @@ impl Way {
 
     /// The connection stands.
     pub const fn up(&mut self, now_ms: u64) {
+        self.begun_ms = None;
+        self.connect_ms = CONNECT_MS;
         self.up_ms = Some(now_ms);
         self.asked_ms = None;
         self.carried_failures = 0;
@@ -120,6 +157,7 @@ impl Way {
 
     /// It is over, or could not be made.
     pub fn lost(&mut self, can_carry: bool, now_ms: u64) {
+        self.begun_ms = None;
         let stood_ms = self.up_ms.take().map(|since| now_ms.saturating_sub(since));
         self.asked_ms = None;
         match self.path {
@@ -149,9 +187,13 @@ impl Way {
         self.asked_ms = if is_waiting { Some(now_ms) } else { None };
     }
 
-    /// When the own way has been silent for too long: nothing while nothing is asked.
+    /// When the connection that is being made, or the own way that stands, has been silent for too long: nothing while
+    /// nothing is asked.
     #[must_use]
     pub fn silent_at_ms(&self) -> Option<u64> {
+        if let Some(begun_ms) = self.begun_ms {
+            return Some(begun_ms + self.connect_ms);
+        }
         self.up_ms?;
         let asked_ms = self.asked_ms.filter(|_| self.path == Path::Own)?;
         Some(asked_ms + self.silence_ms)
@@ -160,7 +202,12 @@ impl Way {
     /// Is it to be left, for somebody who can carry? To be followed by [`lost`](Self::lost).
     pub fn is_silent(&mut self, can_carry: bool, now_ms: u64) -> bool {
         let is_silent = can_carry && self.silent_at_ms().is_some_and(|at| at <= now_ms);
-        self.was_silent |= is_silent;
+        if is_silent && self.path == Path::Own {
+            self.was_silent = true;
+            if self.begun_ms.is_some() {
+                self.connect_ms = (self.connect_ms * 2).min(MAX_CONNECT_MS);
+            }
+        }
         is_silent
     }
 
@@ -198,17 +245,15 @@ mod tests {
 
     use super::*;
 
-    fn own(at_once: bool) -> Attempt {
-        Attempt {
-            path: Path::Own,
-            at_once,
-        }
-    }
+    const OWN: Attempt = Attempt {
+        path: Path::Own,
+        wait: Wait::Longer,
+    };
 
-    fn carried(at_once: bool) -> Attempt {
+    const fn carried(wait: Wait) -> Attempt {
         Attempt {
             path: Path::Carried,
-            at_once,
+            wait,
         }
     }
 
@@ -216,7 +261,7 @@ mod tests {
     fn alone_it_is_as_if_there_were_no_neighbours() {
         let mut way = Way::new();
         for now in 0..10 {
-            assert_eq!(way.next(false), own(false));
+            assert_eq!(way.next(false), OWN);
             way.up(now * 1_000);
             way.sent(now * 1_000);
             assert!(!way.is_silent(false, now * 1_000 + 100_000));
@@ -227,17 +272,17 @@ mod tests {
     #[test]
     fn a_lost_uplink_is_carried_at_once_and_taken_again_when_it_answers() {
         let mut way = Way::new();
-        assert_eq!(way.next(true), own(false));
+        assert_eq!(way.next(true), OWN);
         way.up(0);
         way.lost(true, 10_000);
-        assert_eq!(way.next(true), carried(true));
+        assert_eq!(way.next(true), carried(Wait::Not));
         way.up(10_100);
         assert_eq!(way.try_at_ms(), Some(13_000));
         assert!(!way.tried(false, 13_000));
         assert_eq!(way.try_at_ms(), Some(19_000));
         // The carrier dies: another one, at once.
         way.lost(true, 14_000);
-        assert_eq!(way.next(true), carried(true));
+        assert_eq!(way.next(true), carried(Wait::Not));
         way.up(14_100);
         assert!(way.tried(true, 19_000));
         way.lost(true, 19_000);
@@ -251,15 +296,14 @@ mod tests {
         let mut way = Way::new();
         way.next(true);
         way.lost(true, 0);
-        assert_eq!(way.next(true), carried(true));
+        assert_eq!(way.next(true), carried(Wait::Not));
         for now in 1..=3 {
             way.lost(true, now);
-            let next = way.next(true);
-            assert!(!next.at_once, "a broker that is down is not stormed");
-            assert_eq!(next.path == Path::Own, now == 3);
+            let next = if now == 3 { OWN } else { carried(Wait::Short) };
+            assert_eq!(way.next(true), next, "a broker that is down is not stormed");
         }
         way.lost(true, 4);
-        assert_eq!(way.next(true), carried(false));
+        assert_eq!(way.next(true), carried(Wait::Longer));
         assert_eq!(way.next(false).path, Path::Own);
     }
 
@@ -280,7 +324,7 @@ mod tests {
         way.sent(100_000);
         assert!(way.is_silent(true, 101_500));
         way.lost(true, 101_500);
-        assert_eq!(way.next(true), carried(true));
+        assert_eq!(way.next(true), carried(Wait::Not));
         way.up(101_600);
         assert!(way.tried(true, 104_500));
         way.lost(true, 104_500);
@@ -289,6 +333,36 @@ mod tests {
         way.sent(105_000);
         assert!(!way.is_silent(true, 107_900));
         assert!(way.is_silent(true, 108_000));
+    }
+
+    #[test]
+    fn an_attempt_that_leads_to_nothing_is_given_up_where_somebody_can_carry() {
+        let mut way = Way::new();
+        let mut now = 0;
+        // Each time round: the own way, and three neighbours who said that they could.
+        for patience in [3_000, 6_000, 12_000, 24_000, 30_000, 30_000] {
+            assert_eq!(way.next(true).path, Path::Own);
+            way.begun(now);
+            assert_eq!(way.silent_at_ms(), Some(now + patience));
+            assert!(!way.is_silent(false, now + patience), "there is nothing better");
+            assert!(!way.is_silent(true, now + patience - 1));
+            now += patience;
+            assert!(way.is_silent(true, now));
+            way.lost(true, now);
+            for _ in 0..3 {
+                assert_eq!(way.next(true).path, Path::Carried);
+                way.begun(now);
+                now = way.silent_at_ms().unwrap_or(now);
+                assert!(way.is_silent(true, now));
+                way.lost(true, now);
+            }
+        }
+        way.next(true);
+        way.begun(now);
+        way.up(now);
+        assert_eq!(way.silent_at_ms(), None);
+        way.begun(now + 1);
+        assert_eq!(way.silent_at_ms(), Some(now + 3_001), "patience is as before");
     }
 
     proptest! {
@@ -305,7 +379,8 @@ mod tests {
             for (own, carry, wait) in steps {
                 now += wait;
                 let attempt = way.next(carry);
-                if attempt.at_once {
+                way.begun(now);
+                if attempt.wait == Wait::Not {
                     at_once += 1;
                     prop_assert!(at_once <= 2, "twice without a wait, and neither came up");
                 } else {

@@ -37,6 +37,8 @@ const EACH: usize = 4;
 const ALL: usize = 32;
 /// For the byte that names the door, and for the carrier to reach it.
 const PATIENCE: Duration = Duration::from_secs(4);
+/// Who has not opened by then is left for the next one: it believes in an uplink that is dead.
+const ANSWER: Duration = Duration::from_millis(1_500);
 /// A connection over which nothing goes: longer than any keep-alive.
 const IDLE: Duration = Duration::from_secs(300);
 /// Carriers that are asked before a device gives up.
@@ -143,21 +145,20 @@ impl Carriers {
     }
 
     async fn ask(&self, peer: Peer, door: Door) -> io::Result<Stream> {
-        let opened = self.site.open(peer, PROTOCOL).await;
-        let mut stream = opened.map_err(io::Error::other)?.compat();
         let asked = async {
+            let opened = self.site.open(peer, PROTOCOL).await;
+            let mut stream = opened.map_err(io::Error::other)?.compat();
             stream.write_all(&[door.byte()]).await?;
             stream.flush().await?;
-            stream.read_u8().await
+            match stream.read_u8().await? {
+                OPEN => Ok(stream.into_inner()),
+                _ => Err(io::Error::other(format!(
+                    "neighbour {peer} does not reach it either"
+                ))),
+            }
         };
-        match timeout(2 * PATIENCE, asked).await {
-            Ok(Ok(OPEN)) => Ok(stream.into_inner()),
-            Ok(Ok(_)) => Err(io::Error::other(format!(
-                "neighbour {peer} does not reach it either"
-            ))),
-            Ok(Err(error)) => Err(error),
-            Err(_) => Err(io::ErrorKind::TimedOut.into()),
-        }
+        let late = |_| io::Error::from(io::ErrorKind::TimedOut);
+        timeout(ANSWER, asked).await.map_err(late)?
     }
 }
 
