@@ -229,7 +229,6 @@ impl Worker {
         match job {
             Job::Fetch(release) => {
                 let result = self.fetch(release, current, watchful);
-                self.look_over();
                 let failures = self.failing.filter(|(digest, _)| *digest == release.digest);
                 self.failing = match &result {
                     Ok(()) => None,
@@ -262,7 +261,7 @@ impl Worker {
         let client = Client::with(coordinator, self.counters.clone(), self.tls.clone())?;
         let now_ms = self.clock.now_ms();
         let swarm = self.swarm.as_ref();
-        let _fetching = swarm.map(|swarm| swarm.begin(release.digest));
+        let _fetching = swarm.map(|swarm| swarm.begin(release.digest, &self.disk));
         let proof = fetch::Proof {
             release,
             pinned: &pinned,

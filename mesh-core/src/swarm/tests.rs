@@ -365,6 +365,24 @@ fn twenty_at_once_take_one_copy_and_hardly_longer_than_one() {
     }
 }
 
+/// They hear of the release one after the other: those that begin alone do not bring what is another's a moment later.
+#[test]
+fn twenty_that_are_told_late_take_one_copy_all_the_same() {
+    let mut worst = 0.0_f64;
+    for seed in 0..histories(20) {
+        let mut dice = Dice(seed);
+        let mut site = Site::new(52, 5.0);
+        for _ in 0..20 {
+            site.add(Kind::Honest, dice.below(8_000), true);
+        }
+        site.run();
+        assert!(site.all_have_everything(), "seed {seed}");
+        worst = worst.max(site.copies());
+        assert!(site.copies() <= 1.1, "seed {seed}: {} copies", site.copies());
+    }
+    println!("at worst {worst:.2} copies over the uplink");
+}
+
 #[test]
 fn nobody_with_an_uplink_is_needed_where_somebody_has_it() {
     for seed in 0..histories(10) {

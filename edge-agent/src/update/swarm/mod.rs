@@ -79,11 +79,11 @@ pub(crate) struct Swarm {
 }
 
 /// A fetch that neighbours know of, until it is dropped.
-pub(super) struct Fetching<'a>(&'a Swarm);
+pub(super) struct Fetching<'a>(&'a Swarm, &'a Disk);
 
 impl Drop for Fetching<'_> {
     fn drop(&mut self) {
-        self.0.shelf.end();
+        self.0.shelf.end(self.1);
     }
 }
 
@@ -135,12 +135,12 @@ impl Swarm {
         self.shelf.refresh(disk);
     }
 
-    /// Tells the neighbours that this release is being fetched now.
-    pub(super) fn begin(&self, release: Digest) -> Fetching<'_> {
+    /// Tells the neighbours that this release is being fetched now, to this disk.
+    pub(super) fn begin<'a>(&'a self, release: Digest, disk: &'a Disk) -> Fetching<'a> {
         let is_alone = self.asking.site.present().is_empty();
         *self.begun_ms() = (!is_alone).then(|| self.clock.now_ms());
         self.shelf.begin(release);
-        Fetching(self)
+        Fetching(self, disk)
     }
 
     /// The coordinator is not asked for pieces before: with nobody there, there is nothing to wait for.

@@ -81,6 +81,12 @@ impl Shelf {
 
     /// Looks over the disk: models have come or gone.
     pub(super) fn refresh(&self, disk: &Disk) {
+        let holds = self.look_over(disk);
+        self.change(|holding| holding.holds = holds);
+    }
+
+    /// The releases that are whole.
+    fn look_over(&self, disk: &Disk) -> Vec<Digest> {
         let installed = disk.installed();
         let mut holds = Vec::new();
         let mut state = self.state();
@@ -96,8 +102,7 @@ impl Shelf {
             }
             holds.push(release.digest);
         }
-        drop(state);
-        self.change(|holding| holding.holds = holds);
+        holds
     }
 
     /// A fetch begins.
@@ -109,9 +114,16 @@ impl Shelf {
         self.change(|holding| holding.fetching = Some(release));
     }
 
-    /// … and is over, well or not.
-    pub(super) fn end(&self) {
-        self.change(|holding| holding.fetching = None);
+    /// … and is over, well or not. What is whole now is said in the same breath: a device that says neither is left by those
+    /// that still fetch, and they would bring over the uplink what it has.
+    pub(super) fn end(&self, disk: &Disk) {
+        let holds = self.look_over(disk);
+        self.change(|holding| {
+            *holding = Holding {
+                holds,
+                fetching: None,
+            };
+        });
     }
 
     fn change(&self, with: impl FnOnce(&mut Holding)) {

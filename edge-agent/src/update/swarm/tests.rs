@@ -125,7 +125,7 @@ impl Device {
     /// As the worker does it.
     fn fetch(&self, release: &(Release, Vec<u8>), uplink: bool) -> Result<(), Failure> {
         let (tell, _news) = tokio::sync::mpsc::channel(1);
-        let fetching = self.swarm.begin(release.0.digest);
+        let fetching = self.swarm.begin(release.0.digest, &self.disk);
         let fetch = Fetch {
             disk: &self.disk,
             client: &self.client,
@@ -137,7 +137,6 @@ impl Device {
         };
         let result = fetch.run(&release.0, &release.1);
         drop(fetching);
-        self.swarm.refresh(&self.disk);
         Ok(result?)
     }
 
@@ -211,6 +210,30 @@ fn three_at_once_take_each_piece_from_the_coordinator_once() {
         .map(|d| d.counters.served_bytes.get())
         .sum();
     assert!(served >= brought);
+}
+
+/// In between, those that still fetch would leave the one that has all of it.
+#[test]
+fn that_it_has_all_of_it_is_said_with_that_it_fetches_no_more() {
+    let world = World::new(1, &[]);
+    let release = world.server.release("1", &noise(7, LENGTH));
+    let device = &world.devices[0];
+    let mut holding = device.swarm.holding();
+    let mut said = Vec::new();
+    let seen = |holding: &Holding| holding.fetching.is_some() || !holding.holds.is_empty();
+    std::thread::scope(|scope| {
+        let fetch = scope.spawn(|| device.fetch(&release, true));
+        let listens = crate::update::fetch::alone().unwrap();
+        listens.block_on(async {
+            while !holding.borrow().holds.contains(&release.0.digest) {
+                holding.changed().await.unwrap();
+                said.push(holding.borrow_and_update().clone());
+            }
+        });
+        fetch.join().unwrap().unwrap();
+    });
+    assert!(said.iter().all(seen), "{said:?}");
+    assert_eq!(said.last().unwrap().fetching, None);
 }
 
 #[test]
