@@ -158,6 +158,12 @@ impl Agent {
             path: config.data.clone(),
             error,
         })?;
+        let seal = Seal::open(config.storage.key_file.as_deref(), &config.data)?;
+        if seal.is_on() {
+            tracing::info!(
+                "readings, samples and the device's private key are encrypted on the disk"
+            );
+        }
         let keeper = Keeper::open(&config, clock.clone())?;
         let tls = keeper.as_ref().map_or_else(Tls::none, Keeper::tls);
         // Neighbours know each other by their keys: a device without one has none.
@@ -176,10 +182,6 @@ impl Agent {
             (BoardHandle::default(), None)
         });
         board.set_state(BoardState::Starting);
-        let seal = Seal::open(config.storage.key_file.as_deref(), &config.data)?;
-        if seal.is_on() {
-            tracing::info!("readings and samples are encrypted on the disk");
-        }
         let opened = open_outbox(&config, seal.clone())?;
         let Opened {
             outbox,

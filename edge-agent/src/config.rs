@@ -167,7 +167,7 @@ impl Default for BrokerConfig {
     }
 }
 
-/// `[storage]`: readings and samples on the disk.
+/// `[storage]`: readings, samples and the private key on the disk.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct StorageConfig {

@@ -22,8 +22,10 @@ use crate::{
 pub(crate) enum News {
     /// CONNACK came.
     Up,
-    /// Something moved: there may be room to send.
+    /// Something came: there may be room to send.
     Progress,
+    /// Something was written to the network: there may be room to send. Nobody has said a word.
+    Left,
     /// The broker took a message.
     Taken,
     /// A message came.
@@ -253,7 +255,8 @@ async fn drive(mut event_loop: EventLoop, tls: bool, tell: mpsc::Sender<News>) {
                 retained: message.retain,
             },
             Ok(Event::Incoming(Packet::PubAck(_))) => News::Taken,
-            Ok(_) => News::Progress,
+            Ok(Event::Outgoing(_)) => News::Left,
+            Ok(Event::Incoming(_)) => News::Progress,
             Err(error) => News::Lost {
                 why: explain(&error, Peer::Broker { tls }),
                 // Who is refused by a broker may be known to it under an older certificate.
@@ -265,5 +268,48 @@ async fn drive(mut event_loop: EventLoop, tls: bool, tell: mpsc::Sender<News>) {
         if tell.send(news).await.is_err() || over {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rumqttc::PublishOptions;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
+    use super::*;
+
+    /// A broker that takes the connection and then says nothing, as behind a line that swallows everything: what the device sends
+    /// itself must not look like an answer, or it waits for one as long as it has something to send.
+    #[tokio::test]
+    async fn what_leaves_is_not_taken_for_an_answer() {
+        const CONNACK: [u8; 4] = [0x20, 2, 0, 0];
+        const MESSAGES: usize = 5;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let broker = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut bytes = [0; 1024];
+            assert!(stream.read(&mut bytes).await.unwrap() > 0);
+            stream.write_all(&CONNACK).await.unwrap();
+            while stream.read(&mut bytes).await.unwrap() > 0 {}
+        });
+        let data = tempfile::tempdir().unwrap();
+        let data = data.path();
+        let text =
+            format!("device = 'd1'\ndata = {data:?}\nbroker.url = 'mqtt://127.0.0.1:{port}'");
+        let config = Config::parse(&text).unwrap();
+        let mut connection = Connection::open(&config, &Tls::none(), None).unwrap();
+        while !matches!(connection.news().await, News::Up) {}
+        for _ in 0..MESSAGES {
+            let options = PublishOptions::at_least_once();
+            assert!(connection.publish("t", bytes::Bytes::from_static(b"reading"), options));
+            let news = connection.news().await;
+            assert!(matches!(news, News::Left), "{news:?}");
+        }
+        drop(connection);
+        broker.await.unwrap();
     }
 }

@@ -29,9 +29,9 @@ fn storage(config: &Config) -> Finding {
     let looked = Seal::look(config.storage.key_file.as_deref(), &config.data);
     let (seal, _) = looked.map_err(|error| error.to_string())?;
     Ok(if seal.is_on() {
-        "readings and samples are encrypted".into()
+        "readings, samples and the private key are encrypted".into()
     } else {
-        "readings and samples are not encrypted; storage.key_file does that".into()
+        "readings, samples and the private key are not encrypted; storage.key_file does that".into()
     })
 }
 

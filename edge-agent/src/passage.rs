@@ -114,8 +114,11 @@ impl Passage {
         self.way.sent(self.clock.now_ms());
     }
 
-    /// Something came.
+    /// Something came. That something left is no word of anybody.
     pub(crate) fn heard(&mut self, news: &News) {
+        if matches!(news, News::Left) {
+            return;
+        }
         if matches!(news, News::Taken) {
             self.unanswered = self.unanswered.saturating_sub(1);
         }

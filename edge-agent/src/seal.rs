@@ -134,6 +134,12 @@ impl Seal {
         self.0.is_some()
     }
 
+    /// Are these bytes sealed, with whatever key?
+    #[must_use]
+    pub fn is_sealed(bytes: &[u8]) -> bool {
+        bytes.starts_with(MAGIC)
+    }
+
     /// Seals bytes that are `what`; as they are, where there is no key.
     ///
     /// # Errors

@@ -450,7 +450,7 @@ impl Uplink {
                 payload,
                 retained,
             } => self.message(&topic, &payload, retained),
-            News::Progress | News::Lost { .. } => {}
+            News::Progress | News::Left | News::Lost { .. } => {}
         }
     }
 

@@ -13,6 +13,7 @@ mod demo;
 pub mod dice;
 mod learning;
 mod lesson;
+mod neighbour;
 pub mod net;
 pub mod process;
 mod report;

@@ -344,7 +344,10 @@ mod tests {
             assert_eq!(way.next(true).path, Path::Own);
             way.begun(now);
             assert_eq!(way.silent_at_ms(), Some(now + patience));
-            assert!(!way.is_silent(false, now + patience), "there is nothing better");
+            assert!(
+                !way.is_silent(false, now + patience),
+                "there is nothing better"
+            );
             assert!(!way.is_silent(true, now + patience - 1));
             now += patience;
             assert!(way.is_silent(true, now));
@@ -362,7 +365,11 @@ mod tests {
         way.up(now);
         assert_eq!(way.silent_at_ms(), None);
         way.begun(now + 1);
-        assert_eq!(way.silent_at_ms(), Some(now + 3_001), "patience is as before");
+        assert_eq!(
+            way.silent_at_ms(),
+            Some(now + 3_001),
+            "patience is as before"
+        );
     }
 
     proptest! {

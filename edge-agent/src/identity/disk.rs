@@ -1,7 +1,7 @@
 //! The device's identity on its disk.
 //!
 //! ```text
-//! <data>/identity/key.pem      the private key, made here, never sent; mode 0600
+//! <data>/identity/key.pem      the private key, made here, never sent; mode 0600; sealed where `storage.key_file` is set
 //! <data>/identity/next.pem     the one that takes its place once the coordinator takes it: the old one was refused
 //! <data>/identity/cert.pem     the device's certificate, then the authority's
 //! <data>/identity/ca.pem       the authority's once more, for other programs
@@ -30,13 +30,19 @@ use super::{
     certificate::{Chain, Facts},
     error::IdentityError,
 };
-use crate::update::disk::{DiskError, cannot, read_bounded, replace};
+use crate::{
+    config::Config,
+    seal::Seal,
+    update::disk::{DiskError, cannot, read_bounded, replace},
+};
 
 const KEY: &str = "key.pem";
 const NEXT: &str = "next.pem";
 const CERTIFICATE: &str = "cert.pem";
 const AUTHORITY: &str = "ca.pem";
 const STATE: &str = "state.json";
+/// What a sealed key is, to the seal: the next one becomes the key by its name alone.
+const SEALED_AS: &str = "identity key";
 /// Two certificates are below 3 KiB, the state below 1 KiB.
 const MAX_FILE_BYTES: u64 = 64 * 1024;
 
@@ -125,13 +131,42 @@ impl Key {
 #[derive(Clone, Debug)]
 pub(super) struct Disk {
     folder: PathBuf,
+    seal: Seal,
 }
 
 impl Disk {
+    /// For what is no secret.
     pub(super) fn of(data: &Path) -> Self {
         Self {
             folder: data.join("identity"),
+            seal: Seal::none(),
         }
+    }
+
+    /// With what its keys are sealed with.
+    pub(super) fn open(config: &Config) -> Result<Self, IdentityError> {
+        let (seal, _) = Seal::look(config.storage.key_file.as_deref(), &config.data)?;
+        Ok(Self {
+            seal,
+            ..Self::of(&config.data)
+        })
+    }
+
+    /// Seals the keys that were made before there was something to seal them with.
+    pub(super) fn seal_keys(&self) -> Result<(), IdentityError> {
+        for name in [KEY, NEXT] {
+            let path = self.folder.join(name);
+            match read_bounded(&path, MAX_FILE_BYTES) {
+                Ok(bytes) if self.seal.is_on() && !Seal::is_sealed(&bytes) => {
+                    self.write_private(name, bytes)?;
+                    tracing::info!(path = %path.display(), "the device's private key is encrypted on the disk now");
+                }
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(cannot("read", &path)(error).into()),
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn certificate_path(&self) -> PathBuf {
@@ -170,8 +205,13 @@ impl Disk {
             return Err(IdentityError::Exposed { path, mode });
         }
         let bytes = read_bounded(&path, MAX_FILE_BYTES).map_err(cannot("read", &path))?;
-        let key = String::from_utf8(bytes)
-            .map_err(|_| "it is no text".to_owned())
+        let sealed =
+            || "it is encrypted, and storage.key_file is not set, or another key".to_owned();
+        let key = self
+            .seal
+            .unwrap(SEALED_AS, bytes)
+            .ok_or_else(sealed)
+            .and_then(|bytes| String::from_utf8(bytes).map_err(|_| "it is no text".to_owned()))
             .and_then(|text| KeyPair::from_pem(&text).map_err(|error| error.to_string()));
         match key {
             Ok(key) => Ok(Some(Key(key))),
@@ -188,6 +228,13 @@ impl Disk {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)
             .map_err(|error| IdentityError::Make("a private key", error))?;
         self.prepare()?;
+        self.write_private(name, key.serialize_pem().into_bytes())?;
+        Ok(Key(key))
+    }
+
+    /// Replaces a file that nobody else may read, durably.
+    fn write_private(&self, name: &str, bytes: Vec<u8>) -> Result<(), IdentityError> {
+        let bytes = self.seal.wrap(SEALED_AS, bytes)?;
         // Private from its first moment: what replaces it keeps the mode.
         let fresh = self.folder.join(format!("{name}.new"));
         let opened = match fs::remove_file(&fresh) {
@@ -199,8 +246,7 @@ impl Disk {
                 .open(&fresh),
         };
         opened.map_err(cannot("write", &fresh))?;
-        replace(&self.folder, name, key.serialize_pem().as_bytes())?;
-        Ok(Key(key))
+        Ok(replace(&self.folder, name, &bytes)?)
     }
 
     fn prepare(&self) -> Result<(), DiskError> {

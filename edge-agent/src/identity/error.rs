@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::update::disk::DiskError;
+use crate::{seal::SealError, update::disk::DiskError};
 
 /// Why the device's identity cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +49,9 @@ pub enum IdentityError {
     /// TLS does not take the key or the certificate.
     #[error("cannot set up TLS: {0}")]
     Tls(#[from] rustls::Error),
+    /// What the key is encrypted with.
+    #[error(transparent)]
+    Seal(#[from] SealError),
     /// The disk.
     #[error(transparent)]
     Disk(#[from] DiskError),

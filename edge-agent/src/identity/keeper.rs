@@ -55,8 +55,9 @@ impl Keeper {
     /// # Errors
     /// [`IdentityError`] says what keeps the device from being who it is. A key that others can read is refused in any case.
     pub fn open(config: &Config, wall: WallClock) -> Result<Option<Self>, IdentityError> {
-        let disk = Disk::of(&config.data);
+        let disk = Disk::open(config)?;
         let key = disk.key()?;
+        disk.seal_keys()?;
         let Some(identity) = &config.identity else {
             return Ok(None);
         };

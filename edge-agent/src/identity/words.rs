@@ -19,9 +19,9 @@ pub(crate) fn date(ms: i64) -> String {
 
 /// What `edge-agent doctor` says of the identity, and what it connects with to try the rest.
 pub(crate) fn doctor(config: &Config) -> (Result<String, String>, Tls) {
-    let disk = Disk::of(&config.data);
-    let key = match disk.key() {
-        Ok(key) => key,
+    let opened = Disk::open(config).and_then(|disk| Ok((disk.key()?, disk)));
+    let (key, disk) = match opened {
+        Ok(opened) => opened,
         Err(error) => return (Err(error.to_string()), Tls::none()),
     };
     let Some(identity) = &config.identity else {

@@ -26,6 +26,14 @@ mod streams;
 pub(crate) mod testing;
 mod wire;
 
+/// What one needs to play a neighbour that means no good, in tests and benchmarks.
+pub mod enemy {
+    pub use super::{
+        names::{keypair, peer},
+        wire::{PRESENCE, opened, tell},
+    };
+}
+
 use std::{path::Path, sync::Arc, thread::JoinHandle};
 
 pub(crate) use carry::{Carriers, Carrying, Detour, Door};
@@ -145,17 +153,24 @@ impl Mesh {
     }
 }
 
+/// What the agent that runs on this data folder says of its neighbours.
+///
+/// # Errors
+/// In words, if no agent answers.
+pub fn status_of(data: &Path) -> Result<Status, String> {
+    let answer = local::ask(data, &Question::Status)?;
+    serde_json::from_str(&answer).map_err(|error| error.to_string())
+}
+
 /// `edge-agent mesh status`
 ///
 /// # Errors
 /// In words, if no agent answers.
 pub(crate) fn status(data: &Path, json: bool) -> Result<String, String> {
-    let answer = local::ask(data, &Question::Status)?;
     if json {
-        return Ok(answer + "\n");
+        return Ok(local::ask(data, &Question::Status)? + "\n");
     }
-    let status: Status = serde_json::from_str(&answer).map_err(|error| error.to_string())?;
-    Ok(doctor::shown(&status))
+    Ok(doctor::shown(&status_of(data)?))
 }
 
 /// `edge-agent mesh doctor PEER`: what was found, and whether all is well.

@@ -10,7 +10,8 @@ use p256::pkcs8::DecodePrivateKey;
 const SHA_256: u64 = 0x12;
 
 /// The SHA-256 in a `PeerId`. Keys that are short enough to stand in it themselves have none: devices make no such.
-pub(crate) fn peer(id: &PeerId) -> Option<Peer> {
+#[must_use]
+pub fn peer(id: &PeerId) -> Option<Peer> {
     let hash = id.as_ref();
     let digest = hash.digest().try_into().ok()?;
     (hash.code() == SHA_256).then_some(Digest(digest))
@@ -23,7 +24,10 @@ pub(super) fn id(peer: &Peer) -> Option<PeerId> {
 }
 
 /// The device's key, for libp2p. `der` is PKCS#8.
-pub(super) fn keypair(der: &[u8]) -> Result<Keypair, String> {
+///
+/// # Errors
+/// In words, if it is none on the curve P-256.
+pub fn keypair(der: &[u8]) -> Result<Keypair, String> {
     let secret = p256::SecretKey::from_pkcs8_der(der).map_err(|error| error.to_string())?;
     let secret = libp2p::identity::ecdsa::SecretKey::try_from_bytes(secret.to_bytes());
     let secret = secret.map_err(|error| error.to_string())?;

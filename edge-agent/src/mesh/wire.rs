@@ -25,7 +25,7 @@ use mesh_core::{
 use super::names::peer;
 
 /// The protocol of presence.
-pub(super) const PRESENCE: &str = "/lacewing/presence/1";
+pub const PRESENCE: &str = "/lacewing/presence/1";
 /// What is signed can be taken for nothing else.
 const DOMAIN: &str = "lacewing-presence-1";
 const PAYLOAD: &[u8] = b"/lacewing/statement";
@@ -144,6 +144,18 @@ pub(super) fn sign(key: &Keypair, statement: &Statement) -> Vec<u8> {
             Vec::new()
         }
     }
+}
+
+/// A frame with a statement that this key has signed.
+#[must_use]
+pub fn tell(key: &Keypair, statement: &Statement) -> Vec<u8> {
+    frame(3, &sign(key, statement))
+}
+
+/// What an envelope says, if its signature is good.
+#[must_use]
+pub fn opened(envelope: &[u8]) -> Option<Statement> {
+    Some(open(envelope)?.statement)
 }
 
 /// Verifies the signature, and says who signed what.

@@ -441,6 +441,57 @@ async fn what_is_not_for_this_device_is_not_kept() {
     }
 }
 
+/// Whoever pulls the card out has nothing that he could pose as the device with.
+#[tokio::test(start_paused = true)]
+async fn with_a_storage_key_the_private_key_is_sealed_also_one_from_before() {
+    let world = World::new();
+    let secrets = tempfile::tempdir().unwrap();
+    let secret = |name: &str, byte: u8| {
+        let path = secrets.path().join(name);
+        std::fs::write(&path, [byte; 32]).unwrap();
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).unwrap();
+        Some(path)
+    };
+    let open = |key_file: Option<std::path::PathBuf>, token: &str| {
+        let mut config = config(world.data.path(), token);
+        config.storage.key_file = key_file;
+        Keeper::open(&config, WallClock::shifted(world.offset.clone()))
+    };
+    let key = world.data.path().join("identity/key.pem");
+    let is_plain = || {
+        let bytes = std::fs::read(&key).unwrap();
+        bytes.windows(7).any(|window| window == b"PRIVATE")
+    };
+    let token = world.stand_in.token();
+    drop(world.enrolled());
+    assert!(is_plain());
+    // From now on with a key: the device is the same.
+    let keeper = open(secret("own", 1), "").unwrap().unwrap();
+    assert!(keeper.tls().material().is_some());
+    drop(keeper);
+    assert!(!is_plain());
+    let mode = std::fs::metadata(&key).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode, 0o600);
+    assert!(
+        open(secret("own", 1), "")
+            .unwrap()
+            .unwrap()
+            .tls()
+            .material()
+            .is_some()
+    );
+    for wrong in [None, secret("other", 2)] {
+        let Err(error) = open(wrong, "") else {
+            panic!("it opens");
+        };
+        assert!(error.to_string().contains("storage.key_file"), "{error}");
+    }
+    // One that is made with a key is never there in the clear.
+    std::fs::remove_dir_all(world.data.path().join("identity")).unwrap();
+    drop(open(secret("own", 1), &token).unwrap());
+    assert!(!is_plain());
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_key_that_others_can_read_is_refused_with_what_to_do() {
     let world = World::new();

@@ -9,6 +9,8 @@ mod hostile;
 mod image;
 mod ingest;
 mod kill;
+mod mesh;
+mod mesh_hostile;
 mod outbox;
 mod peer;
 mod relay;
@@ -30,7 +32,7 @@ pub(crate) use deliver::{DELTA_APPLY, delta_apply};
 pub(crate) use outbox::{OUTBOX_LOAD, outbox_load};
 
 /// Each benchmark and what it is about.
-const ALL: [(&str, &str); 14] = [
+const ALL: [(&str, &str); 16] = [
     (
         "outbox",
         "durable commits, space and start of the outbox, against SQLite in WAL mode",
@@ -81,6 +83,14 @@ const ALL: [(&str, &str); 14] = [
         "a small board that asks a stronger neighbour about what it is unsure of: accuracy, deadlines (--images DIR)",
     ),
     (
+        "mesh",
+        "how soon the devices of a site know each other; connections, memory, traffic at rest of 10, 50 and 200",
+    ),
+    (
+        "mesh-hostile",
+        "what honest devices know of each other while a third of their site lies, floods and sends garbage, against none",
+    ),
+    (
         "split",
         "a model in parts on two boards, against one, and after one has died: the same answers, frames per second",
     ),
@@ -113,6 +123,8 @@ pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<bool> {
         "swarm" => swarm::run(args, &mut results).await?,
         "update-kill" => update_kill::run(args, &mut results).await?,
         "cascade" => cascade::run(args, &mut results).await?,
+        "mesh" => mesh::run(args, &mut results).await?,
+        "mesh-hostile" => mesh_hostile::run(args, &mut results).await?,
         "split" => split::run(args, &mut results).await?,
         other => bail!("no benchmark {other:?}; `fleet bench --list` names them"),
     }

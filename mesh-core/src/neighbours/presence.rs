@@ -8,7 +8,7 @@ use crate::{Digest, Name, roster::Peer};
 
 /// Of one signed statement, envelope included: presence is small, or it is no presence.
 pub const MAX_STATEMENT_BYTES: usize = 4 * 1024;
-/// Addresses of one device: two networks, each with TCP and QUIC.
+/// Addresses of one device: two networks, each twice.
 const MAX_ADDRESSES: usize = 4;
 /// The longest of them: a relayed one names two keys.
 const MAX_ADDRESS: usize = 192;

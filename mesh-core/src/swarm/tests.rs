@@ -378,7 +378,11 @@ fn twenty_that_are_told_late_take_one_copy_all_the_same() {
         site.run();
         assert!(site.all_have_everything(), "seed {seed}");
         worst = worst.max(site.copies());
-        assert!(site.copies() <= 1.1, "seed {seed}: {} copies", site.copies());
+        assert!(
+            site.copies() <= 1.1,
+            "seed {seed}: {} copies",
+            site.copies()
+        );
     }
     println!("at worst {worst:.2} copies over the uplink");
 }

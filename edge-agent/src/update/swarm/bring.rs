@@ -232,6 +232,8 @@ impl<'a, L: Load> Bringing<'a, L> {
                 });
             }
             Source::Coordinator => {
+                let (circle, known) = (self.looks.peers.len(), self.looks.known.len());
+                tracing::debug!(piece = ask.piece, circle, known, "asked of the coordinator");
                 let (client, watchful) = (self.with.client, self.with.watchful);
                 let fetch = self.load.of_coordinator(ask.piece, client, watchful);
                 self.tasks.spawn(async move {

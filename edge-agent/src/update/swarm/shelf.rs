@@ -41,7 +41,8 @@ struct State {
     places: HashMap<Digest, Place>,
     /// The pieces of each release that is here or on the way.
     releases: HashMap<Digest, Arc<[Digest]>>,
-    /// Does this device reach the coordinator, as far as its fetch knows?
+    /// Does this device reach the coordinator, as far as its fetch knows? Until it knows, it says so: the others are not to begin
+    /// without one that is only slower, and change their minds when it comes.
     uplink: bool,
     delta: Option<((Digest, Digest), DeltaState)>,
     /// Where the delta is, when it is here.
@@ -108,7 +109,7 @@ impl Shelf {
     /// A fetch begins.
     pub(super) fn begin(&self, release: Digest) {
         let mut state = self.state();
-        state.uplink = false;
+        state.uplink = true;
         state.delta = None;
         drop(state);
         self.change(|holding| holding.fetching = Some(release));
