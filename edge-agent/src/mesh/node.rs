@@ -23,6 +23,7 @@ use libp2p::{
 };
 use libp2p_stream::IncomingStreams;
 use mesh_core::{
+    Backoff,
     neighbours::{Action, Frame, Input, Neighbours},
     roster::{MAX_MEMBERS, Peer},
 };
@@ -46,8 +47,12 @@ use crate::{clock::Monotonic, counters::Counters, dice};
 const TICK: Duration = Duration::from_millis(250);
 /// The device looks at itself so often.
 const LOOK_TICKS: u64 = 20;
-/// Neighbours that are written down are tried so often while nobody is there.
-const SEARCH_TICKS: u64 = 40;
+/// Has the roster run out? Looked at so often.
+const EXPIRY_TICKS: u64 = 40;
+/// Neighbours that are written down are tried at once when there is a roster, then, while nobody is there, after at most this …
+const SEARCH_MS: u64 = 500;
+/// … and at last this.
+const MAX_SEARCH_MS: u64 = 10_000;
 /// From the first byte to a link.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// A connection over which nothing is spoken.
@@ -151,6 +156,9 @@ pub(super) struct Node {
     found: HashMap<Peer, Vec<Multiaddr>>,
     /// Why a peer could not be reached the last time.
     failures: BTreeMap<Peer, String>,
+    /// When those that are written down are tried again.
+    search: Backoff,
+    search_at_ms: u64,
     seen: Seen,
     tell: mpsc::Sender<News>,
     news: mpsc::Receiver<News>,
@@ -269,6 +277,8 @@ impl Node {
             wires: HashMap::new(),
             found: HashMap::new(),
             failures: BTreeMap::new(),
+            search: Backoff::new(SEARCH_MS, MAX_SEARCH_MS),
+            search_at_ms: 0,
             seen: Seen::default(),
             tell,
             news,
@@ -316,12 +326,10 @@ impl Node {
         if ticks.is_multiple_of(LOOK_TICKS) {
             self.look();
         }
-        if ticks.is_multiple_of(SEARCH_TICKS) && self.links.is_empty() {
-            for address in self.config.peers.clone() {
-                self.dial_unknown(address);
-            }
+        if self.links.is_empty() && self.clock.now_ms() >= self.search_at_ms {
+            self.search();
         }
-        if ticks.is_multiple_of(SEARCH_TICKS) && self.rosters.current().is_none() {
+        if ticks.is_multiple_of(EXPIRY_TICKS) && self.rosters.current().is_none() {
             // It may have run out.
             self.give(Input::Members(Default::default()));
             self.hang_up_on_strangers();
@@ -419,6 +427,11 @@ impl Node {
             self.give(Input::Found(peer));
         }
         self.hang_up_on_strangers();
+        if roster.is_some() && self.links.is_empty() {
+            // Nobody was let in before, and some may be now.
+            self.search.reset();
+            self.search();
+        }
         if let Some(roster) = roster {
             let version = wire::version(roster.roster.version);
             for peer in self.links.keys().copied().collect::<Vec<_>>() {
@@ -465,6 +478,7 @@ impl Node {
             let _ = tell.send(News::Ended(peer, number, why)).await;
         });
         self.failures.remove(&peer);
+        self.search.reset();
         // The newer one counts: the other end may have lost the older.
         if let Some(old) = self.links.insert(peer, link) {
             old.stop.cancel();
@@ -595,6 +609,14 @@ impl Node {
     }
 
     // ---- connections
+
+    /// Tries those that are written down.
+    fn search(&mut self) {
+        self.search_at_ms = self.clock.now_ms() + self.search.next(dice::throw());
+        for address in self.config.peers.clone() {
+            self.dial_unknown(address);
+        }
+    }
 
     fn dial_unknown(&mut self, address: SocketAddr) {
         let to = DialOpts::unknown_peer_id()
