@@ -84,12 +84,15 @@ async fn neighbours_know_who_is_there_with_and_without_the_coordinator() {
         .await
         .unwrap();
     all_see_each_other(node, &site, &[0, 1, 2, 3]).await;
+    // They know each other sooner than the broker knows them.
+    until("all have said that they have an uplink", async || {
+        let status = status(node, &site, 0).await;
+        status.is_some_and(|s| s.neighbours.iter().all(|n| n.uplink && n.free_mib > 0))
+    })
+    .await
+    .unwrap();
     let first = status(node, &site, 0).await.unwrap();
     assert_eq!(first.device.as_deref(), Some("d1"));
-    assert!(
-        first.neighbours.iter().all(|n| n.uplink && n.free_mib > 0),
-        "{first:?}"
-    );
     let config = site.devices[0].config.to_str().unwrap().to_owned();
     let examine = |peer: &'static str| {
         let config = config.clone();

@@ -22,8 +22,8 @@ const CONNECT_MS: u64 = 3_000;
 const MAX_CONNECT_MS: u64 = 30_000;
 /// The device's own way is tried this long after it was left, …
 const TRY_MS: u64 = 3_000;
-/// … and then each time after twice as long, up to this.
-const MAX_TRY_MS: u64 = 120_000;
+/// … and then each time after twice as long, up to this: a handshake a minute is little.
+const MAX_TRY_MS: u64 = 60_000;
 /// A way that has stood for this long has been well.
 const WELL_MS: u64 = 60_000;
 /// Attempts to be carried that may fail before the device's own way is taken once more.

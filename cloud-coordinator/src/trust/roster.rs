@@ -31,8 +31,10 @@ pub(crate) const ROSTER_TYP: &str = "lacewing-roster";
 const LIVES: u32 = 4;
 /// Without a change it is looked whether one has to be signed anew so often.
 const LOOK: Duration = Duration::from_secs(10 * 60);
-/// Devices often come many at once: they are put on the roster together.
+/// Devices often come many at once: they are put on the roster together. The longest roster there is waits so long …
 const GATHER: Duration = Duration::from_millis(300);
+/// … and this for each KiB of it: each device of the site gets all of it each time, 12 s for the largest.
+const GATHER_EACH: Duration = Duration::from_millis(20);
 /// The broker is away: said again after this.
 const AGAIN: Duration = Duration::from_secs(2);
 
@@ -169,23 +171,26 @@ impl Rosters {
     /// Keeps every site's roster on the broker, until `stop`.
     pub(crate) async fn run(self: Arc<Self>, link: Link, stop: CancellationToken) {
         loop {
-            let is_told = self.tell(&link).await;
-            let wait = if is_told { LOOK } else { AGAIN };
+            let told = self.tell(&link).await;
+            let wait = if told.is_some() { LOOK } else { AGAIN };
+            let kib = u32::try_from(told.unwrap_or_default() / 1_024).unwrap_or(u32::MAX);
+            let gather = GATHER + GATHER_EACH.saturating_mul(kib);
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = self.changed.notified() => tokio::time::sleep(GATHER).await,
+                () = self.changed.notified() => tokio::time::sleep(gather).await,
                 () = tokio::time::sleep(wait) => {}
             }
         }
     }
 
-    /// Publishes what is new; false if the broker is away.
-    async fn tell(&self, link: &Link) -> bool {
+    /// Publishes what is new. Gives the bytes of the longest roster, nothing if the broker or the store is away.
+    async fn tell(&self, link: &Link) -> Option<usize> {
+        let mut longest = 0;
         let sites = match self.sites().await {
             Ok(sites) => sites,
             Err(error) => {
                 tracing::warn!(%error, "no roster is signed");
-                return false;
+                return None;
             }
         };
         for site in sites {
@@ -199,19 +204,20 @@ impl Rosters {
                     continue;
                 }
             };
+            longest = longest.max(signed.len());
             let told = |told: &mut HashMap<String, u64>| told.get(&site) == Some(&version);
             if told(&mut self.told.lock().unwrap_or_else(PoisonError::into_inner)) {
                 continue;
             }
             let topic = Topic::of_site(&name, Kind::Roster);
             if !link.retain(&topic, signed.into_bytes()).await {
-                return false;
+                return None;
             }
             tracing::debug!(site, version, "told the site its roster");
             let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
             told.insert(site, version);
         }
-        true
+        Some(longest)
     }
 }
 
