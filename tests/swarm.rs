@@ -1,4 +1,4 @@
-//! A release crosses the uplink of a site once: real agents, a real coordinator.
+//! A release crosses the uplink of a site once, and goes on without any: real agents, a real coordinator.
 
 use std::{
     path::{Path, PathBuf},
@@ -139,11 +139,27 @@ async fn a_release_crosses_the_uplink_once_and_reaches_those_that_have_none() {
     }
     assert!(had > 3 * PADDING as u64 / 2 && gave >= had, "{had} {gave}");
 
-    // The last one comes back, hears what it should run, and cannot fetch it from where it should.
+    // The last one comes back, hears what it should run, and finds nobody who has it.
     let door = site.door.as_ref().unwrap();
     door.cut();
     let before = door.counters().down();
+    for n in 0..3 {
+        site.devices[n].agent.kill().await.unwrap();
+    }
     site.devices[3].agent.start().unwrap();
+    let state = site.devices[3].file.data.join("models").join("state.json");
+    until("the last one knows what it should run", async || {
+        std::fs::read_to_string(&state).is_ok_and(|text| text.contains(VERSION))
+    })
+    .await
+    .unwrap();
+    // Then coordinator and broker are gone, and all devices begin anew.
+    site.devices[3].agent.kill().await.unwrap();
+    site.coordinator.kill().await.unwrap();
+    assert!(has(&site, 3).is_none());
+    for device in &mut site.devices {
+        device.agent.start().unwrap();
+    }
     until("the last one has it from its neighbours", async || {
         has(&site, 3).is_some()
     })
@@ -153,6 +169,7 @@ async fn a_release_crosses_the_uplink_once_and_reaches_those_that_have_none() {
     let padding = std::fs::read(has(&site, 3).unwrap().join("padding.bin")).unwrap();
     assert!(padding == std::fs::read(folder.join("padding.bin")).unwrap());
     assert!(status(node, &site, 3).await.swarm_bytes >= PADDING as u64);
+    site.coordinator.start().unwrap();
     site.door.as_ref().unwrap().heal();
     site.stop().await.unwrap();
 }

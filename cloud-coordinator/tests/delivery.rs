@@ -260,6 +260,12 @@ async fn a_model_comes_to_the_devices_and_back() {
     let start = |model: &str| json!({"model": model, "plan": plan, "author": "ada"});
     let (status, begun) = say(http, "POST /api/v1/rollouts", start("conveyor@1.2.0")).await;
     assert_eq!(status, 201, "{begun}");
+    // A name that is only said stands with the one that was proved.
+    let author = begun["author"].as_str().unwrap();
+    assert!(
+        author.starts_with("ada, as ") && author.contains("token"),
+        "{author}"
+    );
     let id = begun["id"].clone();
     let first = until(http, &id, |r| r["exposed"] == 1).await;
     assert_eq!(
@@ -320,7 +326,7 @@ async fn a_model_comes_to_the_devices_and_back() {
     let (status, _) = say(http, "PUT /api/v1/devices/demo/d2/pin", pin).await;
     assert_eq!(status, 204);
     assert_eq!(devices[1].wished().await, factory);
-    let order = json!({"command": "pause", "author": "ada"});
+    let order = json!({"command": "pause"});
     let (status, _) = say(
         http,
         &format!("POST /api/v1/rollouts/{}", done["id"]),

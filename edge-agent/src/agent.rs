@@ -275,7 +275,7 @@ impl Agent {
         let engines = ends.engines.clone();
         let mesh = credentials.zip(rosters.clone()).zip(swarm).and_then(
             |((credentials, rosters), swarm)| {
-                services.extend(swarm.services());
+                services.extend(swarm.services(config.mesh.serve_kib_per_s));
                 let own = Own {
                     engines,
                     uplink: has_own_way,

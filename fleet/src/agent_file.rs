@@ -105,6 +105,9 @@ pub struct MeshPart {
     pub peers: Vec<SocketAddr>,
     /// Never: multicast would leave the machine.
     pub mdns: bool,
+    /// Models for neighbours, KiB/s; the agent's own default where it is nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serve_kib_per_s: Option<u32>,
 }
 
 /// `[coordinator]`
@@ -305,6 +308,7 @@ mod tests {
                 listen: "127.0.0.1:0".parse().unwrap(),
                 peers: Vec::new(),
                 mdns: false,
+                serve_kib_per_s: None,
             },
             offload: None,
             drift: None,

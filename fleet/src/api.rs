@@ -81,5 +81,8 @@ fn read(
         .read_to_string()
         .with_context(|| format!("reading the answer of {url}"))?;
     anyhow::ensure!(status.is_success(), "{url} answered {status}: {text}");
+    if text.is_empty() {
+        return Ok(Value::Null);
+    }
     serde_json::from_str(&text).with_context(|| format!("{url} answered no JSON"))
 }

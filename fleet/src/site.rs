@@ -164,6 +164,8 @@ pub struct Plan {
     pub updates: bool,
     /// The devices know each other.
     pub mesh: bool,
+    /// How fast devices serve neighbours models; the agent's own default where it is nothing.
+    pub serve_kib_per_s: Option<u32>,
     /// The devices fetch models over one stretch of network, [`Site::door`].
     pub door: bool,
     /// Share of the frames that the devices keep by lot, beside those worth learning from; without one they keep none. An
@@ -199,6 +201,7 @@ impl Plan {
             tls: true,
             updates: false,
             mesh: false,
+            serve_kib_per_s: None,
             door: false,
             kept: None,
         }
@@ -466,6 +469,7 @@ impl Site {
                 .take(FIRST_PEERS)
                 .collect(),
             mdns: false,
+            serve_kib_per_s: plan.serve_kib_per_s,
         };
         let file = AgentFile {
             mesh,

@@ -1,7 +1,7 @@
 //! Who of the site is there: every device's live view of the others.
 //!
 //! ```text
-//!            beats every 1.5 s                    told once to all that are linked, who tell on
+//!            beats every 2.4 s                    told once to all that are linked, who tell on
 //!  device ────────────────────> its watcher ──────────"it is gone"──────────> everybody
 //!     ▲                       (the next in the ring)                              │
 //!     └───────────── "I am still here" (one seq more), if it is ──────────────────┘
@@ -27,14 +27,16 @@ mod ring;
 #[cfg(test)]
 mod tests;
 
-pub use presence::{Frame, MAX_STATEMENT_BYTES, Presence, Said, Signed, Statement};
+pub use presence::{Frame, MAX_STATEMENT_BYTES, News, Presence, Said, Signed, Statement};
 
-/// Between two beats. Three that are missing mean that a device is gone, and that is to be known within 5 s.
-const BEAT_MS: u64 = 1_500;
-/// A watcher that has missed two asks: it may be that the other thinks somebody else watches it.
-const PROBE_MS: u64 = 2 * BEAT_MS;
-/// Three missing beats.
-const GONE_MS: u64 = 3 * BEAT_MS;
+/// Between two beats. They are all that is sent in rest, so they are rare.
+const BEAT_MS: u64 = 2_400;
+/// A watcher that has missed one asks, for this may be how it is: the other thinks that somebody else watches it …
+const PROBE_MS: u64 = 3_000;
+/// … and asks once more.
+const PROBE_AGAIN_MS: u64 = 750;
+/// A beat and two questions without an answer: the device is gone, and that is to be known within 5 s.
+const GONE_MS: u64 = PROBE_MS + 2 * PROBE_AGAIN_MS;
 /// Between two comparisons of all that is known.
 const COMPARE_MS: u64 = 60_000;
 /// All that is known is told to the same neighbour no more often than this, whatever sums he comes to.
@@ -44,8 +46,10 @@ const TELL_ALL_MS: u64 = 5_000;
 const NEWS_MS: u64 = 400;
 /// So many at once are no flood: a device that starts, is said to be gone and answers.
 const NEWS_AT_ONCE: u64 = 5;
-/// What a device has to say of itself waits until this long after the last time.
+/// What a device has to say of itself waits until this long after the last time …
 const SAY_MS: u64 = 2_000;
+/// … and this long if it is nothing but numbers: everybody hears all of it, and load comes and goes.
+const SAY_NUMBERS_MS: u64 = 60_000;
 /// Who could not be reached is tried again, at first after about …
 const DIAL_MS: u64 = 500;
 /// … and at last.
@@ -150,7 +154,8 @@ struct Dial {
 struct Watch {
     peer: Peer,
     since_ms: u64,
-    is_probed: bool,
+    /// It was last asked whether it is there, since it was last heard.
+    asked_ms: Option<u64>,
 }
 
 /// A neighbour, for people.
@@ -653,7 +658,13 @@ impl Neighbours {
         let is_due = match &self.said {
             None => true,
             Some((said, at_ms)) => match &said.statement.said {
-                Said::Here(said) => own.is_news_after(said) && now_ms >= at_ms + SAY_MS,
+                Said::Here(said) => own.news_after(said).is_some_and(|news| {
+                    let wait_ms = match news {
+                        News::Numbers => SAY_NUMBERS_MS,
+                        News::Other => SAY_MS,
+                    };
+                    now_ms >= at_ms + wait_ms
+                }),
                 Said::Gone => false,
             },
         };
@@ -747,14 +758,17 @@ impl Neighbours {
             .unwrap_or(Watch {
                 peer,
                 since_ms: now_ms,
-                is_probed: false,
+                asked_ms: None,
             });
         let heard = self.links.get(&peer).map_or(0, |link| link.heard_ms);
         let silent_ms = now_ms - heard.max(watch.since_ms);
         if silent_ms < PROBE_MS {
-            watch.is_probed = false;
-        } else if !watch.is_probed {
-            watch.is_probed = true;
+            watch.asked_ms = None;
+        } else if watch
+            .asked_ms
+            .is_none_or(|asked| now_ms >= asked + PROBE_AGAIN_MS)
+        {
+            watch.asked_ms = Some(now_ms);
             if self.links.contains_key(&peer) {
                 out.push(Action::Send(peer, Frame::Probe));
             }

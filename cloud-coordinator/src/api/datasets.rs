@@ -3,8 +3,8 @@
 use axum::{Json, extract::State as Shared, http::StatusCode};
 use serde::{Deserialize, Serialize};
 
-use super::{At, Said, State, problem::Problem};
-use crate::{datasets::Summary, labels::checked_author};
+use super::{At, Said, State, gate::Caller, problem::Problem};
+use crate::datasets::Summary;
 
 /// The datasets of a task.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
@@ -32,8 +32,8 @@ pub(super) async fn datasets(
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct DatasetBody {
-    /// Who makes it, 1 to 100 characters.
-    author: String,
+    /// For whom it is done, if not for who asks: both are recorded. 1 to 100 characters.
+    author: Option<String>,
     /// The largest share of the train images that one device may give, above 0 and at most 1; `training.device_share` of
     /// the coordinator's configuration unless given.
     device_share: Option<f64>,
@@ -54,11 +54,12 @@ pub(super) struct DatasetBody {
 )]
 pub(super) async fn snapshot(
     Shared(state): Shared<State>,
+    caller: Caller,
     At(task): At<String>,
     Said(body): Said<DatasetBody>,
 ) -> Result<(StatusCode, Json<Summary>), Problem> {
-    let author = checked_author(&body.author)?;
-    let made = state.datasets.create(&task, author, body.device_share);
+    let author = caller.author_for(body.author.as_deref())?;
+    let made = state.datasets.create(&task, &author, body.device_share);
     let (new, summary) = made.await?;
     let status = if new {
         StatusCode::CREATED

@@ -14,10 +14,7 @@ use mesh_core::{
 use serde::{Deserialize, Serialize};
 
 use super::{At, Params, Said, State, gate::Caller, problem::Problem};
-use crate::{
-    delivery::{Group, ReleaseError, ReleaseRow, RolloutError, RolloutView, Settings},
-    labels::checked_author,
-};
+use crate::delivery::{Group, ReleaseError, ReleaseRow, RolloutError, RolloutView, Settings};
 
 /// Rows of a page.
 const MAX_PAGE: i64 = 1_000;
@@ -71,8 +68,8 @@ impl From<RolloutError> for Problem {
 pub(super) struct Publication {
     /// `name@version`, or `name` for the newest one in use.
     model: String,
-    /// Who publishes it, 1 to 100 characters.
-    author: String,
+    /// For whom it is done, if not for who asks: both are recorded. 1 to 100 characters.
+    author: Option<String>,
 }
 
 /// A published model.
@@ -97,10 +94,11 @@ pub(super) struct Published {
 )]
 pub(super) async fn publish(
     Shared(state): Shared<State>,
+    caller: Caller,
     Said(said): Said<Publication>,
 ) -> Result<Json<Published>, Problem> {
-    let author = checked_author(&said.author)?;
-    let release = state.releases.publish(&said.model, author).await?;
+    let author = caller.author_for(said.author.as_deref())?;
+    let release = state.releases.publish(&said.model, &author).await?;
     Ok(Json(Published {
         model: release.to_string(),
         digest: release.digest.to_string(),
@@ -289,8 +287,8 @@ pub(super) struct Start {
     /// Also where it is marked as bad, or older than what runs.
     #[serde(default)]
     force: bool,
-    /// Who asks, 1 to 100 characters.
-    author: String,
+    /// For whom it is done, if not for who asks: both are recorded. 1 to 100 characters.
+    author: Option<String>,
 }
 
 /// Begins to bring a model to the devices, a few first. It takes the place of a rollout of the same model to the same
@@ -308,6 +306,7 @@ pub(super) struct Start {
 )]
 pub(super) async fn start(
     Shared(state): Shared<State>,
+    caller: Caller,
     Said(said): Said<Start>,
 ) -> Result<(StatusCode, Json<RolloutView>), Problem> {
     let settings = Settings {
@@ -316,7 +315,7 @@ pub(super) async fn start(
         limits: said.limits,
         trial: said.trial,
         force: said.force,
-        author: checked_author(&said.author)?.to_owned(),
+        author: caller.author_for(said.author.as_deref())?,
     };
     let begun = state.rollouts.start(&said.model, settings).await?;
     Ok((StatusCode::CREATED, Json(begun)))
@@ -381,8 +380,8 @@ pub(super) struct Order {
     /// waiting for evidence).
     #[schema(value_type = String)]
     command: Command,
-    /// Who asks, 1 to 100 characters.
-    author: String,
+    /// For whom it is done, if not for who asks: both are recorded. 1 to 100 characters.
+    author: Option<String>,
 }
 
 /// Pauses, resumes, aborts or hurries a rollout.
@@ -399,12 +398,13 @@ pub(super) struct Order {
 )]
 pub(super) async fn command(
     Shared(state): Shared<State>,
+    caller: Caller,
     At(id): At<u64>,
     Said(said): Said<Order>,
 ) -> Result<Json<RolloutView>, Problem> {
-    let author = checked_author(&said.author)?;
+    let author = caller.author_for(said.author.as_deref())?;
     Ok(Json(
-        state.rollouts.command(id, said.command, author).await?,
+        state.rollouts.command(id, said.command, &author).await?,
     ))
 }
 
@@ -414,8 +414,8 @@ pub(super) async fn command(
 pub(super) struct Pin {
     /// `name@version`; null gives the device back to the rollouts.
     model: Option<String>,
-    /// Who says it, 1 to 100 characters.
-    author: String,
+    /// For whom it is done, if not for who asks: both are recorded. 1 to 100 characters.
+    author: Option<String>,
 }
 
 /// Makes one device run a model, whatever rollouts say.
@@ -438,7 +438,7 @@ pub(super) async fn pin(
     At((site, device)): At<(String, String)>,
     Said(said): Said<Pin>,
 ) -> Result<StatusCode, Problem> {
-    let author = checked_author(&said.author)?;
+    let author = caller.author_for(said.author.as_deref())?;
     let named = |name: &str| {
         name.parse::<Name>()
             .map_err(|e| Problem::bad(e.to_string()))
@@ -449,7 +449,7 @@ pub(super) async fn pin(
     }
     state
         .rollouts
-        .pin(&site, &device, said.model.as_deref(), author)
+        .pin(&site, &device, said.model.as_deref(), &author)
         .await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -21,6 +21,7 @@ use super::{
     shown::{bearer, cookie, loopback, own_page},
 };
 use crate::{
+    labels::checked_author,
     metrics::Metrics,
     parts::{Name, Parts},
     trust::{
@@ -80,6 +81,21 @@ impl Caller {
                 None => name.clone(),
             }),
             _ => Err(Problem::new(403, "Forbidden", "this is for people")),
+        }
+    }
+
+    /// As whom it does something for somebody: a name that is only said never stands without the one that was proved.
+    pub(super) fn author_for(&self, said: Option<&str>) -> Result<String, Problem> {
+        let asks = self.author()?;
+        match said {
+            None => Ok(asks),
+            Some(said) => {
+                let said = checked_author(said)?;
+                Ok(match said == asks {
+                    true => asks,
+                    false => format!("{said}, as {asks}"),
+                })
+            }
         }
     }
 

@@ -17,7 +17,7 @@ use tokio::{
     task::spawn_blocking,
 };
 
-use super::{At, Params, Said, State, problem::Problem};
+use super::{At, Params, Said, State, gate::Caller, problem::Problem};
 use crate::{
     parts::Name,
     train::{Catalog, CatalogError, Job, JobError, Jobs, Model, Request, Trainer},
@@ -124,12 +124,14 @@ fn json<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
 )]
 pub(super) async fn train(
     Shared(state): Shared<State>,
+    caller: Caller,
     At(task): At<String>,
-    Said(request): Said<Request>,
+    Said(mut request): Said<Request>,
 ) -> Result<(StatusCode, Json<Job>), Problem> {
     if request.trainer == Trainer::External {
         state.parts.look(Name::Trainer)?;
     }
+    request.author = Some(caller.author_for(request.author.as_deref())?);
     let job = state.learning.jobs.submit(&task, &request).await?;
     Ok((StatusCode::ACCEPTED, Json(job)))
 }

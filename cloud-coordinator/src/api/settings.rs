@@ -5,11 +5,8 @@ use mesh_core::{Name, settings::Whom};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::{Params, Said, State, problem::Problem};
-use crate::{
-    delivery::{Push, SettingsError, SettingsView},
-    labels::checked_author,
-};
+use super::{Params, Said, State, gate::Caller, problem::Problem};
+use crate::delivery::{Push, SettingsError, SettingsView};
 
 /// The seconds that a trial may take.
 const TRIAL_S: std::ops::RangeInclusive<u32> = 15..=3_600;
@@ -69,8 +66,8 @@ pub(super) struct Set {
     /// After so many seconds without the broker, or without a source that worked before, a device goes back to the
     /// settings that it had: 15 to 3600; 120 unless given.
     trial_s: Option<u32>,
-    /// Who sets it, 1 to 100 characters.
-    author: String,
+    /// For whom it is done, if not for who asks: both are recorded. 1 to 100 characters.
+    author: Option<String>,
 }
 
 /// Sets a part of the configuration of devices, in place of what was set before for the same site, board or device. What
@@ -88,9 +85,10 @@ pub(super) struct Set {
 )]
 pub(super) async fn set(
     Shared(state): Shared<State>,
+    caller: Caller,
     Said(said): Said<Set>,
 ) -> Result<Json<SettingsView>, Problem> {
-    let author = checked_author(&said.author)?.to_owned();
+    let author = caller.author_for(said.author.as_deref())?;
     let trial_s = said.trial_s.unwrap_or(120);
     if !TRIAL_S.contains(&trial_s) {
         return Err(Problem::invalid("trial_s: is from 15 to 3600"));
@@ -125,8 +123,8 @@ pub(super) struct Unset {
     board: Option<String>,
     /// Those of this device of the site.
     device: Option<String>,
-    /// Who takes them back, 1 to 100 characters.
-    author: String,
+    /// For whom it is done, if not for who asks: both are recorded. 1 to 100 characters.
+    author: Option<String>,
 }
 
 /// Takes settings back: their devices have what is set less near, or their own files.
@@ -141,10 +139,11 @@ pub(super) struct Unset {
 )]
 pub(super) async fn unset(
     Shared(state): Shared<State>,
+    caller: Caller,
     Params(query): Params<Unset>,
 ) -> Result<StatusCode, Problem> {
-    let author = checked_author(&query.author)?;
+    let author = caller.author_for(query.author.as_deref())?;
     let whom = whom(query.site.as_deref(), query.board, query.device.as_deref())?;
-    state.rollouts.unset_settings(&whom, author).await?;
+    state.rollouts.unset_settings(&whom, &author).await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -233,7 +233,7 @@ impl Jobs {
             )
             .bind(task)
             .bind(text)
-            .bind(&request.author)
+            .bind(request.author())
             .bind(clock::now_ms())
             .fetch_one(&mut *tx)
             .await

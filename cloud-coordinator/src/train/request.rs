@@ -60,8 +60,9 @@ pub(crate) struct Request {
     /// Below this score a device says `unknown`, 0..=1.
     #[serde(default = "min_score")]
     pub(crate) min_score: f32,
-    /// Who asks.
-    pub(crate) author: String,
+    /// For whom it is done, if not for who asks: both are recorded. 1 to 100 characters.
+    #[serde(default)]
+    pub(crate) author: Option<String>,
 }
 
 const fn one() -> u64 {
@@ -93,16 +94,18 @@ impl Request {
             last_layers: None,
             balanced: policy.balanced,
             min_score: min_score(),
-            author: format!("by itself: {why}"),
+            author: Some(format!("by itself: {why}")),
         }
+    }
+
+    /// Who asked, as it is recorded.
+    pub(crate) fn author(&self) -> &str {
+        self.author.as_deref().unwrap_or("nobody")
     }
 
     /// What is out of its range, in words.
     pub(crate) fn check(&self) -> Result<(), String> {
         let wrong = |field: &str, what: &str| Err(format!("{field}: {what}"));
-        if self.author.trim().is_empty() || self.author.len() > 100 {
-            return wrong("author", "names who asks, in at most 100 bytes");
-        }
         if !(1..=1_000).contains(&self.epochs) {
             return wrong("epochs", "is from 1 to 1000");
         }

@@ -220,7 +220,7 @@ impl Work {
             trainer: Some(made.record),
             report: report.map(|report| json!(report)),
             verdict: Some(json!(verdict)),
-            author: request.author.clone(),
+            author: request.author().to_owned(),
         };
         self.catalog.record(&bundle, model).await?;
         Ok(bundle.id())
@@ -231,7 +231,7 @@ impl Work {
             Some(digest) => digest.clone(),
             None => {
                 self.datasets
-                    .create(task, &request.author, None)
+                    .create(task, request.author(), None)
                     .await?
                     .1
                     .digest

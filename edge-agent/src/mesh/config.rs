@@ -21,6 +21,8 @@ pub struct MeshConfig {
     pub mdns: bool,
     /// Carries neighbours that have no uplink to the coordinator's doors, each connection with so many KiB/s. 0 carries nobody.
     pub carry_kib_per_s: u32,
+    /// Serves neighbours models from its disk, all together with so many KiB/s; at least 64.
+    pub serve_kib_per_s: u32,
 }
 
 /// Registered for nobody; the same on every device, so that a firewall can be told.
@@ -28,6 +30,12 @@ const PORT: u16 = 7473;
 
 /// A device's readings and pictures fit many times; a slow line is still its owner's.
 const CARRY_KIB_PER_S: u32 = 512;
+
+/// A third of what a fast local network of such boards carries, and a tenth of a processor to encrypt it.
+const SERVE_KIB_PER_S: u32 = 4_096;
+
+/// Less than a chunk in the time that neighbours wait for one helps nobody.
+const MIN_SERVE_KIB_PER_S: u32 = 64;
 
 impl Default for MeshConfig {
     fn default() -> Self {
@@ -37,6 +45,7 @@ impl Default for MeshConfig {
             peers: Vec::new(),
             mdns: true,
             carry_kib_per_s: CARRY_KIB_PER_S,
+            serve_kib_per_s: SERVE_KIB_PER_S,
         }
     }
 }
@@ -50,6 +59,9 @@ impl MeshConfig {
         }
         if self.peers.iter().any(|peer| peer.port() == 0) {
             mistakes.push(("peers", "each needs a port, ADDRESS:PORT".into()));
+        }
+        if self.serve_kib_per_s < MIN_SERVE_KIB_PER_S {
+            mistakes.push(("serve_kib_per_s", format!("at least {MIN_SERVE_KIB_PER_S}")));
         }
         mistakes
     }

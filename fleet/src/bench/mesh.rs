@@ -25,10 +25,17 @@ const SIZES: [usize; 3] = [10, 50, 200];
 const JOINING: usize = 20;
 /// Times that it starts anew.
 const JOINS: u32 = 3;
-/// Until all have started, enrolled and met.
-const MEET: Duration = Duration::from_secs(480);
-/// Then what there was to say has been said.
+/// Devices of a large site start so many at a time: all of them share this machine's processors, as no real site does.
+const AT_ONCE: usize = 10;
+/// Until those that were started have enrolled and met.
+const MEET: Duration = Duration::from_secs(120);
+/// Then what there was to say has been said, …
 const CALM: Duration = Duration::from_secs(30);
+/// … and the machine's load, which each device tells the others, is down to this, …
+const AT_REST: f64 = 0.4;
+/// … or will not come down further; and what there was to say of it has been said.
+const REST_BEFORE: Duration = Duration::from_secs(300);
+const SAID: Duration = Duration::from_secs(65);
 /// Traffic is counted so long.
 const REST: Duration = Duration::from_secs(60);
 /// Between two looks, for each pair of devices, for that is what a look reads: 50 ms at 20 devices.
@@ -46,8 +53,9 @@ pub(crate) async fn run(_: &BenchArgs, results: &mut Results) -> anyhow::Result<
         Goal::AtMost(12.0),
     );
     let mut rates = Vec::new();
+    // Devices without a mesh do not know of one another: it is the same for each in a site of any size.
+    let without = at_rest(JOINING, false).await?;
     for devices in SIZES {
-        let without = at_rest(devices, false).await?;
         let with = at_rest(devices, true).await?;
         let kbit_s = with - without;
         println!(
@@ -99,7 +107,11 @@ pub(super) fn here(status: &Status) -> usize {
 
 /// Until all know all. How long all of them have run then, and how long it took in all.
 pub(super) async fn all_met(site: &mut Site) -> anyhow::Result<(Duration, Duration)> {
-    let count = site.devices.len();
+    some_met(site, site.devices.len()).await
+}
+
+/// The same of the first `count`, while the others are not there yet.
+async fn some_met(site: &mut Site, count: usize) -> anyhow::Result<(Duration, Duration)> {
     let begun = Instant::now();
     let mut all_run = None;
     loop {
@@ -223,15 +235,29 @@ fn established(ports: &BTreeSet<u16>, table: &str) -> usize {
 /// Bits per second over the loopback interface for each device, in thousands: nothing else may use it meanwhile.
 async fn at_rest(devices: usize, mesh: bool) -> anyhow::Result<f64> {
     let dir = tempfile::tempdir().context("making a temporary folder")?;
-    let mut site = Site::start(&plan(&dir, devices, mesh)?).await?;
-    if mesh {
-        let (_, took) = all_met(&mut site).await?;
-        println!(
-            "{devices} devices know each other after {:.1} s",
-            took.as_secs_f64()
-        );
+    let mut plan = plan(&dir, devices, mesh)?;
+    plan.spawn = false;
+    let mut site = Site::start(&plan).await?;
+    for begin in (0..devices).step_by(AT_ONCE) {
+        let end = devices.min(begin + AT_ONCE);
+        let next = site.devices.get_mut(begin..end).into_iter().flatten();
+        next.map(|device| device.agent.start())
+            .collect::<Result<(), _>>()?;
+        if mesh {
+            let (_, took) = some_met(&mut site, end).await?;
+            println!(
+                "{end} devices know each other {:.1} s after the last {AT_ONCE} began",
+                took.as_secs_f64()
+            );
+        } else {
+            sleep(CALM / 10).await;
+        }
     }
-    sleep(CALM).await;
+    let patience = Instant::now() + REST_BEFORE;
+    while load()? > AT_REST && Instant::now() < patience {
+        sleep(CALM / 10).await;
+    }
+    sleep(SAID).await;
     let before = loopback()?;
     let start = Instant::now();
     sleep(REST).await;
@@ -240,6 +266,13 @@ async fn at_rest(devices: usize, mesh: bool) -> anyhow::Result<f64> {
     site.check()?;
     site.stop().await?;
     Ok(rate)
+}
+
+/// The kernel's average of the last minute, in processors.
+fn load() -> anyhow::Result<f64> {
+    let text = std::fs::read_to_string("/proc/loadavg")?;
+    let minute = text.split(' ').next().unwrap_or_default();
+    minute.parse().context("/proc/loadavg")
 }
 
 /// Bytes that the loopback interface has carried, with all headers.

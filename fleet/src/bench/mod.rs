@@ -1,5 +1,6 @@
 //! Benchmarks: each figure beside its peer's, measured in turns in one run.
 
+mod bulk;
 mod cascade;
 mod chain;
 mod deliver;
@@ -32,7 +33,7 @@ pub(crate) use deliver::{DELTA_APPLY, delta_apply};
 pub(crate) use outbox::{OUTBOX_LOAD, outbox_load};
 
 /// Each benchmark and what it is about.
-const ALL: [(&str, &str); 16] = [
+const ALL: [(&str, &str); 17] = [
     (
         "outbox",
         "durable commits, space and start of the outbox, against SQLite in WAL mode",
@@ -73,6 +74,10 @@ const ALL: [(&str, &str); 16] = [
     (
         "swarm",
         "a release to all devices of a site over one slow uplink, against each for itself (--agents N)",
+    ),
+    (
+        "bulk",
+        "a large release from a neighbour's disk, against the same from the coordinator over HTTPS",
     ),
     (
         "update-kill",
@@ -121,6 +126,7 @@ pub(crate) async fn run(args: &BenchArgs) -> anyhow::Result<bool> {
         "relay" => relay::run(args, &mut results).await?,
         "rollout" => rollout::run(args, &mut results).await?,
         "swarm" => swarm::run(args, &mut results).await?,
+        "bulk" => bulk::run(args, &mut results).await?,
         "update-kill" => update_kill::run(args, &mut results).await?,
         "cascade" => cascade::run(args, &mut results).await?,
         "mesh" => mesh::run(args, &mut results).await?,

@@ -25,7 +25,7 @@ use crate::{
     site::{Camera, Plan, Site},
 };
 
-const MODEL: &str = "conveyor";
+pub(super) const MODEL: &str = "conveyor";
 const VERSION: &str = "8.0.1";
 /// The release has so many bytes.
 const BYTES: usize = 13_000_000;
@@ -64,7 +64,7 @@ async fn play(
 ) -> anyhow::Result<()> {
     let count = usize::from(args.agents);
     let release = root.join("release");
-    let bytes = write_release(&release, &mut Dice::new(seed))? as f64;
+    let bytes = write_release(&release, VERSION, BYTES, &mut Dice::new(seed))? as f64;
     let alone = roll(&root.join("alone"), &release, 1, false).await?;
     println!("one alone: {alone:?}");
     let swarm = roll(&root.join("swarm"), &release, count, true).await?;
@@ -105,12 +105,18 @@ async fn play(
     Ok(())
 }
 
-/// The shipped model as another version, with a file beside it that nothing compresses. Its length, all in all.
-fn write_release(to: &Path, dice: &mut Dice) -> anyhow::Result<u64> {
+/// The shipped model as another version, with a file beside it that nothing compresses, so many bytes all in all. What of
+/// it is new to a device.
+pub(super) fn write_release(
+    to: &Path,
+    version: &str,
+    bytes: usize,
+    dice: &mut Dice,
+) -> anyhow::Result<u64> {
     let from = shipped_bundle(MODEL)?;
     let bundle = Bundle::open(&from)?;
     let document = ReleaseDocument::of(&from, MODEL, &bundle.manifest.version, None)?;
-    let mut left = BYTES;
+    let mut left = bytes;
     for file in &document.files {
         let target = to.join(&file.path);
         let folder = target.parent().context("a file has a folder")?;
@@ -119,14 +125,15 @@ fn write_release(to: &Path, dice: &mut Dice) -> anyhow::Result<u64> {
     }
     let manifest = std::fs::read_to_string(from.join("manifest.toml"))?;
     let old = format!("version = \"{}\"", bundle.manifest.version);
-    let changed = manifest.replacen(&old, &format!("version = \"{VERSION}\""), 1);
+    let changed = manifest.replacen(&old, &format!("version = \"{version}\""), 1);
     left = left.saturating_sub(changed.len());
     std::fs::write(to.join("manifest.toml"), changed)?;
     let noise: Vec<u8> = (0..left / 8)
         .flat_map(|_| dice.any().to_be_bytes())
         .collect();
-    std::fs::write(to.join("padding.bin"), noise)?;
-    let document = ReleaseDocument::of(to, MODEL, VERSION, None)?;
+    // Of another name than any before: nothing is a delta of it.
+    std::fs::write(to.join(format!("padding-{version}.bin")), noise)?;
+    let document = ReleaseDocument::of(to, MODEL, version, None)?;
     let known = ReleaseDocument::of(&from, MODEL, &bundle.manifest.version, None)?;
     // What the devices have already need not come.
     let is_new = |sha256| known.files.iter().all(|file| file.sha256 != sha256);
@@ -182,7 +189,7 @@ async fn roll(root: &Path, release: &Path, count: usize, mesh: bool) -> anyhow::
     let patience = PATIENCE + one * u32::try_from(count)?;
     let mut first_s = None;
     let last_s = loop {
-        let had = folders.iter().filter(|folder| has(folder)).count();
+        let had = folders.iter().filter(|folder| has(folder, VERSION)).count();
         let now_s = start.elapsed().as_secs_f64();
         if had > 0 {
             first_s.get_or_insert(now_s);
@@ -208,15 +215,15 @@ async fn roll(root: &Path, release: &Path, count: usize, mesh: bool) -> anyhow::
 }
 
 /// Is the release on this disk, whole? It has its name when it is.
-fn has(models: &Path) -> bool {
-    let name = format!("{MODEL}-{VERSION}-");
+pub(super) fn has(models: &Path, version: &str) -> bool {
+    let name = format!("{MODEL}-{version}-");
     let entries = std::fs::read_dir(models).into_iter().flatten();
     let mut names = entries.flatten().map(|entry| entry.file_name());
     names.any(|entry| entry.to_string_lossy().starts_with(&name))
 }
 
 /// Until all devices run what they came with.
-async fn all_there(site: &mut Site, api: &Api) -> anyhow::Result<()> {
+pub(super) async fn all_there(site: &mut Site, api: &Api) -> anyhow::Result<()> {
     let patience = Instant::now() + READY;
     loop {
         site.check()?;

@@ -89,9 +89,10 @@ impl Presence {
         self
     }
 
-    /// Would a neighbour act otherwise if it knew this instead of `said`? Numbers move all the time and have to move far.
+    /// Would a neighbour act otherwise if it knew this instead of `said`? Numbers move all the time and have to move far; and
+    /// they only say whom to ask first.
     #[must_use]
-    pub fn is_news_after(&self, said: &Self) -> bool {
+    pub fn news_after(&self, said: &Self) -> Option<News> {
         let far = self.load.abs_diff(said.load) >= LOAD_STEP
             || match (self.warmth, said.warmth) {
                 (Some(now), Some(then)) => now.abs_diff(then) >= WARMTH_STEP.unsigned_abs(),
@@ -99,14 +100,28 @@ impl Presence {
             }
             || self.free_mib / 2 >= said.free_mib.max(1)
             || self.free_mib < said.free_mib / 2;
-        far || self.addresses != said.addresses
+        let other = self.addresses != said.addresses
             || self.loaded != said.loaded
             || self.holds != said.holds
             || self.fetching != said.fetching
             || self.uplink != said.uplink
             || self.answers != said.answers
-            || self.accelerators != said.accelerators
+            || self.accelerators != said.accelerators;
+        if other {
+            Some(News::Other)
+        } else {
+            far.then_some(News::Numbers)
+        }
     }
+}
+
+/// What has changed about a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum News {
+    /// How much it has to do, how warm it is, or how much memory is free: no more.
+    Numbers,
+    /// What it has, can or reaches.
+    Other,
 }
 
 /// What somebody says about a device. Signed by whoever says it; carried by anybody.
@@ -177,21 +192,22 @@ mod tests {
         let with = |change: fn(&mut Presence)| {
             let mut now = said.clone();
             change(&mut now);
-            now.is_news_after(&said)
+            now.news_after(&said)
         };
-        assert!(!with(|_| {}));
-        assert!(!with(|p| p.load = 70));
-        assert!(with(|p| p.load = 75));
-        assert!(!with(|p| p.free_mib = 210));
-        assert!(with(|p| p.free_mib = 190));
-        assert!(with(|p| p.free_mib = 800));
-        assert!(!with(|p| p.warmth = Some(59)));
-        assert!(with(|p| p.warmth = Some(40)));
-        assert!(with(|p| p.warmth = None));
-        assert!(with(|p| p.uplink = true));
-        assert!(with(|p| p.answers = true));
-        assert!(with(|p| p.holds = vec![Digest([1; 32])]));
-        assert!(with(|p| p.fetching = vec![Digest([1; 32])]));
+        let (numbers, other) = (Some(News::Numbers), Some(News::Other));
+        assert_eq!(with(|_| {}), None);
+        assert_eq!(with(|p| p.load = 70), None);
+        assert_eq!(with(|p| p.load = 75), numbers);
+        assert_eq!(with(|p| p.free_mib = 210), None);
+        assert_eq!(with(|p| p.free_mib = 190), numbers);
+        assert_eq!(with(|p| p.free_mib = 800), numbers);
+        assert_eq!(with(|p| p.warmth = Some(59)), None);
+        assert_eq!(with(|p| p.warmth = Some(40)), numbers);
+        assert_eq!(with(|p| p.warmth = None), numbers);
+        assert_eq!(with(|p| p.uplink = true), other);
+        assert_eq!(with(|p| p.answers = true), other);
+        assert_eq!(with(|p| p.holds = vec![Digest([1; 32])]), other);
+        assert_eq!(with(|p| p.fetching = vec![Digest([1; 32])]), other);
     }
 
     #[test]

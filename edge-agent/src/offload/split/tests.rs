@@ -370,5 +370,8 @@ async fn a_lender_gives_only_what_it_lends() {
         values: 3,
     };
     assert!(refused(ask(run, &[1.0; 3]).await), "it was never loaded");
-    assert!(counters.offload.turned_away.get() >= 5);
+    // Refused before any of it is taken.
+    let values = lend::WEIGHED + 1;
+    assert!(refused(ask(wire::Question::Weigh { values }, &[]).await));
+    assert!(counters.offload.turned_away.get() >= 6);
 }

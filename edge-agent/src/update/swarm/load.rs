@@ -139,13 +139,10 @@ impl Load for Chunks<'_> {
         asking: Asking,
     ) -> BoxFuture<'static, Result<Vec<u8>, Fault>> {
         let chunk = self.chunk(piece);
+        // What came is looked at when it is taken in.
         Box::pin(async move {
             let want = Want::Chunk(chunk.sha256);
-            let bytes = asking.exactly(peer, want, chunk.length).await?;
-            match digest_of(&bytes) == chunk.sha256 {
-                true => Ok(bytes),
-                false => Err(Fault::Bad),
-            }
+            asking.exactly(peer, want, chunk.length).await
         })
     }
 

@@ -101,8 +101,8 @@ impl Swarm {
     }
 
     /// What neighbours may ask for.
-    pub(crate) fn services(&self) -> Vec<Service> {
-        serve::services(&self.shelf, &self.asking.counters)
+    pub(crate) fn services(&self, kib_per_s: u32) -> Vec<Service> {
+        serve::services(&self.shelf, &self.asking.counters, kib_per_s)
     }
 
     /// What neighbours are to be told.

@@ -45,29 +45,39 @@ const QUESTION: Duration = Duration::from_secs(10);
 /// A neighbour that does not take a part within this is let go.
 const PART: Duration = Duration::from_secs(10);
 /// What is written at once.
-const PART_BYTES: usize = 16 * 1024;
-/// Bytes in a second for all neighbours together: a third of what a fast local network of such boards carries, and a tenth of
-/// a processor to encrypt them.
-const PACE: f64 = 4.0 * 1024.0 * 1024.0;
-
-/// Lets bytes out evenly.
+const PART_BYTES: usize = 64 * 1024;
+/// Lets bytes out evenly, to all neighbours together.
 #[derive(Debug)]
-struct Pace(Mutex<Instant>);
+struct Pace {
+    free: Mutex<Instant>,
+    bytes_per_s: f64,
+}
 
 impl Pace {
+    fn new(kib_per_s: u32) -> Self {
+        Self {
+            free: Mutex::new(Instant::now()),
+            bytes_per_s: f64::from(kib_per_s.max(1)) * 1_024.0,
+        }
+    }
+
     async fn wait(&self, bytes: usize) {
-        let at = {
-            let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            let at = (*free).max(Instant::now());
-            *free = at + Duration::from_secs_f64(bytes as f64 / PACE);
-            at
+        let (at, now) = {
+            let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+            let now = Instant::now();
+            let at = (*free).max(now);
+            *free = at + Duration::from_secs_f64(bytes as f64 / self.bytes_per_s);
+            (at, now)
         };
-        sleep_until(at).await;
+        // A timer goes off at the next millisecond, also one that is due: too long for each part.
+        if at > now {
+            sleep_until(at).await;
+        }
     }
 }
 
-/// Both services.
-pub(super) fn services(shelf: &Arc<Shelf>, counters: &Counters) -> Vec<Service> {
+/// Both services; chunks leave with so many KiB/s.
+pub(super) fn services(shelf: &Arc<Shelf>, counters: &Counters, kib_per_s: u32) -> Vec<Service> {
     let known = Arc::clone(shelf);
     let offers = Service::new(OFFERS, LOOKS_EACH, LOOKS, move |_, stream| {
         offer(Arc::clone(&known), stream)
@@ -75,7 +85,7 @@ pub(super) fn services(shelf: &Arc<Shelf>, counters: &Counters) -> Vec<Service> 
     let shop = Arc::new(Shop {
         shelf: Arc::clone(shelf),
         counters: counters.clone(),
-        pace: Pace(Mutex::new(Instant::now())),
+        pace: Pace::new(kib_per_s),
     });
     let chunks = Service::new(CHUNKS, SERVED_EACH, SERVED, move |peer, stream| {
         let shop = Arc::clone(&shop);
@@ -182,11 +192,7 @@ impl Shop {
 
     async fn part(&self, stream: &mut Stream, part: &[u8]) -> std::io::Result<()> {
         self.pace.wait(part.len()).await;
-        timeout(PART, async {
-            stream.write_all(part).await?;
-            stream.flush().await
-        })
-        .await??;
+        timeout(PART, stream.write_all(part)).await??;
         self.counters.served_bytes.add(part.len() as u64);
         Ok(())
     }

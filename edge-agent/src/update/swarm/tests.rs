@@ -72,7 +72,7 @@ impl World {
             let (site, ends) = Site::new();
             let swarm = Swarm::new(member.peer, site, counters.clone());
             swarm.refresh(&disk);
-            let (services, holding) = (swarm.services(), swarm.holding());
+            let (services, holding) = (swarm.services(4_096), swarm.holding());
             nodes.push(start(&all, n, ends, services, holding, counters.clone()));
             devices.push(Device {
                 client: Client::new(&server.address, counters.clone()).unwrap(),
