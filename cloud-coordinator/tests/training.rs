@@ -216,7 +216,6 @@ async fn what_cannot_be_learned_from_fails_with_its_reason() {
     );
     // Requests that are none.
     for body in [
-        json!({}),
         json!({"author": ""}),
         json!({"author": "me", "epochs": 0}),
         json!({"author": "me", "x": 1}),
