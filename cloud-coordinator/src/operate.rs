@@ -6,6 +6,7 @@ mod erase;
 mod identity;
 mod people;
 mod quarantine;
+mod rollout;
 mod settings;
 
 use std::{
@@ -31,6 +32,7 @@ pub(crate) use connect::{Wire, connect};
 pub(crate) use erase::{EraseCommand, erase};
 pub(crate) use identity::{IdentityCommand, SubscriberCommand, subscriber};
 pub(crate) use people::{TokenCommand, UserCommand, token, user};
+pub(crate) use rollout::{RolloutCommand, rollout};
 pub(crate) use settings::{SettingsCommand, settings};
 
 /// The largest answer: a list of a thousand rows.
@@ -110,71 +112,13 @@ pub(crate) enum ModelCommand {
     },
 }
 
-/// Rollouts.
-#[derive(Subcommand)]
-pub(crate) enum RolloutCommand {
-    /// Brings a model to the devices, a few first, more when those have kept it.
-    ///
-    /// Example: cloud-coordinator rollout start steel@1.2.0 --site plant-3 --stages 1,10,50,100 --soak 300
-    Start {
-        /// `name@version`, or `name` for the newest one in use.
-        model: String,
-        /// Only to devices of this site.
-        #[arg(long)]
-        site: Option<String>,
-        /// Only to devices on this board.
-        #[arg(long)]
-        board: Option<String>,
-        /// Only to devices with this tag.
-        #[arg(long)]
-        tag: Option<String>,
-        /// Percent of the devices in each stage.
-        #[arg(long, value_delimiter = ',', default_value = "1,10,50,100")]
-        stages: Vec<f32>,
-        /// Seconds for which the devices of a stage must have kept it before the next begins.
-        #[arg(long, default_value_t = 300)]
-        soak: u32,
-        /// Seconds after which a stage that is not enough is paused.
-        #[arg(long, default_value_t = 3_600)]
-        timeout: u32,
-        /// Also where it is marked as bad, or older than what runs.
-        #[arg(long)]
-        force: bool,
-        #[command(flatten)]
-        who: Who,
-    },
-    /// Shows the rollouts, or one of them with its history.
-    Status {
-        /// Its number.
-        id: Option<u64>,
-    },
-    /// Exposes nobody else for now.
-    Pause(One),
-    /// Goes on after a pause.
-    Resume(One),
-    /// Sets everybody back to what they had before, also when it was done.
-    Abort(One),
-    /// Goes to the next stage without waiting for evidence.
-    Next(One),
-    /// Goes to the last stage without waiting for evidence.
-    Force(One),
-}
-
-/// One rollout.
-#[derive(Args)]
-pub(crate) struct One {
-    /// Its number.
-    id: u64,
-    #[command(flatten)]
-    who: Who,
-}
-
 /// Devices.
 #[derive(Subcommand)]
 pub(crate) enum DeviceCommand {
     /// Lists the devices, what they run and how far they are with what they should run.
     List,
-    /// Makes one device run a model, whatever rollouts say.
+    /// Makes one device run a model, whatever rollouts say. It has to pass its self-test there, but need not agree with what
+    /// runs now: that is also the way back to an older one.
     Pin {
         /// `SITE/DEVICE`
         device: String,
@@ -358,84 +302,6 @@ pub(crate) async fn model(place: &Where, command: ModelCommand) -> anyhow::Resul
     Ok(())
 }
 
-fn show(rollout: &Value) {
-    let number = |key: &str| rollout[key].as_u64().unwrap_or_default();
-    println!(
-        "{:>4}  {:<28} {:<8} stage {} of {}  exposed {} of {}, kept {}, failed {}{}",
-        number("id"),
-        text(rollout, "model"),
-        text(rollout, "status"),
-        number("stage"),
-        each(&rollout["stages"]).count(),
-        number("exposed"),
-        number("devices"),
-        number("kept"),
-        number("failed"),
-        rollout["why"]
-            .as_str()
-            .map_or(String::new(), |why| format!("  ({why})")),
-    );
-}
-
-/// Does what `rollout …` asks for.
-pub(crate) async fn rollout(place: &Where, command: RolloutCommand) -> anyhow::Result<()> {
-    let (one, order) = match command {
-        RolloutCommand::Start {
-            model,
-            site,
-            board,
-            tag,
-            stages,
-            soak,
-            timeout,
-            force,
-            who,
-        } => {
-            let stage =
-                |percent: &f32| json!({"percent": percent, "soak_s": soak, "timeout_s": timeout});
-            let stages: Vec<Value> = stages.iter().map(stage).collect();
-            let start = json!({
-                "model": model, "group": {"site": site, "board": board, "tag": tag}, "plan": {"stages": stages},
-                "force": force, "author": who.author,
-            });
-            show(&place.ask(Method::POST, "/rollouts", Some(start)).await?);
-            return Ok(());
-        }
-        RolloutCommand::Status { id: None } => {
-            let rollouts = place.ask(Method::GET, "/rollouts", None).await?;
-            if each(&rollouts).count() == 0 {
-                println!(
-                    "there is no rollout; begin one with: cloud-coordinator rollout start MODEL"
-                );
-            }
-            each(&rollouts).for_each(show);
-            return Ok(());
-        }
-        RolloutCommand::Status { id: Some(id) } => {
-            let rollout = place
-                .ask(Method::GET, &format!("/rollouts/{id}"), None)
-                .await?;
-            show(&rollout);
-            for event in each(&rollout["events"]) {
-                println!("      {}  {}", event["at_ms"], text(event, "what"));
-            }
-            return Ok(());
-        }
-        RolloutCommand::Pause(one) => (one, "pause"),
-        RolloutCommand::Resume(one) => (one, "resume"),
-        RolloutCommand::Abort(one) => (one, "abort"),
-        RolloutCommand::Next(one) => (one, "next_stage"),
-        RolloutCommand::Force(one) => (one, "last_stage"),
-    };
-    let said = json!({"command": order, "author": one.who.author});
-    show(
-        &place
-            .ask(Method::POST, &format!("/rollouts/{}", one.id), Some(said))
-            .await?,
-    );
-    Ok(())
-}
-
 /// Does what `device …` asks for.
 pub(crate) async fn device(place: &Where, command: DeviceCommand) -> anyhow::Result<()> {
     let (device, model, author) = match command {
@@ -445,8 +311,8 @@ pub(crate) async fn device(place: &Where, command: DeviceCommand) -> anyhow::Res
                 .ask(Method::GET, "/identities?limit=1000", None)
                 .await?;
             println!(
-                "{:<28} {:<9} {:<8} {:<28} {:<11} {:<11} {:<9} failure",
-                "device", "identity", "status", "model", "update", "failure", "settings"
+                "{:<28} {:<9} {:<8} {:<28} {:<11} {:<11} {:<9} {:<8} why",
+                "device", "identity", "status", "model", "update", "failure", "settings", "failure"
             );
             let same = |a: &Value, b: &Value| a["site"] == b["site"] && a["device"] == b["device"];
             let never_heard = |i: &&Value| !each(&devices["items"]).any(|device| same(device, i));
@@ -454,7 +320,7 @@ pub(crate) async fn device(place: &Where, command: DeviceCommand) -> anyhow::Res
                 let (model, update) = (&device["model"], &device["update"]);
                 let settings = &update["settings"];
                 println!(
-                    "{:<28} {:<9} {:<8} {:<28} {:<11} {:<11} {:<9} {}",
+                    "{:<28} {:<9} {:<8} {:<28} {:<11} {:<11} {:<9} {:<8} {}",
                     format!("{}/{}", text(device, "site"), text(device, "device")),
                     each(&known)
                         .find(|i| same(device, i))
@@ -467,6 +333,10 @@ pub(crate) async fn device(place: &Where, command: DeviceCommand) -> anyhow::Res
                         .as_u64()
                         .map_or("-".into(), |version| version.to_string()),
                     text(&settings["failure"], "reason"),
+                    [update, settings]
+                        .map(|of| of["failure"]["detail"].as_str().unwrap_or_default())
+                        .join(" ")
+                        .trim(),
                 );
             }
             return Ok(());

@@ -449,3 +449,27 @@ async fn a_delta_begins_at_any_model_of_that_name() {
     assert_eq!(fetch(http, &path(&unknown, new)).await.0, 404);
     handle.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_rollouts_that_are_under_way_count() {
+    let dir = tempfile::tempdir().unwrap();
+    let handle = start_as(config_with(dir.path())).await;
+    let http = handle.http;
+    let start = async |tag: usize| {
+        let request = json!({"model": "conveyor@1.1.0", "group": {"tag": format!("t{tag}")}});
+        say(http, "POST /api/v1/rollouts", request).await
+    };
+    for tag in 0..100 {
+        let (status, begun) = start(tag).await;
+        assert_eq!(status, 201, "{begun}");
+    }
+    let (status, said) = start(100).await;
+    assert_eq!(status, 429, "{said}");
+    // What takes another's place is not one more, and what is aborted is none.
+    assert_eq!(start(7).await.0, 201);
+    let abort = json!({"command": "abort"});
+    assert_eq!(say(http, "POST /api/v1/rollouts/1", abort).await.0, 200);
+    assert_eq!(start(100).await.0, 201);
+    assert_eq!(start(101).await.0, 429);
+    handle.stop().await;
+}

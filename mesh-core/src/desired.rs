@@ -47,7 +47,7 @@ pub struct Limits {
     pub latency_ms: Option<f32>,
     /// So many times the old model's latency, where there is no `latency_ms`.
     pub latency_times: f32,
-    /// Resident memory of the agent with both models loaded, in MiB.
+    /// Resident memory of the agent with both models loaded, in MiB. Where nothing is said: 256 more than before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_mib: Option<u32>,
     /// Temperature in °C, if the device was cooler before.
@@ -88,7 +88,8 @@ impl Default for Limits {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Trial {
-    /// The share of frames that both models look at, 0..=1: the price of the trial.
+    /// What the second model may take of the processor, of what the active one takes, 0..=1: the price of the trial. A model that
+    /// is as fast looks at this share of the frames, a slower one at fewer.
     pub share: f32,
     /// Frames that both have looked at before the new model becomes active; 0 goes without.
     pub shadow_frames: u32,
@@ -102,15 +103,28 @@ pub struct Trial {
     pub watch_s_max: u32,
 }
 
+impl Trial {
+    /// No trial: it is kept as soon as it has passed its self-test and is in memory. That is the way back, where what runs is
+    /// no measure for what is to replace it.
+    pub const NONE: Self = Self {
+        share: 0.0,
+        shadow_frames: 0,
+        shadow_s_max: 0,
+        watch_frames: 0,
+        watch_s_min: 0,
+        watch_s_max: 0,
+    };
+}
+
 impl Default for Trial {
-    /// 200 frames tell 5 % of disagreement from 15 beyond doubt. A minute of watching shows a leak or heat; after
-    /// half an hour, a quarter of it in shadow, waiting longer for more frames would hold up the fleet.
+    /// 200 frames tell 5 % of disagreement from 15 beyond doubt. A minute of watching shows heat, and 1,200 frames what fails
+    /// after a thousand; after half an hour, a quarter of it in shadow, waiting longer for more frames would hold up the fleet.
     fn default() -> Self {
         Self {
             share: 0.5,
             shadow_frames: 200,
             shadow_s_max: 600,
-            watch_frames: 300,
+            watch_frames: 1_200,
             watch_s_min: 60,
             watch_s_max: 1_800,
         }

@@ -201,10 +201,13 @@ impl Rollout {
             reachable: false,
             exposed: false,
             outcome: Outcome::Trying,
-            previous,
+            previous: previous.clone(),
         };
         let rank = self.rank(device);
         let member = self.members.entry(device.clone()).or_insert(fresh);
+        if !member.exposed && member.previous.is_none() {
+            member.previous = previous;
+        }
         let comes_back = !member.present && member.exposed;
         self.count.devices += usize::from(!member.present && !member.exposed);
         self.count.recount(member, |member| {
@@ -453,15 +456,4 @@ impl Count {
             *count = *count + usize::from(after) - usize::from(before);
         }
     }
-}
-
-/// What a device should run: what it is pinned to by hand, or what a rollout says, or what its group runs.
-#[must_use]
-pub fn desired_for<'a>(
-    device: &Name,
-    pin: Option<&'a Release>,
-    rollout: Option<&'a Rollout>,
-    base: Option<&'a Release>,
-) -> Option<&'a Release> {
-    pin.or_else(|| rollout?.setting(device)?).or(base)
 }

@@ -83,16 +83,19 @@ pub enum SampleReason {
     Novel,
     /// Drawn by lot, whatever the model said: what accuracy and drift can be estimated from.
     Random,
+    /// A model on trial said something else than the one that runs.
+    Disputed,
 }
 
 impl SampleReason {
     /// Every reason, what people said first.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Wrong,
         Self::Missed,
         Self::Uncertain,
         Self::Novel,
         Self::Random,
+        Self::Disputed,
     ];
 
     /// As it stands in messages.
@@ -104,6 +107,7 @@ impl SampleReason {
             Self::Uncertain => "uncertain",
             Self::Novel => "novel",
             Self::Random => "random",
+            Self::Disputed => "disputed",
         }
     }
 }

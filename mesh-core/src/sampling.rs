@@ -14,9 +14,9 @@ const DAY_MS: f64 = 24.0 * 3_600.0 * 1_000.0;
 /// day its samples.
 const BURST: f64 = 1.0 / 12.0;
 
-/// The kinds of budget, in the order of [`SampleReason::ALL`], as shares of a day's bytes. What people say is not
-/// held back by what the device finds by itself, but a button that is stuck does not fill the disk either.
-const SHARES: [f64; SampleReason::ALL.len()] = [1.0, 1.0, 0.4, 0.4, 0.2];
+/// The kinds of budget, in the order of [`SampleReason::ALL`], as shares of a day's bytes. What people say, and what a
+/// trial shows, is not held back by what the device finds by itself, but a button that is stuck does not fill the disk either.
+const SHARES: [f64; SampleReason::ALL.len()] = [1.0, 1.0, 0.4, 0.4, 0.2, 0.2];
 
 /// When a frame is kept.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -130,8 +130,8 @@ const FIRST_GUESS: f64 = 128.0 * 1024.0;
 pub struct Sampler {
     policy: Policy,
     ledgers: [Ledger; SampleReason::ALL.len()],
-    /// When each source last gave an uncertain and a novel sample.
-    last_ms: Vec<[Option<u64>; 2]>,
+    /// When each source last gave a novel, an uncertain and a disputed sample.
+    last_ms: Vec<[Option<u64>; 3]>,
 }
 
 impl Sampler {
@@ -140,7 +140,7 @@ impl Sampler {
     pub fn new(policy: Policy, sources: usize) -> Self {
         Self {
             ledgers: SHARES.map(|share| Ledger::new(policy.day_bytes as f64 * share)),
-            last_ms: vec![[None; 2]; sources],
+            last_ms: vec![[None; 3]; sources],
             policy,
         }
     }
@@ -172,20 +172,34 @@ impl Sampler {
             (SampleReason::Novel, self.is_novel(look)),
             (SampleReason::Uncertain, self.is_uncertain(look)),
         ];
-        for (at, (reason, is_so)) in reasons.into_iter().enumerate() {
-            let last = self
-                .last_ms
-                .get(source)
-                .and_then(|times| times.get(at).copied().flatten());
-            let apart = last.is_none_or(|last| now_ms.saturating_sub(last) >= self.policy.apart_ms);
-            if is_so && apart && self.take(reason) {
-                if let Some(last) = self.last_ms.get_mut(source).and_then(|t| t.get_mut(at)) {
-                    *last = Some(now_ms);
-                }
-                return Some(reason);
-            }
+        let mut reasons = (0..).zip(reasons);
+        reasons.find_map(|(at, (reason, is_so))| {
+            (is_so && self.apart(source, at, reason, now_ms)).then_some(reason)
+        })
+    }
+
+    /// May a frame be kept on which a model on trial contradicts the one that runs?
+    pub fn disputed(
+        &mut self,
+        source: usize,
+        used: &[Used; SampleReason::ALL.len()],
+        now_ms: u64,
+    ) -> bool {
+        self.settle(used, now_ms);
+        self.apart(source, 2, SampleReason::Disputed, now_ms)
+    }
+
+    /// Takes one of a source, if the last for this reason, the `at`-th, is long enough ago.
+    fn apart(&mut self, source: usize, at: usize, reason: SampleReason, now_ms: u64) -> bool {
+        let last = (self.last_ms.get(source)).and_then(|times| times.get(at).copied().flatten());
+        let apart = last.is_none_or(|last| now_ms.saturating_sub(last) >= self.policy.apart_ms);
+        if !apart || !self.take(reason) {
+            return false;
         }
-        None
+        if let Some(last) = self.last_ms.get_mut(source).and_then(|t| t.get_mut(at)) {
+            *last = Some(now_ms);
+        }
+        true
     }
 
     /// May a frame be kept because somebody marked it? Only a flood of marks is held back.
@@ -230,7 +244,8 @@ mod tests {
 
     use super::*;
 
-    const NONE: [Used; 5] = [Used { done: 0, bytes: 0 }; 5];
+    const NONE: [Used; SampleReason::ALL.len()] =
+        [Used { done: 0, bytes: 0 }; SampleReason::ALL.len()];
     const DAY: u64 = 24 * 3_600 * 1_000;
 
     fn policy() -> Policy {

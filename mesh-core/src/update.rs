@@ -25,15 +25,20 @@ mod saved;
 #[cfg(test)]
 mod tests;
 
-pub use action::{Action, Input};
+pub use action::{Action, Input, Since};
 pub use judge::{Health, Judge, Said, Verdict};
 pub use saved::Saved;
 use saved::same;
 
-/// With an unproven model the agent may start so often; once more, and it was a crash too many.
-const MAX_STARTS: u32 = 3;
-/// After so long without a crash a kept model has proved that it can start.
-const HEALTHY_MS: u64 = 10 * 60_000;
+/// What speaks against a model when a life of the agent with it had no orderly end: most by far are the agent's own death …
+const CRASH: u32 = 2;
+/// … and where the board has started anew, mostly somebody has pulled a plug.
+const POWER: u32 = 1;
+/// So much is too much: two crashes, or four losses of power.
+const TOO_MUCH: u32 = 4;
+/// After so long in one life nothing speaks against a kept model any more. At a frame in three seconds it has looked at a
+/// thousand by then.
+const HEALTHY_MS: u64 = 60 * 60_000;
 /// A fetch is resumable: what an hour on a slow line does not bring, the next attempt goes on with.
 const FETCH_MS: u64 = 60 * 60_000;
 /// Reading and hashing 100 MB takes a bad SD card half a minute.
@@ -74,9 +79,10 @@ pub struct Update {
 }
 
 impl Update {
-    /// Goes on from what was saved; `random` is any number, best another one on each device.
+    /// Goes on from what was saved; `random` is any number, best another one on each device. `since` says what has ended
+    /// the life before, should it have had no orderly end.
     #[must_use]
-    pub fn resume(saved: Saved, now_ms: u64, random: u64) -> (Self, Vec<Action>) {
+    pub fn resume(saved: Saved, since: Since, now_ms: u64, random: u64) -> (Self, Vec<Action>) {
         let mut update = Self {
             judge: Judge::new(Limits::default(), Health::default()),
             saved,
@@ -96,7 +102,7 @@ impl Update {
             random,
             actions: Vec::new(),
         };
-        update.count_start();
+        update.begin_life(since);
         if update.saved.is_watching() {
             update.activate();
         } else {
@@ -140,8 +146,7 @@ impl Update {
                 }
             }
             Input::Stopping => {
-                if self.saved.starts > 0 {
-                    self.saved.starts -= 1;
+                if core::mem::take(&mut self.saved.alive) {
                     self.save();
                 }
             }
@@ -199,7 +204,7 @@ impl Update {
                 let begun = [self.saved.begun.as_ref(), self.saved.current.as_ref()];
                 if !begun.into_iter().any(|model| same(model, Some(&target))) {
                     self.saved.begun = Some(target.clone());
-                    self.saved.starts = 0;
+                    self.saved.clear();
                     self.save();
                 }
                 let ticket = self.enter(Phase::Testing);
@@ -324,8 +329,9 @@ impl Update {
 
     // What follows.
 
-    /// Counts this start; too many with the same suspect, and it is out.
-    fn count_start(&mut self) {
+    /// What the end of the last life says of the model that has not proved itself, or else of the one that took
+    /// another's place last.
+    fn begin_life(&mut self, since: Since) {
         let suspect = match (&self.saved.begun, &self.saved.last_good) {
             (Some(begun), _) => begun.digest,
             (None, Some(_)) => match &self.saved.current {
@@ -334,16 +340,27 @@ impl Update {
             },
             (None, None) => return,
         };
-        self.saved.starts += 1;
-        if self.saved.starts > MAX_STARTS {
-            let failure =
-                Failure::new(Reason::Crash, &format!("{MAX_STARTS} starts without proof"));
-            self.saved.mark(suspect, failure.clone());
-            self.failure = Some(failure);
-            if self.saved.begun.is_none() {
-                self.saved.begun = self.saved.current.clone();
+        let (weight, ended) = match since {
+            Since::SameLife => return,
+            Since::SameBoot => (CRASH, "the agent died"),
+            Since::NewBoot => (POWER, "the power went"),
+        };
+        if core::mem::replace(&mut self.saved.alive, true) {
+            self.saved.starts = self.saved.starts.saturating_add(weight);
+            if self.saved.starts >= TOO_MUCH {
+                let failure = Failure::new(Reason::Crash, &format!("{ended} with it, again"));
+                self.saved.mark(suspect, failure.clone());
+                self.failure = Some(failure);
+                if self.saved.begun.is_none() {
+                    self.saved.begun = self.saved.current.clone();
+                }
+                self.saved.go_back();
+            } else if weight == CRASH && self.saved.is_watching() {
+                // The old one looks at the frames while the trial begins again.
+                self.saved.current = self.saved.last_good.take();
+                let detail = format!("{ended} in the middle of its trial, which begins again");
+                self.failure = Some(Failure::new(Reason::Unproven, &detail));
             }
-            self.saved.go_back();
         }
         self.save();
     }
@@ -389,13 +406,15 @@ impl Update {
             self.save();
         }
         self.enter(Phase::Activating);
-        self.run(self.saved.current.clone(), self.saved.last_good.clone());
+        let beside = self.saved.last_good.clone();
+        let beside = beside.filter(|_| self.trial().watch_frames > 0);
+        self.run(self.saved.current.clone(), beside);
     }
 
     fn keep(&mut self) {
         self.evidence = self.judge.evidence();
         self.saved.begun = None;
-        self.saved.starts = 0;
+        self.saved.clear();
         self.failure = None;
         self.backoff.reset();
         self.save();

@@ -48,7 +48,9 @@ impl From<RolloutError> for Problem {
             RolloutError::Unknown(_) | RolloutError::Device(_) => Self::not_found(detail),
             RolloutError::Plan(_) => Self::invalid(detail),
             RolloutError::Ended(_) => Self::new(409, "Ended", detail),
-            RolloutError::Full => Self::new(429, "Too many rollouts", detail),
+            RolloutError::Full | RolloutError::Groups => {
+                Self::new(429, "Too many rollouts", detail)
+            }
             RolloutError::Release(error) => error.into(),
             RolloutError::Records(error) => {
                 tracing::warn!(%error, "a rollout cannot be recorded");

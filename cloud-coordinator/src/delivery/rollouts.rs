@@ -39,8 +39,10 @@ const TICK: Duration = Duration::from_millis(500);
 const SAVE_TICKS: u64 = 20;
 /// Signatures are looked after this often; they live for days.
 const RENEW_TICKS: u64 = 2 * 3_600;
-/// Rollouts that are looked at: the newest of each group, and those that a person still asks about.
-const MAX_LIVE: usize = 100;
+/// Rollouts that are under way at the same time.
+const MAX_UNDER_WAY: usize = 100;
+/// Rollouts that count, one for each group and model: those that are done still bring the model to devices that come later.
+const MAX_LIVE: usize = 1_000;
 
 /// Why a rollout cannot be begun or changed.
 #[derive(Debug, thiserror::Error)]
@@ -53,8 +55,12 @@ pub(crate) enum RolloutError {
     Plan(#[from] mesh_core::rollout::PlanError),
     #[error("a newer rollout has taken the place of rollout {0}")]
     Ended(u64),
-    #[error("{MAX_LIVE} rollouts are under way already")]
+    #[error("{MAX_UNDER_WAY} rollouts are under way already: wait for one, or abort it")]
     Full,
+    #[error(
+        "{MAX_LIVE} groups have a rollout already: use the group of one of them, which is replaced"
+    )]
+    Groups,
     #[error(transparent)]
     Release(#[from] ReleaseError),
     #[error(transparent)]
@@ -126,6 +132,10 @@ impl Live {
             dirty: false,
             known: HashMap::new(),
         })
+    }
+
+    fn is_under_way(&self) -> bool {
+        matches!(self.rollout.status(), Status::Running | Status::Paused(_))
     }
 
     fn row(&self, ended: bool) -> RolloutRow {
@@ -247,19 +257,19 @@ impl Rollouts {
         settings.plan.check()?;
         let target = self.releases.publish(model, &settings.author).await?;
         let mut state = self.state.lock().await;
-        if state.live.len() >= MAX_LIVE {
+        let same = |live: &&Live| {
+            live.settings.group == settings.group && live.rollout.target().name == target.name
+        };
+        let before = state.live.values().find(same).map(|live| live.id);
+        let others = || state.live.values().filter(|live| Some(live.id) != before);
+        if others().filter(|live| live.is_under_way()).count() >= MAX_UNDER_WAY {
             return Err(RolloutError::Full);
+        }
+        if others().count() >= MAX_LIVE {
+            return Err(RolloutError::Groups);
         }
         state.next += 1;
         let id = state.next;
-        let same = |live: &Live| {
-            live.settings.group == settings.group && live.rollout.target().name == target.name
-        };
-        let before = state
-            .live
-            .values()
-            .find(|live| same(live))
-            .map(|live| live.id);
         let mut changes = Changes::default();
         let plan = settings.plan.clone();
         let what = format!("begun by {}: {target}", settings.author);
@@ -335,7 +345,8 @@ impl Rollouts {
             None => None,
         };
         let mut state = self.state.lock().await;
-        let terms = (Limits::default(), Trial::default());
+        // Who names one device knows what it is for: a model that is pinned need not agree with the one that it replaces.
+        let terms = (Limits::default(), Trial::NONE);
         let pinned = release.is_some();
         let release = release.or_else(|| state.wishes.release(standing.id).cloned());
         let row = state
@@ -465,7 +476,8 @@ impl Rollouts {
                     }
                     continue;
                 }
-                if known != Some(device.online) {
+                // A first report says what to go back to.
+                if known != Some(device.online) || device.fresh {
                     live.known.insert(device.id, device.online);
                     let previous = device
                         .loaded()
@@ -502,7 +514,7 @@ impl Rollouts {
             let Some(live) = state.live.get_mut(&id) else {
                 continue;
             };
-            let terms = (live.settings.limits, live.settings.trial);
+            let (limits, trial) = (live.settings.limits, live.settings.trial);
             let target = live.rollout.target().clone();
             let force = live.settings.force;
             for output in outputs {
@@ -514,13 +526,19 @@ impl Rollouts {
                         if state.wishes.is_pinned(device) {
                             continue;
                         }
-                        // The way back leads to something older.
-                        let force = force || release.as_ref() != Some(&target);
+                        // The way back leads to something older, and what runs now is no measure for it.
+                        let is_back = release.as_ref() != Some(&target);
+                        let trial = if is_back { Trial::NONE } else { trial };
+                        let terms = (limits, trial);
+                        let force = force || is_back;
                         let row = state.wishes.wish(device, release, terms, force, false);
                         changes.wishes.extend(row.map(|row| (row.device, row)));
                     }
                     Output::Changed { status, stage } => {
-                        let what = told(&status, stage, |device| self.registry.called(device));
+                        let mut what = told(&status, stage, |device| self.registry.called(device));
+                        if let Some(detail) = self.evidence(&status) {
+                            what = format!("{what} ({detail})");
+                        }
                         tracing::info!(rollout = id, model = %target, what, "rollout");
                         changes.events.push((id.cast_signed(), what));
                     }
@@ -542,6 +560,24 @@ impl Rollouts {
             self.say(row.device, row.message.into_bytes()).await;
         }
         Ok(())
+    }
+
+    /// The numbers behind an abort, as the device on which it failed has said them.
+    fn evidence(&self, status: &Status) -> Option<String> {
+        let Status::Aborted(Why::Failed { device, reason }) = status else {
+            return None;
+        };
+        let device: i64 = device.as_str().parse().ok()?;
+        let stands = self.registry.stands();
+        let reported = stands
+            .iter()
+            .find(|one| one.id == device)?
+            .reported
+            .as_ref()?;
+        let newest = reported.bad.iter().rev().map(|bad| &bad.failure);
+        let mut failures = reported.failure.iter().chain(newest);
+        let failure = failures.find(|failure| failure.reason == *reason)?;
+        (!failure.detail.is_empty()).then(|| failure.detail.clone())
     }
 
     async fn say_all(&self, state: &MutexGuard<'_, State>) {

@@ -13,6 +13,7 @@ const WHY = {
   uncertain: "the model was not sure",
   novel: "it looks like nothing that training saw",
   random: "drawn by lot",
+  disputed: "a model on trial said something else than the one that runs",
 };
 
 let task = null;

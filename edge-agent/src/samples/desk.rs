@@ -216,22 +216,18 @@ impl Desk {
         commands
     }
 
-    /// Keeps a frame on which two models disagree, as one that is uncertain, if it is still at hand and it is time for
-    /// one.
+    /// Keeps a frame on which two models disagree, if it is still at hand and it is time for one.
     pub(crate) fn disputed(&mut self, source: usize, number: u64, now_ms: u64) -> Option<Command> {
         let frames = self.recent.get_mut(source)?;
         let frame = frames.iter_mut().find(|f| f.draft.frame == number)?;
         if frame.already.is_some() {
             return None;
         }
-        let look = Look {
-            score: 0.0,
-            margin: 0.0,
-            entropy: 1.0,
-            novelty: None,
-        };
         let used = self.counters.samples.used();
-        let reason = self.sampler.decide(source, false, &look, &used, now_ms)?;
+        if !self.sampler.disputed(source, &used, now_ms) {
+            return None;
+        }
+        let reason = SampleReason::Disputed;
         frame.already = Some(reason);
         frame.kept.reason = reason;
         let command = Command::Keep {

@@ -90,7 +90,7 @@ pub(super) struct Shelf {
 const fn rank(reason: SampleReason) -> u8 {
     match reason {
         SampleReason::Random | SampleReason::Uncertain => 0,
-        SampleReason::Novel => 1,
+        SampleReason::Novel | SampleReason::Disputed => 1,
         SampleReason::Wrong | SampleReason::Missed => 2,
     }
 }

@@ -2,7 +2,11 @@
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::mpsc::SyncSender,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+        mpsc::SyncSender,
+    },
 };
 
 use mesh_core::{Failure, Reason, update::Said};
@@ -106,30 +110,60 @@ pub(crate) enum Look {
     Picture(Picture),
 }
 
+/// How many times the processor's time of the active model the second one takes for a frame, 1 where it takes less.
+#[derive(Clone, Debug)]
+pub(super) struct Cost(Arc<AtomicU32>);
+
+impl Default for Cost {
+    fn default() -> Self {
+        Self(Arc::new(AtomicU32::new(1.0_f32.to_bits())))
+    }
+}
+
+impl Cost {
+    fn get(&self) -> f32 {
+        f32::from_bits(self.0.load(Ordering::Relaxed))
+    }
+
+    /// One frame more says what it took. A frame alone may have been interrupted: it counts for a quarter.
+    fn learn(&self, active_ms: f32, beside_ms: f32) {
+        let times = beside_ms / active_ms.max(0.01);
+        let cost = (0.75 * self.get() + 0.25 * times).max(1.0);
+        self.0.store(cost.to_bits(), Ordering::Relaxed);
+    }
+
+    fn forget(&self) {
+        self.0.store(1.0_f32.to_bits(), Ordering::Relaxed);
+    }
+}
+
 /// The pipeline's end.
 pub(crate) struct Trial {
     errands: Sender<Errand>,
     tell: Sender<News>,
     /// Frames that the second model may look at, 0..=1.
     credit: f32,
+    cost: Cost,
 }
 
 impl Trial {
-    pub(super) const fn new(errands: Sender<Errand>, tell: Sender<News>) -> Self {
+    pub(super) const fn new(errands: Sender<Errand>, tell: Sender<News>, cost: Cost) -> Self {
         Self {
             errands,
             tell,
             credit: 0.0,
+            cost,
         }
     }
 
-    /// Does the second model look at this frame? Not if it is still busy, or if it has had its share. What it missed
-    /// while it was busy is not made up for.
+    /// Does the second model look at this frame? Not if it is still busy, or if it has had its share of time: that of the
+    /// active one, times the share. What it missed while it was busy is not made up for.
     pub(crate) fn takes(&mut self, engines: &Engines) -> bool {
         if engines.beside.is_none() {
+            self.cost.forget();
             return false;
         }
-        self.credit = (self.credit + engines.share).min(1.0);
+        self.credit = (self.credit + engines.share / self.cost.get()).min(1.0);
         // Nobody else sends: what is free now is free when the frame is sent.
         let takes = self.credit >= 1.0 && self.errands.capacity() > 0;
         if takes {
@@ -162,6 +196,7 @@ pub(super) struct Beside {
     pub(super) tell: Sender<News>,
     /// Frames on which the two disagree.
     pub(super) disagreed: SyncSender<(usize, u64)>,
+    pub(super) cost: Cost,
 }
 
 impl Beside {
@@ -174,12 +209,16 @@ impl Beside {
                 continue;
             };
             let active = errand.engines.active.as_deref();
+            let before = thread_time();
             let looked = match errand.look {
                 Look::Input(input) => run(beside, &input),
                 Look::Picture(picture) => {
                     input(beside, &picture).and_then(|input| run(beside, &input))
                 }
             };
+            let took = thread_time().saturating_sub(before);
+            self.cost
+                .learn(errand.active.ms, took.as_secs_f32() * 1_000.0);
             let beside = match looked {
                 Ok((outcome, ms)) => Some(Ok(said(&outcome, ms, active))),
                 Err(trouble) => trouble.verdict(),
@@ -229,7 +268,8 @@ mod tests {
         let (to_beside, errands) = tokio::sync::mpsc::channel(1);
         let (tell, mut news) = tokio::sync::mpsc::channel(4);
         let (disagreed, _) = sync_channel(1);
-        let mut trial = Trial::new(to_beside, tell.clone());
+        let cost = Cost::default();
+        let mut trial = Trial::new(to_beside, tell.clone(), cost.clone());
         let picture = Picture::from_rgb(96, 96, vec![7; 96 * 96 * 3]).unwrap();
         let input = input(&engine, &picture).unwrap();
         let (outcome, ms) = run(&engine, &input).unwrap();
@@ -240,7 +280,12 @@ mod tests {
             |trial: &mut Trial, share| (0..100).filter(|_| trial.takes(&engines(share))).count();
         assert_eq!((taken(&mut trial, 0.25), taken(&mut trial, 0.0)), (25, 0));
         assert_eq!(taken(&mut trial, 1.0), 100);
+        // A share of time: what takes five times as long looks at a fifth of the frames.
+        (0..30).for_each(|_| cost.learn(2.0, 10.0));
+        let slower = taken(&mut trial, 0.5);
+        assert!((9..=11).contains(&slower), "{slower}");
         assert!(!trial.takes(&Engines::default()));
+        assert_eq!(taken(&mut trial, 1.0), 100, "the next one is another");
         // Nobody takes anything off the channels: still nothing waits.
         let mut handed = 0;
         for frame in 0..100 {
@@ -263,6 +308,7 @@ mod tests {
             errands,
             tell,
             disagreed,
+            cost,
         }
         .run();
         let Ok(News::Frame {

@@ -25,7 +25,10 @@ use std::{
     sync::Arc,
 };
 
-use mesh_core::{Digest, Release, VERSION, update::Saved};
+use mesh_core::{
+    Digest, Release, VERSION,
+    update::{Saved, Since},
+};
 use models::{Bundle, MAX_RELEASE_BYTES, ReleaseDocument};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -88,6 +91,9 @@ struct Factory {
 struct State {
     /// The factory model that the rest began with.
     factory: Option<Digest>,
+    /// The start of the board in which this was written, as the kernel calls it.
+    #[serde(default)]
+    boot: Option<String>,
     saved: Saved,
 }
 
@@ -97,6 +103,7 @@ pub struct Disk {
     models: PathBuf,
     factory: Option<Arc<Factory>>,
     remembered: Option<Digest>,
+    boot: Option<String>,
 }
 
 /// What was found.
@@ -106,6 +113,8 @@ pub struct Opened {
     pub disk: Disk,
     /// Where the device was, or a new beginning with the factory model.
     pub saved: Saved,
+    /// What has happened since that was written.
+    pub since: Since,
     /// Why the factory model cannot be used, if it cannot.
     pub trouble: Option<String>,
 }
@@ -116,6 +125,16 @@ pub(super) struct Installed {
     pub(super) digest: Digest,
     pub(super) folder: PathBuf,
     pub(super) document: ReleaseDocument,
+}
+
+impl Installed {
+    /// Is each of its files the one of the document?
+    fn is_whole(&self) -> bool {
+        let files = &self.document.files;
+        files.iter().all(|file| {
+            is_file(&self.folder.join(&file.path), file.length, file.sha256).unwrap_or(false)
+        })
+    }
 }
 
 impl Disk {
@@ -135,8 +154,15 @@ impl Disk {
             models,
             remembered: digest,
             factory: factory.map(Arc::new),
+            boot: boot(),
         };
-        let saved = match disk.read() {
+        let read = disk.read();
+        let known = read.as_ref().and_then(|state| state.boot.as_ref());
+        let since = match known {
+            Some(_) if known == disk.boot.as_ref() => Since::SameBoot,
+            _ => Since::NewBoot,
+        };
+        let saved = match read {
             // A factory model that cannot be read now may come back: nothing is forgotten because of it.
             Some(state) if state.factory == digest || trouble.is_some() => {
                 disk.remembered = state.factory;
@@ -151,6 +177,7 @@ impl Disk {
         Ok(Opened {
             disk,
             saved,
+            since,
             trouble,
         })
     }
@@ -162,6 +189,7 @@ impl Disk {
             models: data.join("models"),
             factory: None,
             remembered: None,
+            boot: None,
         };
         disk.read().map(|state| state.saved)
     }
@@ -204,6 +232,7 @@ impl Disk {
     pub fn save(&self, saved: &Saved) -> Result<(), DiskError> {
         let state = State {
             factory: self.remembered,
+            boot: self.boot.clone(),
             saved: saved.clone(),
         };
         let bytes = serde_json::to_vec(&state)
@@ -226,6 +255,16 @@ impl Disk {
     pub fn is_factory(&self, release: &Release) -> bool {
         let factory = self.factory.as_ref();
         factory.is_some_and(|factory| factory.release.digest == release.digest)
+    }
+
+    /// Is it here, as it was when its signatures were checked? Whether it is whole is for [`super::worker`] to verify.
+    pub(super) fn has(&self, release: &Release) -> bool {
+        self.is_factory(release)
+            || self.installed().iter().any(|here| {
+                here.digest == release.digest
+                    && here.folder == self.folder(release)
+                    && here.is_whole()
+            })
     }
 
     /// Everything that is here, the factory model first.
@@ -271,7 +310,7 @@ impl Disk {
     /// Keeps a delta. It need not be durable: neighbours have other ways.
     pub(super) fn keep_delta(&self, from: &Path) -> Result<(), DiskError> {
         let to = self.delta();
-        change(|| fs::rename(from, &to)).map_err(cannot("keep", &to))
+        rename(from, &to).map_err(cannot("keep", &to))
     }
 
     /// Bytes that are free for models.
@@ -298,9 +337,9 @@ impl Disk {
         if target.exists() {
             let old = stage.root.join("old");
             remove(&old)?;
-            change(|| fs::rename(&target, &old)).map_err(cannot("move", &target))?;
+            rename(&target, &old).map_err(cannot("move", &target))?;
         }
-        change(|| fs::rename(&bundle, &target)).map_err(cannot("name", &target))?;
+        rename(&bundle, &target).map_err(cannot("name", &target))?;
         sync_folder(&self.models)?;
         remove(&stage.root)
     }
@@ -339,6 +378,12 @@ impl Disk {
         }
         Ok(())
     }
+}
+
+/// What the kernel calls this start of the board; nothing where it says none.
+fn boot() -> Option<String> {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(id.trim().to_owned())
 }
 
 /// `name-version-0123456789abcdef`: for people by name, for machines by the rest.
@@ -390,7 +435,7 @@ pub(super) fn write(
     change(|| {
         let mut file = File::create(path)?;
         #[cfg(test)]
-        tests::dirty(path);
+        tests::created(path);
         change(|| fill(&mut file))?;
         change(|| file.sync_all())?;
         #[cfg(test)]
@@ -404,12 +449,27 @@ pub(super) fn write(
 pub(crate) fn replace(folder: &Path, name: &str, bytes: &[u8]) -> Result<(), DiskError> {
     let (path, fresh) = (folder.join(name), folder.join(format!("{name}.new")));
     write(&fresh, |file| file.write_all(bytes))?;
-    change(|| fs::rename(&fresh, &path)).map_err(cannot("replace", &path))?;
+    rename(&fresh, &path).map_err(cannot("replace", &path))?;
     sync_folder(folder)
 }
 
+/// Gives something another name, which becomes durable with its folder.
+fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    change(|| {
+        #[cfg(test)]
+        tests::renamed(from, to);
+        fs::rename(from, to)
+    })
+}
+
 fn sync_folder(folder: &Path) -> Result<(), DiskError> {
-    change(|| File::open(folder)?.sync_all()).map_err(cannot("make durable", folder))
+    change(|| {
+        File::open(folder)?.sync_all()?;
+        #[cfg(test)]
+        tests::synced(folder);
+        Ok(())
+    })
+    .map_err(cannot("make durable", folder))
 }
 
 /// A folder and those in it.

@@ -6,11 +6,24 @@ use mesh_core::{Failure, Reason};
 
 use super::*;
 
+/// What a file system need not have on the disk yet.
+enum Pending {
+    /// The bytes of a file.
+    Bytes(PathBuf),
+    /// The name of a file that is new.
+    Name(PathBuf),
+    /// Another name; and the file that had it before.
+    Renamed {
+        from: PathBuf,
+        to: PathBuf,
+        before: Option<Vec<u8>>,
+    },
+}
+
 thread_local! {
     /// Changes until the power goes.
     static LEFT: Cell<Option<u32>> = const { Cell::new(None) };
-    /// Files that were written and are not durable yet.
-    static DIRTY: RefCell<Vec<PathBuf>> = const { RefCell::new(Vec::new()) };
+    static PENDING: RefCell<Vec<Pending>> = const { RefCell::new(Vec::new()) };
 }
 
 pub(super) fn power() -> io::Result<()> {
@@ -24,21 +37,69 @@ pub(super) fn power() -> io::Result<()> {
     })
 }
 
-pub(super) fn dirty(path: &Path) {
-    DIRTY.with_borrow_mut(|all| all.push(path.to_owned()));
+pub(super) fn created(path: &Path) {
+    PENDING.with_borrow_mut(|all| {
+        all.push(Pending::Name(path.to_owned()));
+        all.push(Pending::Bytes(path.to_owned()));
+    });
 }
 
 pub(super) fn clean(path: &Path) {
-    DIRTY.with_borrow_mut(|all| all.retain(|dirty| dirty != path));
+    PENDING.with_borrow_mut(|all| {
+        all.retain(|p| !matches!(p, Pending::Bytes(dirty) if dirty == path))
+    });
 }
 
-/// What was not durable is half there at best.
+pub(super) fn renamed(from: &Path, to: &Path) {
+    PENDING.with_borrow_mut(|all| {
+        // What is not durable stays so under its new name.
+        for pending in all.iter_mut() {
+            let (Pending::Bytes(path) | Pending::Name(path)) = pending else {
+                continue;
+            };
+            if let Ok(rest) = path.strip_prefix(from) {
+                *path = to.components().chain(rest.components()).collect();
+            }
+        }
+        // The new name is what is not durable now.
+        all.retain(|p| !matches!(p, Pending::Name(path) if path == to));
+        all.push(Pending::Renamed {
+            from: from.to_owned(),
+            to: to.to_owned(),
+            before: fs::read(to).ok(),
+        });
+    });
+}
+
+pub(super) fn synced(folder: &Path) {
+    PENDING.with_borrow_mut(|all| {
+        all.retain(|p| match p {
+            Pending::Bytes(_) => true,
+            Pending::Name(path) | Pending::Renamed { to: path, .. } => {
+                path.parent() != Some(folder)
+            }
+        });
+    });
+}
+
+/// What was not durable is not there, or half of it.
 fn restart() {
     LEFT.set(None);
-    for path in DIRTY.take() {
-        let length = fs::metadata(&path).map_or(0, |data| data.len());
-        let file = File::options().write(true).open(&path);
-        let _ = file.and_then(|file| file.set_len(length / 2));
+    for pending in PENDING.take().into_iter().rev() {
+        match pending {
+            Pending::Bytes(path) => {
+                let length = fs::metadata(&path).map_or(0, |data| data.len());
+                let file = File::options().write(true).open(&path);
+                let _ = file.and_then(|file| file.set_len(length / 2));
+            }
+            Pending::Name(path) => drop(fs::remove_file(path)),
+            Pending::Renamed { from, to, before } => {
+                let _ = fs::rename(&to, from);
+                if let Some(bytes) = before {
+                    fs::write(to, bytes).unwrap();
+                }
+            }
+        }
     }
 }
 

@@ -2,13 +2,14 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
+    path::Path,
     sync::Arc,
     time::Duration,
 };
 
 use mesh_core::{
     Desired, Digest, Phase, Release, Reported,
-    update::{Action, Health, Input, Saved, Update},
+    update::{Action, Health, Input, Saved, Since, Update},
 };
 use models::Engine;
 use tokio::{
@@ -34,13 +35,15 @@ use crate::{
 const HEALTH: Duration = Duration::from_secs(5);
 /// A disk that cannot be written is tried again after this.
 const AFTER_FAILURE: Duration = Duration::from_secs(30);
-/// Thousandths of a degree Celsius, where the board has a sensor.
-const THERMAL: &str = "/sys/class/thermal/thermal_zone0/temp";
+/// Where the kernel shows what the board's sensors say.
+const THERMAL: &str = "/sys/class/thermal";
 
 /// What the driver starts from.
 pub(super) struct Start {
     pub(super) disk: Disk,
     pub(super) saved: Saved,
+    /// What has happened since that was written.
+    pub(super) since: Since,
     /// Why the factory model cannot be used.
     pub(super) trouble: Option<String>,
     pub(super) slot: Arc<Slot>,
@@ -97,7 +100,8 @@ impl Driver {
     pub(super) async fn begin(start: Start) -> Self {
         let clock = Monotonic::start();
         let saved = start.saved.clone();
-        let (update, actions) = Update::resume(saved.clone(), clock.now_ms(), dice::throw());
+        let (update, actions) =
+            Update::resume(saved.clone(), start.since, clock.now_ms(), dice::throw());
         let mut driver = Self {
             start,
             update,
@@ -167,7 +171,8 @@ impl Driver {
             return self.give(Input::Tick).await;
         }
         let now_ms = self.clock.now_ms();
-        let (update, actions) = Update::resume(self.saved.clone(), now_ms, dice::throw());
+        let saved = self.saved.clone();
+        let (update, actions) = Update::resume(saved, Since::SameLife, now_ms, dice::throw());
         self.update = update;
         // What was wished in the meantime is heard now.
         self.start.desired.mark_changed();
@@ -176,11 +181,9 @@ impl Driver {
 
     async fn feel(&mut self) {
         let mib = u32::try_from(resident_bytes() >> 20).unwrap_or(u32::MAX);
-        let heat = std::fs::read_to_string(THERMAL).ok();
-        let heat = heat.and_then(|text| text.trim().parse::<f32>().ok());
         let health = Health {
             memory_mib: (mib > 0).then_some(mib),
-            temperature_c: heat.map(|thousandths| thousandths / 1_000.0),
+            temperature_c: hottest(Path::new(THERMAL)),
         };
         self.give(Input::Health(health)).await;
     }
@@ -424,6 +427,23 @@ impl Driver {
     }
 }
 
+/// What the hottest of the board's sensors says, in °C: boards have one for the processor, one for the graphics, …, in any
+/// order. Nothing where there is none.
+fn hottest(thermal: &Path) -> Option<f32> {
+    let zones = std::fs::read_dir(thermal).ok()?.filter_map(Result::ok);
+    let zones = zones.filter(|zone| {
+        zone.file_name()
+            .to_string_lossy()
+            .starts_with("thermal_zone")
+    });
+    let celsius = zones.filter_map(|zone| {
+        let text = std::fs::read_to_string(zone.path().join("temp")).ok()?;
+        let thousandths: f32 = text.trim().parse().ok()?;
+        Some(thousandths / 1_000.0)
+    });
+    celsius.reduce(f32::max)
+}
+
 /// Waits for models on their way.
 async fn loaded(loading: &mut Option<(Run, JoinHandle<Loaded>)>) -> Loaded {
     match loading {
@@ -439,5 +459,28 @@ async fn at(instant: Option<Instant>) {
     match instant {
         Some(instant) => sleep_until(instant).await,
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hottest_sensor_counts() {
+        let root = tempfile::tempdir().unwrap();
+        assert_eq!(hottest(&root.path().join("none")), None);
+        assert_eq!(hottest(root.path()), None);
+        for (zone, says) in [
+            ("thermal_zone0", "41000\n"),
+            ("thermal_zone1", "78250\n"),
+            ("thermal_zone2", "broken"),
+            ("cooling_device0", "99000\n"),
+        ] {
+            let folder = root.path().join(zone);
+            std::fs::create_dir(&folder).unwrap();
+            std::fs::write(folder.join("temp"), says).unwrap();
+        }
+        assert_eq!(hottest(root.path()), Some(78.25));
     }
 }

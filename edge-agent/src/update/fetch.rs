@@ -175,7 +175,7 @@ impl Fetch<'_> {
     /// Brings all files of a release, and gives it its place. What came stays if this fails, for the next time.
     pub(super) fn run(&self, release: &Release, bytes: &[u8]) -> Result<(), UpdateError> {
         let document = parse(release, bytes)?;
-        if self.disk.is_factory(release) || self.is_whole(release, &document) {
+        if self.disk.has(release) {
             return Ok(());
         }
         let stage = self.disk.stage(release);
@@ -218,15 +218,6 @@ impl Fetch<'_> {
         if let Some(swarm) = self.swarm {
             swarm.put_file(path, file);
         }
-    }
-
-    /// Is it all there already?
-    fn is_whole(&self, release: &Release, document: &ReleaseDocument) -> bool {
-        let folder = self.disk.folder(release);
-        let whole = |file: &ReleaseFile| {
-            is_file(&folder.join(&file.path), file.length, file.sha256).unwrap_or(false)
-        };
-        folder.join(DOCUMENT).is_file() && document.files.iter().all(whole)
     }
 
     /// Takes a file over from another release, if it is there and whole.

@@ -253,6 +253,10 @@ impl Worker {
         current: Option<Digest>,
         watchful: &Watchful,
     ) -> Result<(), UpdateError> {
+        if self.disk.has(release) {
+            // Its signatures held when it came. The way back must not need anybody.
+            return Ok(());
+        }
         let coordinator = self
             .coordinator
             .as_ref()
@@ -395,6 +399,36 @@ mod tests {
         }
         assert!(!older("1", "1.0") && !older("1.0", "1") && !older("1.0+a", "1.0"));
         assert!(!is_older(&release("steel", "1"), &release("conveyor", "2")));
+    }
+
+    #[test]
+    fn the_way_back_needs_nobody() {
+        let data = tempfile::tempdir().unwrap();
+        let conveyor = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/bundles/conveyor");
+        let opened = Disk::open(data.path(), Some(conveyor.as_ref())).unwrap();
+        let here = opened.saved.current.unwrap();
+        let (tell, _news) = tokio::sync::mpsc::channel(1);
+        let mut worker = Worker {
+            disk: opened.disk,
+            coordinator: None,
+            tls: Tls::none(),
+            root: None,
+            program: Vec::new(),
+            tell: tell.clone(),
+            clock: WallClock::default(),
+            counters: Counters::default(),
+            swarm: None,
+            failing: None,
+        };
+        let watchful = Watchful::of_test(tell);
+        let mut fetch =
+            |release: &Release| worker.work(&Job::Fetch(release.clone()), None, &watchful);
+        assert_eq!(fetch(&here), Ok(()));
+        let elsewhere = Release {
+            digest: Digest([7; 32]),
+            ..here
+        };
+        assert!(fetch(&elsewhere).is_err(), "only what is here");
     }
 
     #[test]

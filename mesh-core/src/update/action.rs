@@ -5,6 +5,17 @@ use alloc::{boxed::Box, vec::Vec};
 use super::{Health, Said, Saved};
 use crate::{Desired, Failure, Release};
 
+/// What has happened since the machine was there last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Since {
+    /// Nothing: it begins again within one life of the agent.
+    SameLife,
+    /// The agent has started anew. If its last life had no orderly end, it has died.
+    SameBoot,
+    /// The board has, or nobody knows. If the last life had no orderly end, the power went.
+    NewBoot,
+}
+
 /// Something that happened.
 #[derive(Clone, Debug)]
 pub enum Input {

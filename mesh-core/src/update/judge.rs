@@ -30,6 +30,9 @@ const OTHERS: f32 = 0.03;
 const MIN_ALONE: u32 = 5_000;
 /// So many readings of the device's health in a row are no accident.
 const HEALTH_RUN: u32 = 3;
+/// Where nothing is said of memory a trial may take so much more than there was before, in MiB: twice the largest model that
+/// such a board runs well. What a bundle itself says is tried before, in its self-test.
+const MEMORY_ADDED_MIB: u32 = 256;
 /// A trial is to blame for heat if it added at least this, in °C.
 const HEAT_ADDED: f32 = 5.0;
 /// Labels that are counted each on their own; what is beyond counts as one. More classes than this come in a trial's
@@ -87,6 +90,7 @@ struct Count {
 #[derive(Clone, Debug)]
 pub struct Judge {
     limits: Limits,
+    before_mib: Option<u32>,
     cool_c: Option<f32>,
     frames: u32,
     compared: u32,
@@ -113,6 +117,7 @@ impl Judge {
     pub fn new(limits: Limits, before: Health) -> Self {
         Self {
             limits,
+            before_mib: before.memory_mib,
             cool_c: before.temperature_c,
             frames: 0,
             compared: 0,
@@ -191,7 +196,9 @@ impl Judge {
         } = health;
         if let Some(mib) = memory_mib {
             self.peak.memory_mib = Some(self.peak.memory_mib.unwrap_or(0).max(mib));
-            let over = self.limits.memory_mib.is_some_and(|limit| mib > limit);
+            let before = *self.before_mib.get_or_insert(mib);
+            let limit = (self.limits.memory_mib).unwrap_or(before.saturating_add(MEMORY_ADDED_MIB));
+            let over = mib > limit;
             self.too_large = if over { self.too_large + 1 } else { 0 };
         }
         if let Some(heat) = temperature_c.filter(|c| c.is_finite()) {

@@ -23,8 +23,11 @@ pub struct Saved {
     pub last_good: Option<Release>,
     /// The model on trial, from the first time that it runs.
     pub begun: Option<Release>,
-    /// Starts of the agent since somebody on trial, or else `current`, last proved itself.
+    /// What speaks against the model on trial, or else `current`: it grows with each life that had no orderly end.
     pub starts: u32,
+    /// The agent runs with a model that this counts for, or its life had no orderly end.
+    #[serde(default)]
+    pub alive: bool,
     /// Models that are not tried again, the oldest first.
     pub bad: Vec<Bad>,
 }
@@ -40,6 +43,7 @@ impl Saved {
             last_good: None,
             begun: None,
             starts: 0,
+            alive: false,
             bad: Vec::new(),
         }
     }
@@ -89,7 +93,13 @@ impl Saved {
             self.current = self.last_good.take();
         }
         self.begun = None;
+        self.clear();
+    }
+
+    /// Nothing speaks against whoever is the suspect now; this life counts for it.
+    pub(super) fn clear(&mut self) {
         self.starts = 0;
+        self.alive = self.begun.is_some() || self.last_good.is_some();
     }
 
     /// Everything that must stay on disk.

@@ -230,6 +230,7 @@ fn without_an_old_model_only_the_plain_rules_hold() {
 
 #[test]
 fn heat_and_memory_count_when_they_last_and_come_from_the_trial() {
+    // The device had 100 MiB in use.
     let feel = |before, limit, memory: &[u32], heat: &[f32]| {
         let health = |mib, c| Health {
             memory_mib: mib,
@@ -239,7 +240,7 @@ fn heat_and_memory_count_when_they_last_and_come_from_the_trial() {
             memory_mib: limit,
             ..Limits::default()
         };
-        let mut judge = Judge::new(limits, health(None, Some(before)));
+        let mut judge = Judge::new(limits, health(Some(100), Some(before)));
         memory
             .iter()
             .for_each(|mib| judge.feel(health(Some(*mib), None)));
@@ -265,6 +266,12 @@ fn heat_and_memory_count_when_they_last_and_come_from_the_trial() {
         feel(60.0, None, &[300; 9], &[85.0; 3]),
         Verdict::Stop(Reason::Heat)
     );
+    assert_eq!(
+        feel(60.0, None, &[357; 3], &[]),
+        Verdict::Stop(Reason::Memory),
+        "256 MiB more than before, where nothing is said"
+    );
+    assert_eq!(feel(60.0, None, &[356; 9], &[]), Verdict::Go);
     assert_eq!(
         feel(81.0, None, &[], &[84.0; 9]),
         Verdict::Go,
