@@ -10,7 +10,11 @@ use std::{
 use fleet::site::{Camera, Site};
 use sha2::{Digest, Sha256};
 use tests::{BOUND, Tap, bundle, exactly_once, plan, until};
-use tokio::{io::AsyncWriteExt, net::TcpListener, sync::Mutex};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpListener,
+    sync::Mutex,
+};
 
 /// One site at a time: each is a load of its own.
 static ONE: Mutex<()> = Mutex::const_new(());
@@ -297,6 +301,22 @@ async fn boaster() -> SocketAddr {
     address
 }
 
+/// A broker that knows nobody by this name and password: CONNACK with code 4, and the end.
+async fn refuser() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut connect = [0; 1024];
+                let _ = client.read(&mut connect).await;
+                let _ = client.write_all(&[0x20, 2, 0, 4]).await;
+            });
+        }
+    });
+    address
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn bad_brokers_cost_nothing_but_time() {
     /// Far above what an agent with a model takes, far below what a flood would.
@@ -308,16 +328,19 @@ async fn bad_brokers_cost_nothing_but_time() {
     plan.tls = false;
     plan.agents = 1;
     let mut site = Site::start(&plan).await.unwrap();
+    let tap = Tap::start(&site).unwrap();
     let honest = site.mqtt();
     let mut witness = site.witness(Default::default());
     let mut produced = 0;
-    for bad in [
-        Some(flooder().await),
-        Some(boaster().await),
+    // Each with what the agent's log says of it.
+    for (bad, said) in [
+        (Some(flooder().await), "message refused"),
+        (Some(boaster().await), "268435455"),
+        (Some(refuser().await), "BadUserNamePassword"),
         // Nobody listens there.
-        Some("127.0.0.1:1".parse().unwrap()),
+        (Some("127.0.0.1:1".parse().unwrap()), "connection lost"),
         // It accepts, and never says anything.
-        None,
+        (None, "connection lost"),
     ] {
         let link = &site.devices[0].link;
         link.cut();
@@ -330,6 +353,8 @@ async fn bad_brokers_cost_nothing_but_time() {
         }
         tokio::time::sleep(Duration::from_secs(3)).await;
         site.check().unwrap();
+        let log = std::fs::read_to_string(site.devices[0].agent.log()).unwrap();
+        assert!(log.contains(said), "{bad:?}: no word of {said} in\n{log}");
         let seen = witness.look().await.unwrap().total();
         assert!(seen.produced > produced, "{bad:?} stopped the camera");
         produced = seen.produced;
@@ -340,7 +365,57 @@ async fn bad_brokers_cost_nothing_but_time() {
     link.cut();
     link.retarget(honest);
     link.heal();
+    // What it had to bear is counted, each kind by itself.
+    let before = witness.look().await.unwrap().total().stored;
+    until("readings arrive again", async || {
+        witness.look().await.unwrap().total().stored > before
+    })
+    .await
+    .unwrap();
+    // Until the next message of metrics, and some.
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let tapped = tap.stop().await;
+    assert!(tapped.bad.is_empty(), "{:#?}", tapped.bad);
+    let metrics = tapped.last.get("lacewing/v1/demo/d1/_/metrics").unwrap();
+    let metrics: serde_json::Value = serde_json::from_str(metrics).unwrap();
+    for (counter, least) in [("refused", 100), ("reconnects", 2), ("connect_failures", 2)] {
+        assert!(
+            metrics[counter].as_u64() >= Some(least),
+            "{counter}: {metrics}"
+        );
+    }
+    assert_eq!(metrics["store_errors"], 0, "{metrics}");
     let seen = site.finish(Default::default(), BOUND).await.unwrap();
     site.stop().await.unwrap();
     exactly_once(&seen.total()).unwrap();
+}
+
+/// The broker knows the device by its certificate: whoever comes with it takes the agent's place. The doctor does not.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_doctor_leaves_a_running_agent_alone() {
+    let _one = ONE.lock().await;
+    let dir = tempfile::tempdir().unwrap();
+    let mut plan = plan(env!("CARGO_BIN_EXE_node"), dir.path());
+    plan.agents = 1;
+    let mut site = Site::start(&plan).await.unwrap();
+    let mut witness = site.witness(Default::default());
+    until("readings arrive", async || {
+        witness.look().await.unwrap().total().stored > 0
+    })
+    .await
+    .unwrap();
+    let config = site.devices[0].config.to_str().unwrap().to_owned();
+    let doctor = move || node(&["edge-agent", "doctor", "--config", &config]);
+    let said = words(&tokio::task::spawn_blocking(doctor).await.unwrap());
+    let broker = said.lines().find(|line| line.contains("broker:"));
+    let broker = broker.unwrap_or_else(|| panic!("no word of the broker in:\n{said}"));
+    assert!(
+        broker.starts_with("ok") && broker.contains("running agent"),
+        "{broker}"
+    );
+    // The agent would notice at once.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let log = std::fs::read_to_string(site.devices[0].agent.log()).unwrap();
+    assert!(!log.contains("connection lost"), "{log}");
+    site.stop().await.unwrap();
 }

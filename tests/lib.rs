@@ -9,7 +9,11 @@ use std::{
     time::Duration,
 };
 
-use fleet::{process::Program, site::Plan, witness::Account};
+use fleet::{
+    process::Program,
+    site::{Plan, Site},
+    witness::Account,
+};
 
 pub use tap::{Tap, Tapped};
 
@@ -87,4 +91,23 @@ pub async fn until(what: &str, mut is_so: impl AsyncFnMut() -> bool) -> Result<(
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     Err(format!("not within {BOUND:?}: {what}"))
+}
+
+/// A counter of the coordinator; 0 if it has never moved.
+///
+/// # Panics
+/// If the coordinator does not answer.
+pub async fn counted(site: &Site, counter: &'static str) -> f64 {
+    let way = site.way().clone();
+    let text = tokio::task::spawn_blocking(move || {
+        let client = way.client(BOUND).unwrap();
+        let url = format!("{}/metrics", way.console());
+        let answer = way.ask(|token| client.get(&url).header("authorization", token).call());
+        answer.unwrap().body_mut().read_to_string().unwrap()
+    });
+    let text = text.await.unwrap();
+    let line = text
+        .lines()
+        .find(|l| l.rsplit_once(' ').is_some_and(|(name, _)| name == counter));
+    line.map_or(0.0, |l| l.rsplit_once(' ').unwrap().1.parse().unwrap())
 }

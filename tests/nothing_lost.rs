@@ -10,7 +10,7 @@ use fleet::{
     site::{Broker, Site},
 };
 use mesh_core::Kind;
-use tests::{BOUND, SmallDisk, Tap, exactly_once, plan, until};
+use tests::{BOUND, SmallDisk, Tap, counted, exactly_once, plan, until};
 use tokio::sync::Mutex;
 
 /// One site at a time: each is a load of its own.
@@ -122,6 +122,63 @@ async fn a_full_disk_is_recorded() {
     );
     assert!(total.gaps > 0 && total.is_whole(), "{total:?}");
     assert_eq!(total.produced, total.stored + total.gaps, "{total:?}");
+}
+
+/// The coordinator's disk is full: it says so, and acknowledges nothing that it does not have; when there is room again,
+/// everything arrives.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_of_the_coordinator_loses_nothing() {
+    const DISK_MIB: u32 = 48;
+    let _one = ONE.lock().await;
+    let dir = tempfile::tempdir().unwrap();
+    let mut plan = plan(env!("CARGO_BIN_EXE_node"), dir.path());
+    plan.agents = 2;
+    let at = dir.path().join("coordinator");
+    let Some(_disk) = SmallDisk::mount(&at, DISK_MIB) else {
+        println!("skipped: mounting is not permitted");
+        return;
+    };
+    let mut site = Site::start(&plan).await.unwrap();
+    let mut witness = site.witness(Default::default());
+    until("readings are stored", async || {
+        witness.look().await.unwrap().total().stored > 20
+    })
+    .await
+    .unwrap();
+    // As much as there is, and a little more: what the database gives up in between is taken, too.
+    let taken = at.join("taken");
+    let fill = || {
+        use std::io::Write;
+        let file = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(&taken);
+        let mut file = file.unwrap();
+        while file.write_all(&[1; 4_096]).is_ok() {}
+    };
+    let errors = "lacewing_store_errors_total";
+    until("the coordinator says that it cannot store", async || {
+        fill();
+        counted(&site, errors).await > 1.0
+    })
+    .await
+    .unwrap();
+    let stuck = witness.look().await.unwrap().total();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    site.check().unwrap();
+    let later = witness.look().await.unwrap().total();
+    assert!(later.produced > stuck.produced, "the cameras stopped");
+    // What it has not stored, the devices still have: nobody has freed it.
+    let pending: u64 = later.produced - later.stored;
+    assert!(pending > 20, "{later:?}");
+    let log = std::fs::read_to_string(site.coordinator.log()).unwrap();
+    assert!(log.contains("cannot store readings"), "{log}");
+    std::fs::remove_file(&taken).unwrap();
+    let seen = site.finish(Default::default(), BOUND).await.unwrap();
+    let log = std::fs::read_to_string(site.coordinator.log()).unwrap();
+    assert!(log.contains("readings are stored again"), "{log}");
+    site.stop().await.unwrap();
+    exactly_once(&seen.total()).unwrap();
 }
 
 /// A year forward, two back, and home again, with a restart and an outage at the wrong moments.

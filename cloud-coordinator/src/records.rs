@@ -13,7 +13,9 @@ use sqlx::{
     ConnectOptions, Connection, Sqlite, SqliteConnection, SqlitePool, Transaction,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
 };
-use tokio::sync::{Mutex, MutexGuard};
+use tokio::sync::MutexGuard;
+
+use crate::store::Writing;
 
 /// Connections that only read: labelling and training are few people's work.
 const READERS: u32 = 3;
@@ -69,7 +71,7 @@ impl RecordError {
 /// The open database.
 #[derive(Debug)]
 pub struct Records {
-    writer: Mutex<SqliteConnection>,
+    writer: Writing,
     readers: SqlitePool,
 }
 
@@ -134,11 +136,9 @@ impl Records {
             path: path.clone(),
             error,
         };
-        let mut writer = SqliteConnection::connect_with(&options)
-            .await
-            .map_err(open)?;
+        let writer = Writing::open(&options).await.map_err(open)?;
         steps
-            .run(&mut writer)
+            .run(&mut *writer.lock().await)
             .await
             .map_err(|error| RecordError::Migrate {
                 path: path.clone(),
@@ -148,10 +148,7 @@ impl Records {
             .max_connections(READERS)
             .acquire_timeout(BUSY)
             .connect_lazy_with(options.create_if_missing(false).pragma("query_only", "on"));
-        Ok(Self {
-            writer: Mutex::new(writer),
-            readers,
-        })
+        Ok(Self { writer, readers })
     }
 
     /// Waits for the right to write.

@@ -118,6 +118,57 @@ async fn bad_messages(broker: SocketAddr, http: SocketAddr) {
         .await;
     }
     assert_eq!(all_readings(http, "&device=d2", 1_000).await.len(), 1);
+    a_bad_reading_holds_up_no_other(broker, http).await;
+}
+
+/// A batch with readings that are refused: the others are stored, and those that never can be are gaps, acknowledged like them.
+async fn a_bad_reading_holds_up_no_other(broker: SocketAddr, http: SocketAddr) {
+    let mut d4 = device(broker, "d4").await;
+    let as_said = |seq: u64, from: &str, to: &str| {
+        let text = String::from_utf8(encoded("d4", 1, seq)).unwrap();
+        assert!(text.contains(from), "{text}");
+        text.replace(from, to).into_bytes()
+    };
+    let long = format!("\"model\":\"{}\"", "x".repeat(257));
+    let readings: Vec<Vec<u8>> = (1..=99)
+        .map(|seq| match seq {
+            7 => as_said(7, "\"model\":\"m@1\"", &long),
+            8 => as_said(8, "\"score\":0.875", "\"score\":3.5"),
+            50 => as_said(50, "\"score\":0.875", "\"score\":null"),
+            _ => encoded("d4", 1, seq),
+        })
+        .collect();
+    let views: Vec<&[u8]> = readings.iter().map(Vec::as_slice).collect();
+    let (batch, taken) = mesh_core::replay_bytes(&views);
+    assert_eq!(taken, 99);
+    d4.publish(&topic("d4", "_", "replay"), batch).await;
+    d4.acknowledged(1, 99).await;
+    // The same live.
+    let live = as_said(50, "\"seq\":50", "\"seq\":100");
+    let live = String::from_utf8(live).unwrap().replace("0.875", "-1");
+    d4.publish(&topic("d4", "cam0", "result"), live).await;
+    d4.acknowledged(1, 100).await;
+    assert_eq!(all_readings(http, "&device=d4", 1_000).await.len(), 96);
+    let (_, gaps) = get(http, "/api/v1/gaps?site=demo&device=d4").await;
+    let gaps: Vec<_> = gaps["items"].as_array().unwrap().iter().collect();
+    let gaps: Vec<_> = gaps
+        .iter()
+        .map(|g| (&g["from"], &g["to"], g["reason"].as_str().unwrap()))
+        .map(|(from, to, why)| (from.as_u64().unwrap(), to.as_u64().unwrap(), why))
+        .collect();
+    let why = "refused";
+    assert_eq!(gaps, [(7, 8, why), (50, 50, why), (100, 100, why)]);
+    // Readings of another version are not given up: the next coordinator can read them.
+    let newer = as_said(101, "{\"v\":1", "{\"v\":2");
+    let (batch, _) = mesh_core::replay_bytes(&[&newer, &encoded("d4", 1, 102)]);
+    d4.publish(&topic("d4", "_", "replay"), batch).await;
+    let ack = loop {
+        let ack = d4.acknowledged(1, 100).await;
+        if ack.stored().contains(102) {
+            break ack;
+        }
+    };
+    assert!(!ack.stored().contains(101), "{ack:?}");
 }
 
 /// What a device is and says of itself.
@@ -215,6 +266,19 @@ async fn mosquitto() {
         1.0,
     )
     .await;
+
+    // One that is far too large, retained on a broker that bounds nothing: it comes again with each connection, and stops nothing.
+    let big = vec![b'x'; 1 << 20];
+    d9.publish_as(&topic("d9", "_", "info"), big, true).await;
+    let refused = "lacewing_ingest_refused_total{reason=\"too_large\"}";
+    metric_reaches(handle.http, refused, 2.0).await;
+    handle.stop().await;
+    let handle = start_with(&broker, dir.path()).await;
+    metric_reaches(handle.http, refused, 1.0).await;
+    let mut d9 = device(broker.address, "d9").await;
+    let result = topic("d9", "cam0", "result");
+    d9.publish(&result, encoded("d9", 1, 2)).await;
+    while !d9.acknowledged(1, 0).await.stored().contains(2) {}
 
     // The broker dies and forgets everything. The coordinator says so, and is back when it is back.
     let address = broker.address;

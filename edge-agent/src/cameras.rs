@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     agent::{AgentError, thread},
-    capture::{self, Frame, SourceConfig},
+    capture::{self, Frame, Pace, SourceConfig},
     clock::WallClock,
     counters::Counters,
     store::Cursor,
@@ -25,7 +25,7 @@ pub(crate) struct Start {
     pub(crate) sources: Vec<SourceConfig>,
     /// Where each goes on: after its last frame whose reading is durable.
     pub(crate) cursor: Cursor,
-    /// Pulses of the trigger input.
+    /// Pulses of the trigger input; nothing where there is none or it does not work.
     pub(crate) trigger: Option<Receiver<()>>,
     /// The size of pictures that the models need.
     pub(crate) wanted: Wanted,
@@ -114,8 +114,10 @@ fn open(start: Start) -> Result<Running, AgentError> {
     } = start;
     let mut running = Running::default();
     for (index, config) in sources.into_iter().enumerate() {
-        let source = match capture::open(&config, wanted.clone()) {
-            Ok(source) => source,
+        let opened = Pace::of(&config, &mut trigger)
+            .and_then(|pace| Ok((pace, capture::open(&config, wanted.clone())?)));
+        let (pace, source) = match opened {
+            Ok(opened) => opened,
             Err(error) => {
                 tracing::error!("{error}");
                 blind.send_modify(|blind| blind.push(error.to_string()));
@@ -129,7 +131,7 @@ fn open(start: Start) -> Result<Running, AgentError> {
             index,
             source,
             first: cursor.get(&config.name).copied().unwrap_or(0),
-            trigger: config.trigger.then(|| trigger.take()).flatten(),
+            pace,
             config,
             frames: frames.clone(),
             stop: stopped,
@@ -141,4 +143,49 @@ fn open(start: Start) -> Result<Running, AgentError> {
         running.threads.push(thread);
     }
     Ok(running)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc::sync_channel, time::Duration};
+
+    use super::*;
+
+    /// A source that waits for a trigger which does not work is blind, and says so; the one beside it sees.
+    #[test]
+    fn without_its_trigger_a_source_is_blind() {
+        let source = |more: &str| -> SourceConfig {
+            let text = format!("kind = 'scene'\nscene = {{ width = 64, height = 64 }}\n{more}");
+            toml::from_str(&text).unwrap()
+        };
+        let (frames, seen) = sync_channel(64);
+        let (see, blind) = watch::channel(Vec::new());
+        let (work, works) = watch::channel(BTreeSet::new());
+        let counters = Counters::default();
+        let running = open(Start {
+            sources: vec![
+                source("name = 'parts'\ntrigger = true\nframes = 50"),
+                source("name = 'hall'\nfps = 1000.0\nframes = 5"),
+            ],
+            cursor: Cursor::new(),
+            trigger: None,
+            wanted: Wanted::default(),
+            frames,
+            blind: see,
+            works: work,
+            clock: WallClock::system(),
+            counters: counters.clone(),
+        })
+        .unwrap();
+        for _ in 0..5 {
+            let frame = seen.recv_timeout(Duration::from_secs(20)).unwrap();
+            assert_eq!(frame.source, 1);
+        }
+        running.threads.into_iter().for_each(|t| t.join().unwrap());
+        assert!(seen.try_recv().is_err() && counters.frames.get() == 5);
+        let said = blind.borrow().join(" ");
+        assert!(said.contains("parts") && said.contains("trigger"), "{said}");
+        let working: Vec<_> = works.borrow().iter().map(Name::to_string).collect();
+        assert_eq!(working, ["hall"]);
+    }
 }

@@ -4,12 +4,15 @@ use std::{ffi::OsString, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
-use models::{Bundle, Engine, Picture};
+use models::{Bundle, Engine};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     Agent,
-    capture::scene::{Drift, SceneConfig, draw},
+    capture::{
+        look,
+        scene::{Drift, SceneConfig, draw},
+    },
     clock::WallClock,
     config::{Config, Layers, TOKEN},
     doctor, identity, mesh,
@@ -345,12 +348,14 @@ fn log() {
 fn infer(bundle: &std::path::Path, images: &[PathBuf], json: bool) -> anyhow::Result<ExitCode> {
     let bundle = Bundle::open(bundle)?;
     let engine = Engine::load(&bundle)?;
+    let wanted = update::Wanted::default();
+    wanted.fit(&engine);
     let mut bad = 0;
     for path in images {
         let shown = path.display();
-        let result = Picture::read(path)
+        let result = look(path, &wanted)
             .map_err(anyhow::Error::from)
-            .and_then(|picture| Ok(engine.infer(&picture)?));
+            .and_then(|(picture, _)| Ok(engine.infer(&picture)?));
         match result {
             Ok(outcome) if json => {
                 let labels = &engine.manifest().output.labels;

@@ -3,11 +3,19 @@
 //! After every error a fresh one is made: what was on its way is not trusted but sent again, because only
 //! the coordinator's acknowledgement counts.
 
+use std::{
+    io::{self, ErrorKind, Read},
+    net::{TcpStream, ToSocketAddrs},
+    sync::Arc,
+    time::Duration,
+};
+
 use mesh_core::{Kind, Name, Status, Topic};
 use rumqttc::{
     AsyncClient, ConnectionError, Event, EventLoop, LastWill, MqttOptions, NetworkOptions, Packet,
     PublishOptions, QoS, TlsConfiguration, Transport,
 };
+use rustls::{ClientConfig, ClientConnection, StreamOwned, pki_types::ServerName};
 use tokio::sync::mpsc;
 
 use crate::{
@@ -104,6 +112,56 @@ pub(crate) fn shown(config: &Config, tls: &Tls) -> String {
     }
 }
 
+/// What the device and the broker show each other.
+fn secured(config: &Config, tls: &Tls) -> Result<Arc<ClientConfig>, String> {
+    let ca = config.broker.ca.as_deref().map(broker::roots).transpose();
+    let ca = ca.map_err(|why| format!("broker.ca: {why}"))?;
+    tls.to_broker(ca, config.broker.user.is_some())
+}
+
+/// Connects, proves who the device is and hears whether the broker minds, and goes no further: a broker that knows devices by
+/// their certificates ends the connection of a running agent when the same device says its first word of MQTT on another one.
+/// Blocks.
+///
+/// # Errors
+/// In words.
+pub(crate) fn handshake(config: &Config, tls: &Tls) -> Result<(), String> {
+    /// With TLS 1.3 a client hears only after its own last word that its certificate is refused. A broker answers with what it
+    /// does not like at once, and is silent otherwise.
+    const OBJECTIONS: Duration = Duration::from_secs(1);
+    let patience = Duration::from_secs(CONNECT_TIMEOUT_S);
+    let said = |error: io::Error| explain(&error, Peer::Broker { tls: true });
+    let secured = secured(config, tls)?;
+    let (host, port) = address(config, tls)?;
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let name = ServerName::try_from(host.to_owned())
+        .map_err(|_| format!("{host:?} is no name of a host"))?;
+    let mut tried = Err(io::Error::new(ErrorKind::NotFound, "it has no address"));
+    for address in (host, port).to_socket_addrs().map_err(said)? {
+        tried = TcpStream::connect_timeout(&address, patience);
+        if tried.is_ok() {
+            break;
+        }
+    }
+    let socket = tried.map_err(said)?;
+    socket.set_read_timeout(Some(patience)).map_err(said)?;
+    socket.set_write_timeout(Some(patience)).map_err(said)?;
+    let connection = ClientConnection::new(secured, name).map_err(|error| error.to_string())?;
+    let mut stream = StreamOwned::new(connection, socket);
+    stream.conn.complete_io(&mut stream.sock).map_err(said)?;
+    stream
+        .sock
+        .set_read_timeout(Some(OBJECTIONS))
+        .map_err(said)?;
+    match stream.read(&mut [0]) {
+        Ok(0) => Err(said(ErrorKind::UnexpectedEof.into())),
+        Err(error) if !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+            Err(said(error))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn options(config: &Config, tls: &Tls, client_id: String) -> Result<MqttOptions, ConnectError> {
     let wrong = |why: String| ConnectError {
         url: shown(config, tls),
@@ -111,10 +169,7 @@ fn options(config: &Config, tls: &Tls, client_id: String) -> Result<MqttOptions,
     };
     // First: before that nobody has said where the broker is.
     let transport = if config.broker.is_tls() {
-        let ca = config.broker.ca.as_deref().map(broker::roots).transpose();
-        let ca = ca.map_err(|why| wrong(format!("broker.ca: {why}")))?;
-        let with_password = config.broker.user.is_some();
-        let config = tls.to_broker(ca, with_password).map_err(wrong)?;
+        let config = secured(config, tls).map_err(wrong)?;
         Transport::tls_with_config(TlsConfiguration::Rustls(config))
     } else {
         Transport::Tcp
@@ -173,7 +228,8 @@ impl Connection {
         Self::start(config, tls, options)
     }
 
-    /// Starts to connect as a passer-by, which leaves a running agent of the same device alone.
+    /// Starts to connect as a passer-by. A broker that goes by names or by what clients call themselves leaves a running agent
+    /// of the same device alone; one that goes by certificates does not: see [`handshake`].
     ///
     /// # Errors
     /// As [`Connection::open`].
@@ -311,5 +367,41 @@ mod tests {
         }
         drop(connection);
         broker.await.unwrap();
+    }
+
+    /// A broker that does not take the password says so once, and that is what the log says.
+    #[tokio::test]
+    async fn a_refusal_is_told_in_words() {
+        const REFUSED: [u8; 4] = [0x20, 2, 0, 4];
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let broker = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut connect = [0; 1024];
+            let length = stream.read(&mut connect).await.unwrap();
+            stream.write_all(&REFUSED).await.unwrap();
+            connect[..length].to_vec()
+        });
+        let data = tempfile::tempdir().unwrap();
+        let password = data.path().join("password");
+        std::fs::write(&password, "wrong").unwrap();
+        let of_owner = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+        std::fs::set_permissions(&password, of_owner).unwrap();
+        let data = data.path();
+        let text = format!(
+            "device = 'd1'\ndata = {data:?}\n[broker]\nurl = 'mqtt://127.0.0.1:{port}'\nuser = 'somebody'\npassword_file = {password:?}"
+        );
+        let config = Config::parse(&text).unwrap();
+        let mut connection = Connection::open(&config, &Tls::none(), None).unwrap();
+        let why = loop {
+            match connection.news().await {
+                News::Lost { why, doubt: true } => break why,
+                News::Left | News::Progress => {}
+                news => panic!("{news:?}"),
+            }
+        };
+        assert!(why.contains("BadUserNamePassword"), "{why}");
+        let said = broker.await.unwrap();
+        assert!(said.windows(5).any(|bytes| bytes == b"wrong"), "{said:?}");
     }
 }

@@ -8,6 +8,8 @@ use std::{
     },
 };
 
+use mesh_core::{Metrics, VERSION};
+
 /// A number that only grows.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
@@ -52,10 +54,18 @@ pub struct Numbers {
     pub frames_gated: Counter,
     /// Results handed to the store.
     pub results: Counter,
+    /// Results that make no reading, and were dropped.
+    pub results_dropped: Counter,
     /// Readings made durable.
     pub readings: Counter,
+    /// Readings with a text that was cut or a number that was brought into its range.
+    pub readings_cut: Counter,
+    /// Times that the outbox could not be written, read or freed.
+    pub store_errors: Counter,
     /// Connections to the broker that were lost.
     pub reconnects: Counter,
+    /// Tries to connect to the broker that came to nothing.
+    pub connect_failures: Counter,
     /// Messages from the broker that could not be used.
     pub refused: Counter,
     /// Devices of the site that are there, this one left out.
@@ -118,10 +128,48 @@ pub struct OffloadNumbers {
 }
 
 impl Numbers {
-    /// Is every result durable that was handed to the store?
+    /// Is the store done with every result that was handed to it?
     #[must_use]
     pub fn is_stored(&self) -> bool {
-        self.results.get() == self.readings.get()
+        self.results.get() == self.readings.get() + self.results_dropped.get()
+    }
+
+    /// What a device says about its counts. What is not counted here is left at nothing.
+    #[must_use]
+    pub fn metrics(&self) -> Metrics {
+        let samples = &self.samples;
+        // In the order of the reasons.
+        let kept = |at: usize| samples.kept.get(at).map_or(0, Counter::get);
+        Metrics {
+            v: VERSION,
+            frames: self.frames.get(),
+            frames_bad: self.frames_bad.get(),
+            frames_gated: self.frames_gated.get(),
+            readings: self.readings.get(),
+            readings_cut: self.readings_cut.get(),
+            backlog: self.backlog.get(),
+            outbox_bytes: self.outbox_bytes.get(),
+            store_errors: self.store_errors.get(),
+            gaps_pending: self.gaps_pending.get(),
+            reconnects: self.reconnects.get(),
+            connect_failures: self.connect_failures.get(),
+            refused: self.refused.get(),
+            latency_ms: self.latency_us.get() as f32 / 1_000.0,
+            rss_bytes: resident_bytes(),
+            samples_wrong: kept(0),
+            samples_missed: kept(1),
+            samples_uncertain: kept(2),
+            samples_novel: kept(3),
+            samples_random: kept(4),
+            samples_disputed: kept(5),
+            samples_dropped: samples.dropped.get() + samples.evicted.get(),
+            samples_sent: samples.sent.get(),
+            samples_refused: samples.refused.get(),
+            samples_waiting: samples.waiting.get(),
+            drifting: self.drifting.get(),
+            update_bytes: self.update_bytes.get(),
+            ..Metrics::default()
+        }
     }
 
     /// Takes one more time from frame to result into the average.

@@ -10,6 +10,7 @@ use crate::{
     config::Config,
     connection::{self, Connection, News},
     identity::{self, Tls},
+    outbox,
     samples::{self, SamplesConfig},
     seal::Seal,
     update,
@@ -46,13 +47,7 @@ pub(crate) async fn examine(config: &Config) -> usize {
         }
     };
     say("device", Ok(format!("{}/{}", config.site, config.device)));
-    let samples = if config.samples.enabled {
-        config.samples.max_bytes
-    } else {
-        0
-    };
-    let wanted = config.outbox.max_bytes.saturating_add(samples);
-    say("disk", disk(&config.data, wanted));
+    say("disk", disk(&config.data, still_wanted(config)));
     say("storage", storage(config));
     say("clock", clock(WallClock::system().now_ms()));
     let (finding, tls) = identity::doctor(config);
@@ -92,6 +87,16 @@ pub(crate) async fn examine(config: &Config) -> usize {
     sick
 }
 
+/// What outbox and samples may take beyond what they have taken already.
+fn still_wanted(config: &Config) -> u64 {
+    let more = |most: u64, folder: &str| {
+        most.saturating_sub(outbox::directory_bytes(&config.data.join(folder)))
+    };
+    let samples = config.samples.enabled.then_some(config.samples.max_bytes);
+    let samples = samples.map_or(0, |most| more(most, "samples"));
+    more(config.outbox.max_bytes, "outbox").saturating_add(samples)
+}
+
 fn disk(data: &Path, wanted: u64) -> Finding {
     let shown = data.display();
     std::fs::create_dir_all(data).map_err(|error| {
@@ -107,7 +112,7 @@ fn disk(data: &Path, wanted: u64) -> Finding {
     let mib = |bytes: u64| bytes / (1024 * 1024);
     if free < wanted {
         return Err(format!(
-            "{shown} has {} MiB free, outbox and samples may take {} MiB: free some space or lower outbox.max_bytes or \
+            "{shown} has {} MiB free, outbox and samples may take {} MiB more: free some space or lower outbox.max_bytes or \
              samples.max_bytes",
             mib(free),
             mib(wanted)
@@ -169,6 +174,18 @@ fn samples_go(config: &SamplesConfig, tls: &Tls) -> Finding {
 
 async fn broker(config: &Config, tls: &Tls) -> Finding {
     let url = &connection::shown(config, tls);
+    let by_certificate = config.broker.is_tls() && config.broker.user.is_none();
+    if by_certificate && outbox::is_in_use(&config.data.join("outbox")) {
+        let (config, tls) = (config.clone(), tls.clone());
+        let tried = tokio::task::spawn_blocking(move || connection::handshake(&config, &tls));
+        let tried = tried.await.map_err(|error| error.to_string())?;
+        return match tried {
+            Ok(()) => Ok(format!(
+                "{url} answers and takes the device's certificate; MQTT was not tried, it would disconnect the running agent"
+            )),
+            Err(why) => Err(format!("{url}: {why}; see also identity")),
+        };
+    }
     let mut connection = Connection::probe(config, tls).map_err(|error| error.to_string())?;
     let answer = async {
         loop {
@@ -214,6 +231,24 @@ mod tests {
         assert!(with("").unwrap().contains("100 MiB stay on the device"));
         let nobody = with("coordinator = 'http://127.0.0.1:9'").unwrap_err();
         assert!(nobody.contains("wait on the device"), "{nobody}");
+    }
+
+    /// What lies in the outbox is room that it needs no more: a device with a full outbox has no trouble with its disk.
+    #[test]
+    fn what_is_taken_already_is_not_wanted_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let data = folder.path();
+        let text = format!("device = 'd1'\ndata = {data:?}\n[samples]\nmax_bytes = 16777216");
+        let config = Config::parse(&text).unwrap();
+        let all = config.outbox.max_bytes + 16_777_216;
+        assert_eq!(still_wanted(&config), all);
+        let taken = 3 << 20;
+        for part in ["outbox", "samples"] {
+            std::fs::create_dir(data.join(part)).unwrap();
+            std::fs::write(data.join(part).join("full"), vec![1; taken]).unwrap();
+        }
+        let wanted = still_wanted(&config);
+        assert!((1..=all - 2 * taken as u64).contains(&wanted), "{wanted}");
     }
 
     #[test]

@@ -10,7 +10,9 @@ use std::{
 };
 
 use bytes::Bytes;
-use mesh_core::{EventError, Name, RangeSet, Reading, VERSION, offload::Answered};
+use mesh_core::{
+    EventError, Name, RangeSet, Reading, VERSION, fit_path, fit_share, fit_text, offload::Answered,
+};
 use tokio::sync::mpsc::{Receiver, Sender};
 
 use crate::{
@@ -45,6 +47,30 @@ pub struct Draft {
     /// What a neighbour said about it: that becomes the reading. What is kept of the frame to learn from goes by what
     /// the device's own model said.
     pub answered: Option<Box<Answered>>,
+}
+
+impl Draft {
+    /// Makes it one that a reading can be made of, and a sample; true if something had to be changed. A coordinator refuses texts
+    /// that are too long and scores outside 0..=1, whoever meant them: a folder may call its files anything, and a model without
+    /// an activation gives out any number. That something was seen, and when, is worth more than the rest of a path, so
+    /// it is not dropped. What a neighbour said has been looked at when it came.
+    fn fit(&mut self) -> bool {
+        let mut changed = fit_text(&mut self.label);
+        if self.label.is_empty() {
+            self.label = "unknown".into();
+            changed = true;
+        }
+        let mut model = self.model.to_string();
+        if fit_text(&mut model) {
+            self.model = model.into();
+            changed = true;
+        }
+        changed |= self.file.as_mut().is_some_and(fit_path);
+        changed |= self.truth.as_mut().is_some_and(fit_text);
+        changed |= fit_share(&mut self.score);
+        changed |= fit_share(&mut self.margin);
+        changed
+    }
 }
 
 /// What the thread is asked for.
@@ -128,6 +154,8 @@ pub struct Store {
     samples: Option<Tray>,
     /// Frame and number of each source's last readings.
     recent: BTreeMap<Name, VecDeque<(u64, u64)>>,
+    /// It was said that results are cut.
+    complained_of_cuts: bool,
     counters: Counters,
 }
 
@@ -153,6 +181,7 @@ impl Store {
             to_uplink,
             samples: None,
             recent: BTreeMap::new(),
+            complained_of_cuts: false,
             counters,
         };
         store.count();
@@ -171,10 +200,13 @@ impl Store {
         while let Some(command) = held.take().or_else(|| commands.blocking_recv()) {
             match command {
                 Command::Keep {
-                    draft,
+                    mut draft,
                     kept,
                     again: true,
-                } => self.keep_again(draft, kept),
+                } => {
+                    draft.fit();
+                    self.keep_again(draft, kept);
+                }
                 Command::Append(_) | Command::Keep { .. } => {
                     let mut group: Vec<Entry> = as_entry(command).into_iter().collect();
                     while group.len() < MAX_GROUP {
@@ -187,10 +219,12 @@ impl Store {
                             Err(_) => break,
                         }
                     }
+                    self.fit(&mut group);
                     self.append(group);
                 }
                 Command::Free(stored) => {
                     if let Err(error) = self.outbox.free(&stored) {
+                        self.counters.store_errors.add(1);
                         tracing::warn!(%error, "acknowledged readings stay on disk for now");
                     }
                     self.say_gaps();
@@ -199,6 +233,7 @@ impl Store {
                     let answer = match self.outbox.read(from, to, MAX_BATCH_BYTES) {
                         Ok(readings) => Stored::Batch { from, to, readings },
                         Err(error) => {
+                            self.counters.store_errors.add(1);
                             tracing::warn!(%error, "the backlog cannot be read; trying again");
                             std::thread::park_timeout(AFTER_FAILURE);
                             Stored::Unreadable
@@ -212,8 +247,22 @@ impl Store {
         }
     }
 
+    /// Makes readings possible of all of them.
+    fn fit(&mut self, group: &mut [Entry]) {
+        for (draft, _) in group {
+            let frame = draft.frame;
+            if !draft.fit() {
+                continue;
+            }
+            self.counters.readings_cut.add(1);
+            if !std::mem::replace(&mut self.complained_of_cuts, true) {
+                tracing::warn!(source = %draft.source, frame, "a result did not fit into a reading and was cut (said once): a text has at most 256 bytes, scores lie between 0 and 1");
+            }
+        }
+    }
+
     /// A disk that takes nothing holds the pipeline back; the reading waits, it is not dropped.
-    fn append(&mut self, group: Vec<Entry>) {
+    fn append(&mut self, mut group: Vec<Entry>) {
         let mut cursor = self.cursor.clone();
         for (draft, _) in &group {
             // A frame that was marked becomes a reading after younger ones.
@@ -257,11 +306,27 @@ impl Store {
                     | OutboxError::Group { .. }
                     | OutboxError::Cursor(_)),
                 ) => {
-                    self.counters.frames_bad.add(group.len() as u64);
-                    tracing::error!(%error, results = group.len(), "results dropped: they make no reading");
+                    // … but it may be mended for those beside it: a half at a time, until the bad one is alone.
+                    let half = group.split_off(group.len() / 2);
+                    if !group.is_empty() {
+                        tracing::warn!(%error, results = group.len() + half.len(), "results make no readings together; trying fewer at a time");
+                        self.append(group);
+                        self.append(half);
+                        return;
+                    }
+                    for (_, kept) in half {
+                        self.counters.frames_bad.add(1);
+                        if let Some(kept) = kept {
+                            self.counters.samples.lost(kept.reason);
+                        }
+                    }
+                    // It has no number yet, so that it leaves no gap among those that have.
+                    self.counters.results_dropped.add(1);
+                    tracing::error!(%error, "a result is dropped: it makes no reading");
                     return;
                 }
                 Err(error) => {
+                    self.counters.store_errors.add(1);
                     if !complained {
                         tracing::error!(%error, "readings cannot be stored; the device waits and tries again");
                         complained = true;
@@ -384,4 +449,182 @@ fn reading(device: &Name, epoch: u64, seq: u64, draft: &Draft) -> Reading {
 /// As many digits as mean something: a reading travels over slow links.
 fn round(value: f32, steps: f32) -> f32 {
     (value * steps).round() / steps
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::outbox::Options;
+
+    fn draft(frame: u64) -> Draft {
+        Draft {
+            source: "cam0".parse().unwrap(),
+            frame,
+            ts: 0,
+            label: "ok".into(),
+            score: 0.5,
+            margin: 0.5,
+            model: "m@1".into(),
+            latency_ms: 1.0,
+            file: None,
+            truth: None,
+            answered: None,
+        }
+    }
+
+    /// What the store makes of these, together in one group; frames and bytes.
+    fn stored(drafts: Vec<Draft>, counters: &Counters) -> Vec<Durable> {
+        let dir = tempfile::tempdir().unwrap();
+        let outbox = Outbox::open(Options::new(dir.path(), 8 << 20)).unwrap();
+        let (say, mut said) = mpsc::channel(64);
+        let (ask, asked) = mpsc::channel(MAX_GROUP);
+        counters.results.add(drafts.len() as u64);
+        for draft in drafts {
+            ask.try_send(Command::Append(draft)).unwrap();
+        }
+        drop(ask);
+        let device = "d1".parse().unwrap();
+        Store::new(device, outbox.outbox, Cursor::new(), say, counters.clone()).run(asked);
+        let mut all = Vec::new();
+        while let Ok(said) = said.try_recv() {
+            if let Stored::Appended(readings) = said {
+                all.extend(readings);
+            }
+        }
+        all
+    }
+
+    /// Whatever a source and a model say: what becomes durable is what a coordinator takes.
+    #[test]
+    fn what_is_stored_can_be_ingested() {
+        let long = |length: usize| "ä".repeat(length);
+        let odd: Vec<Draft> = [
+            Draft {
+                file: Some(long(2_000) + "/17.jpg"),
+                ..draft(0)
+            },
+            Draft {
+                label: long(200),
+                ..draft(1)
+            },
+            Draft {
+                label: String::new(),
+                ..draft(2)
+            },
+            Draft {
+                truth: Some(long(129)),
+                ..draft(3)
+            },
+            Draft {
+                model: long(300).into(),
+                ..draft(4)
+            },
+            Draft {
+                score: 7.25,
+                margin: 9.0,
+                ..draft(5)
+            },
+            Draft {
+                score: -0.001,
+                margin: f32::NAN,
+                ..draft(6)
+            },
+        ]
+        .into();
+        let counters = Counters::default();
+        let count = odd.len();
+        let readings = stored(odd.into_iter().chain([draft(7)]).collect(), &counters);
+        assert_eq!(readings.len(), count + 1);
+        let device: Name = "d1".parse().unwrap();
+        for Durable { seq, bytes, .. } in &readings {
+            let reading = Reading::decode(bytes, &device).unwrap();
+            assert_eq!(reading.frame + 1, *seq, "{reading:?}");
+        }
+        let file = Reading::decode(&readings[0].bytes, &device).unwrap().file;
+        assert!(file.unwrap().ends_with("ä/17.jpg"));
+        assert_eq!(counters.readings_cut.get(), count as u64);
+        assert!(counters.is_stored());
+    }
+
+    /// A hundred results of which each is all right, and together too large for one write to the outbox.
+    #[test]
+    fn what_makes_no_group_makes_smaller_ones() {
+        // Six bytes each in JSON.
+        let file = Some("\u{1}".repeat(256));
+        let drafts = (0..MAX_GROUP as u64).map(|frame| Draft {
+            file: file.clone(),
+            label: "\u{1}".repeat(256),
+            ..draft(frame)
+        });
+        let counters = Counters::default();
+        let readings = stored(drafts.collect(), &counters);
+        let seqs: Vec<u64> = readings.iter().map(|r| r.seq).collect();
+        assert_eq!(seqs, (1..=MAX_GROUP as u64).collect::<Vec<_>>());
+        assert!(counters.is_stored() && counters.frames_bad.get() == 0);
+    }
+
+    /// One that cannot be encoded costs itself and nothing else.
+    #[test]
+    fn a_bad_result_goes_alone() {
+        let counters = Counters::default();
+        let drafts = (0..MAX_GROUP as u64).map(|frame| match frame {
+            // Said by a neighbour, and not looked at.
+            37 => Draft {
+                answered: Some(Box::new(unsound())),
+                ..draft(frame)
+            },
+            _ => draft(frame),
+        });
+        let readings = stored(drafts.collect(), &counters);
+        assert_eq!(readings.len(), MAX_GROUP - 1);
+        assert!(readings.iter().map(|r| r.seq).eq(1..MAX_GROUP as u64));
+        let dropped = (counters.frames_bad.get(), counters.results_dropped.get());
+        assert!(dropped == (1, 1) && counters.is_stored());
+    }
+
+    fn unsound() -> Answered {
+        Answered {
+            by: "d2".parse().unwrap(),
+            answer: mesh_core::offload::Answer {
+                model: "m@1".into(),
+                label: "ok".into(),
+                score: 2.0,
+                margin: 0.5,
+            },
+        }
+    }
+
+    /// A disk that fails is counted, and tried again until it works.
+    #[test]
+    fn a_disk_that_takes_nothing_is_counted() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = dir.path().join("outbox");
+        let outbox = Outbox::open(Options::new(&at, 8 << 20)).unwrap().outbox;
+        // The folder is away, as a disk that was pulled.
+        let away = dir.path().join("away");
+        std::fs::rename(&at, &away).unwrap();
+        let (say, mut said) = mpsc::channel(8);
+        let (ask, asked) = mpsc::channel(8);
+        let counters = Counters::default();
+        let store = Store::new(
+            "d1".parse().unwrap(),
+            outbox,
+            Cursor::new(),
+            say,
+            counters.clone(),
+        );
+        let thread = std::thread::spawn(move || store.run(asked));
+        ask.blocking_send(Command::Append(draft(0))).unwrap();
+        while counters.store_errors.get() == 0 {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        std::fs::rename(&away, &at).unwrap();
+        assert!(
+            matches!(said.blocking_recv(), Some(Stored::Appended(readings)) if readings.len() == 1)
+        );
+        drop(ask);
+        thread.join().unwrap();
+    }
 }

@@ -39,10 +39,32 @@ impl Report {
         }
     }
 
-    /// Was something produced, and all of it stored once or recorded as dropped?
+    /// Was something produced, and all of it stored once? Nothing had to be dropped: no outbox was ever full.
     #[must_use]
     pub(crate) const fn is_good(&self) -> bool {
-        self.total.is_whole() && self.total.produced > 0
+        self.total.is_whole() && self.total.produced > 0 && self.total.gaps == 0
+    }
+
+    /// One sentence.
+    fn verdict(&self) -> String {
+        let t = &self.total;
+        if self.is_good() {
+            return "Nothing was lost, doubled or invented.".into();
+        }
+        let mut said = String::from("NOT everything arrived exactly once.");
+        let reasons = t.gap_reasons.iter();
+        let named: Vec<_> = reasons
+            .map(|(why, count)| format!("{count} {why}"))
+            .collect();
+        if !named.is_empty() {
+            said += &format!(" Recorded as gaps: {}", named.join(", "));
+            said += if t.is_whole() {
+                "; nothing else is missing."
+            } else {
+                "; that does not explain everything."
+            };
+        }
+        said
     }
 
     /// Writes it as JSON.
@@ -81,15 +103,7 @@ impl fmt::Display for Report {
             let what = format!("  of {} never trained on", t.judged_held_out);
             writeln!(f, "  {what:<32}{:>9.1}%", accuracy * 100.0)?;
         }
-        write!(
-            f,
-            "{}",
-            if self.is_good() {
-                "Nothing was lost, doubled or invented."
-            } else {
-                "NOT everything arrived exactly once."
-            }
-        )
+        write!(f, "{}", self.verdict())
     }
 }
 
@@ -122,5 +136,39 @@ mod tests {
             assert!(json[key].is_u64(), "{key}: {json}");
         }
         assert!(report.is_good() && report.to_string().contains("Nothing was lost"));
+    }
+
+    #[test]
+    fn what_was_dropped_is_named() {
+        let said = |gaps: &[(&str, u64)], lost| {
+            let account = Account {
+                produced: 9,
+                stored: 5,
+                gaps: gaps.iter().map(|(_, count)| count).sum(),
+                gap_reasons: gaps
+                    .iter()
+                    .map(|(why, n)| ((*why).to_owned(), *n))
+                    .collect(),
+                lost,
+                ..Account::default()
+            };
+            let seen = Testimony {
+                devices: [("d1".to_owned(), account)].into(),
+            };
+            let report = Report::new(&seen, 1.0);
+            assert!(!report.is_good());
+            report.to_string()
+        };
+        let whole = said(&[("full", 3), ("refused", 1)], 0);
+        assert!(!whole.contains("Nothing was lost"), "{whole}");
+        assert!(
+            whole.contains("gaps: 3 full, 1 refused; nothing else"),
+            "{whole}"
+        );
+        let damaged = said(&[("corrupt", 99)], 4);
+        assert!(
+            damaged.contains("99 corrupt; that does not explain"),
+            "{damaged}"
+        );
     }
 }

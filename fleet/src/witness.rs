@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use mesh_core::RangeSet;
+use mesh_core::{GapReason, RangeSet};
 use serde::Serialize;
 use sqlx::{
     Connection, Row, SqliteConnection,
@@ -86,9 +86,12 @@ pub struct Account {
     pub replayed: u64,
     /// Readings in the database that say the same as another.
     pub duplicates: u64,
-    /// Readings that the device says it had to drop.
+    /// Readings that are recorded as missing.
     pub gaps: u64,
-    /// Frames that are neither stored nor covered by a gap.
+    /// The same by the reason that is given.
+    pub gap_reasons: BTreeMap<String, u64>,
+    /// Frames that are neither stored nor covered by a gap whose length is known. One of a damaged store only says how many
+    /// readings there were at most: it excuses nothing.
     pub lost: u64,
     /// Stored readings of frames that never left a source.
     pub invented: u64,
@@ -110,6 +113,12 @@ impl Account {
     #[must_use]
     pub const fn missing(&self) -> u64 {
         (self.produced + self.duplicates + self.invented).saturating_sub(self.stored)
+    }
+
+    /// Readings in gaps whose length is known.
+    fn counted_gaps(&self) -> u64 {
+        let at_most = GapReason::Corrupt.as_str();
+        self.gaps - self.gap_reasons.get(at_most).copied().unwrap_or(0)
     }
 
     /// Was everything stored once, or recorded as dropped?
@@ -136,6 +145,9 @@ impl Account {
         self.replayed += other.replayed;
         self.duplicates += other.duplicates;
         self.gaps += other.gaps;
+        for (reason, count) in &other.gap_reasons {
+            *self.gap_reasons.entry(reason.clone()).or_default() += count;
+        }
         self.lost += other.lost;
         self.invented += other.invented;
         self.judged += other.judged;
@@ -295,14 +307,20 @@ impl Witness {
             }
         }
         let gaps = sqlx::query(
-            "SELECT d.device, CAST(SUM(g.to_seq - g.from_seq + 1) AS INTEGER) AS length \
-             FROM gaps g JOIN devices d ON d.id = g.device GROUP BY d.device",
+            "SELECT d.device, g.reason, CAST(SUM(g.to_seq - g.from_seq + 1) AS INTEGER) AS length \
+             FROM gaps g JOIN devices d ON d.id = g.device GROUP BY d.device, g.reason",
         )
         .fetch_all(database)
         .await?;
+        for account in self.accounts.values_mut() {
+            account.gaps = 0;
+            account.gap_reasons.clear();
+        }
         for row in gaps {
             let account = self.accounts.entry(row.try_get("device")?).or_default();
-            account.gaps = row.try_get::<i64, _>("length")?.unsigned_abs();
+            let length = row.try_get::<i64, _>("length")?.unsigned_abs();
+            account.gaps += length;
+            account.gap_reasons.insert(row.try_get("reason")?, length);
         }
         Ok(())
     }
@@ -353,7 +371,7 @@ impl Witness {
             account.lost += without(&frames.produced, &frames.stored);
         }
         for account in devices.values_mut() {
-            account.lost = account.lost.saturating_sub(account.gaps);
+            account.lost = account.lost.saturating_sub(account.counted_gaps());
         }
         Testimony { devices }
     }
@@ -495,6 +513,35 @@ mod tests {
             (seen.devices["d1"].lost, seen.devices["d1"].invented),
             (1, 0)
         );
+    }
+
+    /// A damaged store may have held less than its gap says: it is no excuse for what is missing.
+    #[tokio::test]
+    async fn a_gap_that_is_only_a_bound_excuses_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("coordinator.db");
+        let journal = Journal {
+            device: "d1".into(),
+            source: "cam0".into(),
+            path: dir.path().join("d1"),
+        };
+        let mut witness = Witness::new(path.clone(), [journal], BTreeSet::new());
+        let mut db = database(&path).await;
+        std::fs::write(dir.path().join("d1"), "0\n1\n2\n3\n").unwrap();
+        store(&mut db, 4, 0, None, false).await;
+        for gap in ["(4, 1, 2, 2, 'full')", "(4, 1, 3, 900, 'corrupt')"] {
+            let sql = format!("INSERT INTO gaps VALUES {gap}");
+            sqlx::query(sqlx::AssertSqlSafe(sql))
+                .execute(&mut db)
+                .await
+                .unwrap();
+        }
+        for _ in 0..2 {
+            let total = witness.look().await.unwrap().total();
+            assert_eq!((total.gaps, total.lost), (899, 2), "{total:?}");
+            assert_eq!(total.gap_reasons["full"], 1);
+            assert!(!total.is_whole());
+        }
     }
 
     #[tokio::test]

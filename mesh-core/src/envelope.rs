@@ -3,9 +3,10 @@
 use alloc::{string::String, vec::Vec};
 
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 
 use crate::{
-    MAX_EVENT_BYTES, Name, RangeSet, Reading, VERSION,
+    MAX_EVENT_BYTES, Name, RangeSet, Reading, Refused, VERSION,
     event::{EventError, parse, within},
 };
 
@@ -23,21 +24,41 @@ pub struct Replay {
 }
 
 impl Replay {
-    /// Reads and checks a batch that came on a topic of `device`.
+    /// Reads a batch that came on a topic of `device`, and checks each reading of it: one that cannot be used holds up none of
+    /// the others.
     ///
     /// # Errors
-    /// [`EventError`] says what is wrong with it; nothing of the batch is to be used then.
-    pub fn decode(bytes: &[u8], device: &Name) -> Result<Self, EventError> {
-        within(bytes.len(), MAX_REPLAY_BYTES)?;
-        let replay: Self = parse(bytes)?;
-        if replay.v != VERSION {
-            return Err(EventError::Version(replay.v));
+    /// [`EventError`] if it is no batch at all.
+    pub fn decode(
+        bytes: &[u8],
+        device: &Name,
+    ) -> Result<Vec<Result<Reading, Refused>>, EventError> {
+        /// The batch with its readings as they came.
+        #[derive(Deserialize)]
+        struct Raw<'a> {
+            v: u8,
+            #[serde(borrow)]
+            readings: Vec<&'a RawValue>,
         }
-        replay
-            .readings
-            .iter()
-            .try_for_each(|reading| reading.check(device))?;
-        Ok(replay)
+        within(bytes.len(), MAX_REPLAY_BYTES)?;
+        // At once where all is well, as it nearly always is.
+        if let Ok(replay) = parse::<Self>(bytes)
+            && replay.v == VERSION
+            && replay
+                .readings
+                .iter()
+                .all(|reading| reading.check(device).is_ok())
+        {
+            return Ok(replay.readings.into_iter().map(Ok).collect());
+        }
+        let raw: Raw<'_> = parse(bytes)?;
+        if raw.v != VERSION {
+            return Err(EventError::Version(raw.v));
+        }
+        let readings = raw.readings.into_iter();
+        Ok(readings
+            .map(|reading| Reading::take(reading.get().as_bytes(), device))
+            .collect())
     }
 }
 
@@ -187,6 +208,9 @@ pub struct Info {
     pub tags: String,
     /// The life of the device's outbox.
     pub epoch: u64,
+    /// Where its neighbours reach it, `ADDRESS:PORT` separated by commas; empty where it has no mesh.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub mesh: String,
 }
 
 /// The model that is in memory. Retained on `model`.
@@ -244,6 +268,15 @@ pub struct Metrics {
     pub gaps_pending: u64,
     /// Connections to the broker that were lost since the start.
     pub reconnects: u64,
+    /// Tries to connect to the broker that came to nothing, since the start: nobody there, no answer, or refused.
+    #[serde(default)]
+    pub connect_failures: u64,
+    /// Times that the outbox could not be written, read or freed, since the start. Nothing is lost by it: it is tried again.
+    #[serde(default)]
+    pub store_errors: u64,
+    /// Readings with a text that was cut or a number that was brought into its range, since the start.
+    #[serde(default)]
+    pub readings_cut: u64,
     /// Messages that could not be used since the start.
     pub refused: u64,
     /// Moving average of the time from frame to result, in milliseconds.
@@ -265,6 +298,9 @@ pub struct Metrics {
     /// Frames kept by lot, since the start.
     #[serde(default)]
     pub samples_random: u64,
+    /// Frames kept because a model on trial contradicted the one that runs, since the start.
+    #[serde(default)]
+    pub samples_disputed: u64,
     /// Frames that should have been kept and were not: too fast, or no room.
     #[serde(default)]
     pub samples_dropped: u64,
@@ -334,12 +370,51 @@ mod tests {
         let (bytes, taken) = replay_bytes(&views);
         assert!(taken > 100 && taken < 2_000 && bytes.len() <= MAX_REPLAY_BYTES);
         let replay = Replay::decode(&bytes, &"d1".parse().unwrap()).unwrap();
-        assert_eq!(replay.readings.len(), taken);
-        assert!(
-            Replay::decode(&bytes, &"d2".parse().unwrap()).is_err(),
-            "one foreign reading refuses the batch"
-        );
+        assert!(replay.len() == taken && replay.iter().all(Result::is_ok));
+        let foreign = Replay::decode(&bytes, &"d2".parse().unwrap()).unwrap();
+        let kept = |r: &Result<Reading, Refused>| r.as_ref().is_err_and(|r| r.gap.is_none());
+        assert!(foreign.iter().all(kept), "a gap of somebody else's");
         assert_eq!(replay_bytes(&[]).1, 0);
+    }
+
+    /// Whatever is wrong with one reading, those beside it are taken, and it is known which one it was.
+    #[test]
+    fn one_bad_reading_holds_up_no_other() {
+        let one = |seq: u64, score: &str, file: usize| {
+            let file = "x".repeat(file);
+            format!(
+                r#"{{"v":1,"device":"d1","source":"_","epoch":1,"seq":{seq},"ts":0,"frame":{seq},"label":"a","score":{score},"margin":1.0,"model":"m@1","latency_ms":0.0,"file":"{file}"}}"#
+            )
+            .into_bytes()
+        };
+        let readings = [
+            one(1, "0.5", 9),
+            one(2, "1.5", 9),
+            one(3, "null", 9),
+            one(4, "0.5", 257),
+            one(5, "0.5", 256),
+        ];
+        let views: Vec<&[u8]> = readings.iter().map(Vec::as_slice).collect();
+        let (bytes, _) = replay_bytes(&views);
+        let replay = Replay::decode(&bytes, &"d1".parse().unwrap()).unwrap();
+        let said: Vec<_> = replay
+            .into_iter()
+            .map(|reading| match reading {
+                Ok(reading) => (reading.seq, true),
+                Err(refused) => (refused.gap.map_or(0, |gap| gap.from), false),
+            })
+            .collect();
+        assert_eq!(
+            said,
+            [(1, true), (2, false), (3, false), (4, false), (5, true)]
+        );
+        for bad in [
+            &b"{\"v\":2,\"readings\":[]}"[..],
+            b"{\"v\":1,\"readings\":7}",
+            b"{\"v\":1,\"readings\":[",
+        ] {
+            assert!(Replay::decode(bad, &"d1".parse().unwrap()).is_err());
+        }
     }
 
     #[test]

@@ -39,7 +39,7 @@ pub struct Reading {
     pub model: String,
     /// From the frame in memory to its result, in milliseconds, the way to a neighbour and back included.
     pub latency_ms: f32,
-    /// The neighbour whose `model` said it; none where the device has computed it itself.
+    /// The neighbour whose `model` said it, `_` for the coordinator; none where the device has computed it itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub by: Option<Name>,
     /// The file that the frame came from.
@@ -75,6 +75,8 @@ pub enum GapReason {
     Full,
     /// The store was damaged. `to` is an upper bound: how many of them existed cannot be known.
     Corrupt,
+    /// The coordinator could not use it and never will: trying again would mend nothing. Said by the coordinator only.
+    Refused,
 }
 
 impl GapReason {
@@ -84,6 +86,7 @@ impl GapReason {
         match self {
             Self::Full => "full",
             Self::Corrupt => "corrupt",
+            Self::Refused => "refused",
         }
     }
 }
@@ -95,6 +98,16 @@ pub enum Event {
     Reading(Reading),
     /// Readings that are missing.
     Gap(Gap),
+}
+
+/// A reading that cannot be used, while those beside it can.
+#[derive(Debug)]
+pub struct Refused {
+    /// What is wrong with it.
+    pub error: EventError,
+    /// The gap that it leaves, where it is refused for good and says which one it is. Without, the device keeps it: a
+    /// coordinator of another version or a device under its old name may still be able to use it.
+    pub gap: Option<Gap>,
 }
 
 /// Why bytes are not a reading or a gap.
@@ -126,13 +139,48 @@ pub enum EventError {
 pub(crate) const MAX_JSON_INTEGER: u64 = (1 << 53) - 1;
 /// A label, a model or a file name is for people to read.
 const MAX_TEXT: usize = 256;
+/// Stands for what was cut off.
+const CUT: &str = "…";
+
+/// Makes a text of a reading as short as it must be; true if something was cut off.
+pub fn fit_text(text: &mut String) -> bool {
+    if text.len() <= MAX_TEXT {
+        return false;
+    }
+    let end = text.floor_char_boundary(MAX_TEXT - CUT.len());
+    text.truncate(end);
+    text.push_str(CUT);
+    true
+}
+
+/// The same of a path, of which the end says most.
+pub fn fit_path(path: &mut String) -> bool {
+    if path.len() <= MAX_TEXT {
+        return false;
+    }
+    let start = path.ceil_char_boundary(path.len() - (MAX_TEXT - CUT.len()));
+    path.replace_range(..start, CUT);
+    true
+}
+
+/// Makes a score or a margin lie where it must, 0..=1; what is no number says nothing: 0. True if it was changed.
+pub fn fit_share(share: &mut f32) -> bool {
+    let fits = (0.0..=1.0).contains(share);
+    if !fits {
+        // `max` takes the other one where one is no number.
+        *share = share.max(0.0).min(1.0);
+    }
+    !fits
+}
 
 impl Reading {
-    /// The compact JSON that is stored and sent.
+    /// The compact JSON that is stored and sent. What is encoded can be decoded: it is checked here as it will be there, so that
+    /// nothing becomes durable on a device that a coordinator refuses for good.
     ///
     /// # Errors
-    /// If a number cannot be written as JSON or the result is larger than [`MAX_EVENT_BYTES`].
+    /// As [`Reading::check`], or if the result is larger than [`MAX_EVENT_BYTES`].
     pub fn encode(&self) -> Result<Vec<u8>, EventError> {
+        self.check(&self.device)?;
         let bytes = serde_json::to_vec(self)?;
         within(bytes.len(), MAX_EVENT_BYTES)?;
         Ok(bytes)
@@ -147,6 +195,14 @@ impl Reading {
         let reading: Self = parse(bytes)?;
         reading.check(device)?;
         Ok(reading)
+    }
+
+    /// The same, and what follows where it cannot be used.
+    ///
+    /// # Errors
+    /// [`Refused`].
+    pub fn take(bytes: &[u8], device: &Name) -> Result<Self, Refused> {
+        Self::decode(bytes, device).map_err(|error| Refused::of(error, bytes, device))
     }
 
     /// Checks the values of a reading that was parsed as part of something larger.
@@ -180,6 +236,35 @@ impl Reading {
             return Err(EventError::Value("latency_ms is not negative"));
         }
         Ok(())
+    }
+}
+
+impl Refused {
+    /// What follows from an error in the bytes of one reading.
+    fn of(error: EventError, bytes: &[u8], device: &Name) -> Self {
+        #[derive(Deserialize)]
+        struct Identity {
+            epoch: u64,
+            seq: u64,
+        }
+        let for_good = match error {
+            // Too large to look for anything in it.
+            EventError::TooLarge { .. } | EventError::Version(_) | EventError::Device(..) => false,
+            EventError::Json(_) | EventError::Value(_) => true,
+        };
+        let gap = Some(bytes)
+            .filter(|_| for_good)
+            .and_then(|bytes| serde_json::from_slice(bytes).ok())
+            .filter(|Identity { epoch, seq }| check_identity(*epoch, *seq, *seq).is_ok())
+            .map(|Identity { epoch, seq }| Gap {
+                v: VERSION,
+                device: device.clone(),
+                epoch,
+                from: seq,
+                to: seq,
+                reason: GapReason::Refused,
+            });
+        Self { error, gap }
     }
 }
 
@@ -312,6 +397,9 @@ mod tests {
         refuse(&|r| r.score = 1.5, "score");
         refuse(&|r| r.latency_ms = -1.0, "latency");
         refuse(&|r| r.label = "x".repeat(300), "256");
+        let mut bad = reading();
+        bad.file = Some("x".repeat(300));
+        assert!(bad.encode().is_err(), "encoded what nobody decodes");
         let too_large = [b' '; MAX_EVENT_BYTES + 1];
         assert!(matches!(
             Reading::decode(&too_large, &device),
@@ -325,5 +413,62 @@ mod tests {
             Reading::decode(b"[[[[", &device),
             Err(EventError::Json(_))
         ));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_made_to_fit_and_stays_readable() {
+        let fitted = |text: &str, fit: fn(&mut String) -> bool| {
+            let mut text = String::from(text);
+            (fit(&mut text), text)
+        };
+        let fits = "ä".repeat(MAX_TEXT / 2);
+        assert_eq!(fitted(&fits, fit_text), (false, fits.clone()));
+        assert_eq!(fitted(&fits, fit_path), (false, fits));
+        // Two bytes each, so that the bound lies inside a character.
+        let (changed, text) = fitted(&alloc::format!("x{}", "ä".repeat(200)), fit_text);
+        assert!(
+            changed && text.len() <= MAX_TEXT && text.starts_with("xä") && text.ends_with("ä…")
+        );
+        let path = alloc::format!("{}/strip-17.jpg", "ä".repeat(2_000));
+        let (changed, text) = fitted(&path, fit_path);
+        assert!(changed && text.len() <= MAX_TEXT && text.len() > MAX_TEXT - 4);
+        assert!(text.starts_with("…ä") && text.ends_with("/strip-17.jpg"));
+        for (share, fit) in [
+            (0.0, 0.0),
+            (1.0, 1.0),
+            (1.000_001, 1.0),
+            (-3.5, 0.0),
+            (f32::INFINITY, 1.0),
+            (f32::NAN, 0.0),
+        ] {
+            let mut fitted = share;
+            assert_eq!(fit_share(&mut fitted), fitted.to_bits() != share.to_bits());
+            assert_eq!(fitted, fit, "{share}");
+        }
+    }
+
+    #[test]
+    fn only_what_is_refused_for_good_leaves_a_gap() {
+        let device: Name = "d1".parse().unwrap();
+        let gap = |change: &dyn Fn(&mut Reading)| {
+            let mut bad = reading();
+            change(&mut bad);
+            let refused = Reading::take(&serde_json::to_vec(&bad).unwrap(), &device).unwrap_err();
+            refused.gap.map(|gap| (gap.epoch, gap.from, gap.to))
+        };
+        assert_eq!(gap(&|r| r.score = 1.5), Some((77, 3, 3)));
+        // JSON has no such number: it is written as `null`, and is no reading any more.
+        assert_eq!(gap(&|r| r.margin = f32::NAN), Some((77, 3, 3)));
+        assert_eq!(gap(&|r| r.file = Some("x".repeat(300))), Some((77, 3, 3)));
+        assert_eq!(gap(&|r| r.seq = 0), None, "no number to speak of");
+        assert_eq!(gap(&|r| r.v = 2), None, "the next coordinator can");
+        assert_eq!(gap(&|r| r.device = "d2".parse().unwrap()), None);
+        assert!(
+            Reading::take(b"{\"v\":1}", &device)
+                .unwrap_err()
+                .gap
+                .is_none()
+        );
+        assert!(Reading::take(&reading().encode().unwrap(), &device).is_ok());
     }
 }

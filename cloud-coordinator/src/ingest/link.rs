@@ -15,8 +15,11 @@ use crate::{
     notice::Notices,
 };
 
-/// The largest packet that is taken from or sent to the broker: the contract's payload and a topic.
-const MAX_PACKET: u32 = 520 * 1024;
+/// The largest payload that is taken, and the largest packet that is sent: more than any message of the contract.
+const MAX_PAYLOAD: usize = 520 * 1024;
+/// The largest packet that MQTT knows. The client would end the connection at a larger one than it is told, and a broker
+/// without a bound of its own would send one that is retained again with every new connection: it is read to its end and refused.
+const MAX_INCOMING: usize = 268_435_460;
 /// Requests that wait in the client: acknowledgements gather by device before it, so it can be short.
 const REQUESTS: usize = 64;
 /// Between pings; a broker that is silent for twice as long is gone.
@@ -159,7 +162,7 @@ impl External {
                     options
                         .set_keep_alive(KEEP_ALIVE_S)
                         .set_clean_session(true)
-                        .set_max_packet_size(MAX_PACKET as usize, MAX_PACKET as usize);
+                        .set_max_packet_size(MAX_INCOMING, MAX_PAYLOAD);
                     let (client, events) = AsyncClient::builder(options).capacity(REQUESTS).build();
                     tokio::select! {
                         () = stop.cancelled() => break,
@@ -217,15 +220,22 @@ impl External {
                 }
                 Ok(Event::Incoming(Incoming::Publish(publish))) => {
                     let topic = std::str::from_utf8(&publish.topic).unwrap_or_default();
-                    match topic.parse::<Topic>() {
-                        // A full queue makes the broker wait: nothing is read meanwhile.
-                        Ok(topic) => self.inbox.push(topic, publish.payload).await,
-                        Err(error) => {
-                            self.metrics.refused("topic");
-                            if let Some(held_back) = notices.due("topic") {
-                                tracing::warn!(topic, held_back, "a message was refused: {error}");
-                            }
+                    let bytes = publish.payload.len();
+                    let (reason, why) = match topic.parse::<Topic>() {
+                        Ok(_) if bytes > MAX_PAYLOAD => (
+                            "too_large",
+                            format!("{bytes} bytes, the most is {MAX_PAYLOAD}"),
+                        ),
+                        Ok(topic) => {
+                            // A full queue makes the broker wait: nothing is read meanwhile.
+                            self.inbox.push(topic, publish.payload).await;
+                            continue;
                         }
+                        Err(error) => ("topic", error.to_string()),
+                    };
+                    self.metrics.refused(reason);
+                    if let Some(held_back) = notices.due(reason) {
+                        tracing::warn!(topic, held_back, "a message was refused: {why}");
                     }
                 }
                 Ok(_) => {}

@@ -155,7 +155,7 @@ impl Ingest {
                 origin,
                 reason,
                 held_back,
-                "a message was refused: {refusal}"
+                "a message or a reading in it was refused: {refusal}"
             );
         }
     }
@@ -204,7 +204,9 @@ impl Ingest {
                 })
             }
             Kind::Result | Kind::Replay | Kind::Gap => {
-                let events = plan::events(kind, payload, &message.topic.device)?;
+                let topic = &message.topic;
+                let refuse = |refusal: &Refusal| self.refuse(&topic.to_string(), refusal);
+                let events = plan::events(kind, payload, &topic.device, refuse)?;
                 arrived.extend(events.into_iter().map(|event| Arrived {
                     device: id,
                     replayed: kind == Kind::Replay,
@@ -230,6 +232,7 @@ impl Ingest {
             | Kind::Ack
             | Kind::Mark
             | Kind::Roster
+            | Kind::Meeting
             | Kind::Sighting => false,
         };
         if changed {

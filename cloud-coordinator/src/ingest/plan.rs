@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashMap};
 
 use bytes::Bytes;
-use mesh_core::{Event, EventError, Gap, Kind, Name, RangeSet, Reading, Replay};
+use mesh_core::{Event, EventError, Gap, Kind, Name, RangeSet, Reading, Refused, Replay};
 
 use crate::store::{NewGap, NewReading};
 
@@ -42,13 +42,26 @@ impl Refusal {
     }
 }
 
-/// Reads the events of a message of `kind`, which is `result`, `replay` or `gap`.
-pub(crate) fn events(kind: Kind, payload: &Bytes, device: &Name) -> Result<Vec<Event>, Refusal> {
+/// Reads the events of a message of `kind`, which is `result`, `replay` or `gap`. What of it cannot be used is told to `refuse`.
+/// What never will be is a gap among the events: its acknowledgement frees the device, which would send it for ever.
+pub(crate) fn events(
+    kind: Kind,
+    payload: &Bytes,
+    device: &Name,
+    mut refuse: impl FnMut(&Refusal),
+) -> Result<Vec<Event>, Refusal> {
+    let mut event = |taken: Result<Reading, Refused>| match taken {
+        Ok(reading) => Some(Event::Reading(reading)),
+        Err(Refused { error, gap }) => {
+            refuse(&error.into());
+            gap.map(Event::Gap)
+        }
+    };
     Ok(match kind {
-        Kind::Result => vec![Event::Reading(Reading::decode(payload, device)?)],
+        Kind::Result => event(Reading::take(payload, device)).into_iter().collect(),
         Kind::Replay => {
-            let replay = Replay::decode(payload, device)?;
-            replay.readings.into_iter().map(Event::Reading).collect()
+            let taken = Replay::decode(payload, device)?;
+            taken.into_iter().filter_map(event).collect()
         }
         Kind::Gap => vec![Event::Gap(Gap::decode(payload, device)?)],
         _ => Vec::new(),

@@ -7,6 +7,7 @@ mod read;
 mod retention;
 mod sightings;
 mod write;
+mod writing;
 
 use std::{
     path::{Path, PathBuf},
@@ -15,18 +16,18 @@ use std::{
 
 use mesh_core::RangeSet;
 use sqlx::{
-    ConnectOptions, Connection, Row, SqliteConnection, SqlitePool,
+    ConnectOptions, Connection, Row, SqlitePool,
     sqlite::{
         SqliteAutoVacuum, SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions,
         SqliteSynchronous,
     },
 };
-use tokio::sync::Mutex;
 
 pub(crate) use read::{GapFilter, GapRow, Order, ReadingFilter, ReadingRow};
 pub(crate) use retention::{Limits, keep_bounded};
 pub(crate) use sightings::{Same, SightingFilter, SightingRow};
 pub(crate) use write::{Batch, DeviceRow, NewGap, NewReading};
+pub(crate) use writing::Writing;
 
 /// Connections for the API: as many queries at once as there are cores to answer them on a small machine.
 const READERS: u32 = 4;
@@ -67,7 +68,7 @@ impl StoreError {
 /// The coordinator's database.
 #[derive(Debug)]
 pub(crate) struct Store {
-    writer: Mutex<SqliteConnection>,
+    writer: Writing,
     readers: SqlitePool,
 }
 
@@ -91,11 +92,9 @@ impl Store {
             path: path.clone(),
             error,
         };
-        let mut writer = SqliteConnection::connect_with(&options)
-            .await
-            .map_err(open)?;
+        let writer = Writing::open(&options).await.map_err(open)?;
         sqlx::migrate!()
-            .run(&mut writer)
+            .run(&mut *writer.lock().await)
             .await
             .map_err(|error| StoreError::Migrate {
                 path: path.clone(),
@@ -110,10 +109,7 @@ impl Store {
                     .pragma("cache_size", "-4096")
                     .pragma("query_only", "on"),
             );
-        Ok(Self {
-            writer: Mutex::new(writer),
-            readers,
-        })
+        Ok(Self { writer, readers })
     }
 
     /// Writes nothing, but finds out whether it could.
@@ -138,9 +134,10 @@ impl Store {
         .map_err(StoreError::sql("read the devices"))
     }
 
-    /// The highest id of a reading, 0 if there is none.
+    /// The highest id that a reading has ever had, 0 if there was none. Ids are cursors: one is never given out again,
+    /// even where retention has taken the reading away.
     pub(crate) async fn last_reading(&self) -> Result<i64, StoreError> {
-        sqlx::query("SELECT coalesce(max(id), 0) FROM readings")
+        sqlx::query("SELECT last FROM numbered WHERE what = 'reading'")
             .fetch_one(&self.readers)
             .await
             .and_then(|row| row.try_get(0))

@@ -106,7 +106,7 @@ pub(crate) struct GapRow {
     /// The last that is missing.
     #[sqlx(rename = "to_seq")]
     pub(crate) to: i64,
-    /// Why: `full` or `corrupt`.
+    /// Why: `full` or `corrupt`, as the device said, or `refused`: it came and could not be used.
     pub(crate) reason: String,
     /// When the coordinator heard of it, milliseconds since 1970.
     pub(crate) received_ms: i64,

@@ -1,6 +1,7 @@
 //! The database against what it promises.
 
 use mesh_core::{GapReason, RangeSet, Reading, VERSION};
+use sqlx::Connection;
 
 use super::{
     Batch, DeviceRow, GapFilter, Limits, NewGap, NewReading, Order, ReadingFilter, Store, pragma,
@@ -100,7 +101,8 @@ async fn what_is_committed_is_on_the_disk_and_reads_back() {
     assert_eq!((row.score, row.margin, row.latency_ms), (0.25, 0.125, 2.0));
     assert_eq!((row.file.as_deref(), row.truth), (Some("a.png"), None));
     assert_eq!(row.by.as_deref(), Some("box"));
-    assert_eq!(store.last_reading().await.unwrap(), 300);
+    // The one that was there already has had an id, too.
+    assert_eq!(store.last_reading().await.unwrap(), 301);
     let progress = store.progress(1, (1 << 53) - 1).await.unwrap().unwrap();
     assert!(progress.covers(1, 9) && progress.len() == 9);
     assert!(store.progress(1, 5).await.unwrap().is_none());
@@ -196,6 +198,104 @@ async fn space_is_bounded_and_given_back() {
     );
     let oldest: i64 = pragma(&store, "SELECT min(seq) FROM readings").await;
     assert_eq!(oldest, removed.cast_signed() + 1, "the oldest went first");
+}
+
+/// SQLite takes a transaction back by itself where the disk is full. The next one finds a connection that works.
+#[tokio::test]
+async fn a_transaction_that_ended_by_itself_blocks_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).await.unwrap();
+    {
+        let mut writer = store.writer.lock().await;
+        let mut tx = writer.begin_with("BEGIN IMMEDIATE").await.unwrap();
+        sqlx::query("ROLLBACK").execute(&mut *tx).await.unwrap();
+        assert!(tx.commit().await.is_err());
+    }
+    write(&store, &[reading(1, 1, 10)], &[]).await;
+    assert_eq!(count(&store).await, 1);
+    assert_eq!(pragma(&store, "PRAGMA synchronous").await, 2, "FULL");
+}
+
+/// Ids are cursors: whoever follows them must see what comes after retention has emptied the tables and the coordinator has
+/// started again.
+#[tokio::test]
+async fn no_id_comes_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).await.unwrap();
+    let gap = |epoch, from, to| NewGap {
+        device: 1,
+        epoch,
+        from,
+        to,
+        reason: GapReason::Full,
+        received_ms: 10,
+    };
+    let ids = async |store: &Store| -> Vec<i64> {
+        let filter = GapFilter {
+            limit: 10,
+            ..GapFilter::default()
+        };
+        let rows = store.gaps(filter).await.unwrap();
+        rows.iter().map(|gap| gap.id).collect()
+    };
+    write(
+        &store,
+        &[reading(6, 1, 10), reading(7, 2, 10)],
+        &[gap(1, 1, 5)],
+    )
+    .await;
+    assert_eq!(ids(&store).await, [1]);
+    // A gap that has grown comes after those that somebody has read.
+    write(&store, &[], &[gap(1, 6, 9), gap(2, 1, 1)]).await;
+    assert_eq!(ids(&store).await, [2, 3]);
+    let limits = Limits {
+        max_age_ms: 1,
+        max_bytes: u64::MAX,
+    };
+    let metrics = Metrics::default();
+    remove(&store, limits, 1_000, &metrics).await.unwrap();
+    assert!(count(&store).await == 0 && ids(&store).await.is_empty());
+    store.close().await;
+    drop(store);
+    let store = Store::open(dir.path()).await.unwrap();
+    assert_eq!(store.last_reading().await.unwrap(), 7);
+    write(&store, &[], &[gap(3, 1, 1)]).await;
+    assert_eq!(ids(&store).await, [4]);
+}
+
+/// A database of before, emptied by retention already: what is known of its last reading counts.
+#[tokio::test]
+async fn numbering_goes_on_in_an_old_database() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = sqlx::sqlite::SqliteConnectOptions::new()
+        .filename(dir.path().join("coordinator.db"))
+        .create_if_missing(true)
+        .foreign_keys(false);
+    let mut old = sqlx::SqliteConnection::connect_with(&options)
+        .await
+        .unwrap();
+    let mut before = sqlx::migrate!();
+    before.migrations = before
+        .migrations
+        .iter()
+        .filter(|m| m.version < 4)
+        .cloned()
+        .collect::<Vec<_>>()
+        .into();
+    before.run(&mut old).await.unwrap();
+    for row in [
+        "INSERT INTO sighted VALUES (1, 812)",
+        "INSERT INTO gaps VALUES (5, 1, 1, 1, 1, 'full', 1)",
+    ] {
+        sqlx::query(row).execute(&mut old).await.unwrap();
+    }
+    old.close().await.unwrap();
+    let store = Store::open(dir.path()).await.unwrap();
+    assert_eq!(store.last_reading().await.unwrap(), 812);
+    assert_eq!(
+        pragma(&store, "SELECT last FROM numbered WHERE what = 'gap'").await,
+        5
+    );
 }
 
 #[test]

@@ -194,6 +194,14 @@ impl Store {
             })
             .await
             .map_err(StoreError::sql("write readings"))?;
+        if let Some(last) = batch.readings.iter().map(|r| r.id).max() {
+            sqlx::query("UPDATE numbered SET last = ? WHERE what = 'reading' AND last < ?")
+                .bind(last)
+                .bind(last)
+                .execute(&mut *tx)
+                .await
+                .map_err(StoreError::sql("note the last id of the readings"))?;
+        }
         for gap in batch.gaps {
             write_gap(&mut tx, gap)
                 .await
@@ -215,7 +223,7 @@ impl Store {
     }
 }
 
-/// Adds a gap; one of the same reason that it continues becomes one row with it.
+/// Adds a gap; one of the same reason that it continues becomes one row with it, which is a new one to those who follow.
 async fn write_gap(connection: &mut SqliteConnection, gap: &NewGap) -> Result<(), sqlx::Error> {
     let (mut from, mut to) = (gap.from.cast_signed(), gap.to.cast_signed());
     let beside: Vec<(i64, i64, i64)> = sqlx::query_as(
@@ -237,10 +245,15 @@ async fn write_gap(connection: &mut SqliteConnection, gap: &NewGap) -> Result<()
             .execute(&mut *connection)
             .await?;
     }
+    let id: i64 =
+        sqlx::query_scalar("UPDATE numbered SET last = last + 1 WHERE what = 'gap' RETURNING last")
+            .fetch_one(&mut *connection)
+            .await?;
     sqlx::query(
-        "INSERT INTO gaps (device, epoch, from_seq, to_seq, reason, received_ms)
-         VALUES (?, ?, ?, ?, ?, ?)",
+        "INSERT INTO gaps (id, device, epoch, from_seq, to_seq, reason, received_ms)
+         VALUES (?, ?, ?, ?, ?, ?, ?)",
     )
+    .bind(id)
     .bind(gap.device)
     .bind(gap.epoch.cast_signed())
     .bind(from)

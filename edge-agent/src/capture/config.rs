@@ -27,7 +27,7 @@ pub struct SourceConfig {
     /// Stop after so many frames; 0 is never.
     #[serde(default)]
     pub frames: u64,
-    /// Take a frame at each pulse of the board's trigger input instead of at a rate.
+    /// Take a frame at each pulse of the board's trigger input instead of at a rate. One source can; it needs `board.trigger`.
     #[serde(default)]
     pub trigger: bool,
     /// Which frames are looked at.
@@ -102,5 +102,47 @@ impl SourceConfig {
             must(false, &format!("scene.{field}"), &what);
         }
         all
+    }
+}
+
+/// Sources that wait for a trigger which they will never see: their places, and what is wrong. A pulse is one frame of one source.
+pub(crate) fn without_trigger(
+    sources: &[SourceConfig],
+    has_trigger: bool,
+) -> impl Iterator<Item = (usize, &'static str)> {
+    let waiting = sources.iter().enumerate().filter(|(_, s)| s.trigger);
+    waiting.enumerate().filter_map(move |(nth, (at, _))| {
+        let what = match (has_trigger, nth) {
+            (false, _) => "there is no trigger input to wait for: set board.trigger",
+            (true, 0) => return None,
+            (true, _) => "only one source can wait for the trigger input",
+        };
+        Some((at, what))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::config::Config;
+
+    #[test]
+    fn a_source_waits_only_for_a_trigger_that_is_there() {
+        let with = |more: &str, triggered: [bool; 2]| {
+            let mut text = format!("device = 'd1'\n{more}\n");
+            for (at, trigger) in triggered.into_iter().enumerate() {
+                text +=
+                    &format!("[[source]]\nname = 'c{at}'\nkind = 'scene'\ntrigger = {trigger}\n");
+            }
+            Config::parse(&text).map(|_| ()).map_err(|e| e.to_string())
+        };
+        let wired = "board.trigger = { line = 4 }";
+        assert_eq!(with(wired, [false, true]), Ok(()));
+        assert_eq!(with("", [false, false]), Ok(()));
+        let refused = |said: Result<(), String>, word: &str| {
+            let said = said.unwrap_err();
+            assert!(said.contains(word), "{said}");
+        };
+        refused(with("", [false, true]), "source[1].trigger: there is no");
+        refused(with(wired, [true, true]), "source[1].trigger: only one");
     }
 }

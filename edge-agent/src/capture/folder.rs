@@ -94,6 +94,17 @@ fn read(path: &Path) -> Result<Vec<u8>, ImageError> {
     Ok(bytes)
 }
 
+/// What a file shows, decoded for what the models need, and its bytes. Everything that looks at files goes this way, so that a
+/// model says the same about one to whoever asks.
+pub(crate) fn look(path: &Path, wanted: &Wanted) -> Result<(Picture, Vec<u8>), ImageError> {
+    let bytes = read(path)?;
+    let picture = match wanted.size() {
+        Some((width, height)) => Picture::decode_for(&bytes, width, height),
+        None => Picture::decode(&bytes),
+    }?;
+    Ok((picture, bytes))
+}
+
 fn is_image(path: &Path) -> bool {
     path.extension()
         .and_then(|e| e.to_str())
@@ -117,14 +128,7 @@ impl Source for Folder {
             .unwrap_or(path)
             .to_string_lossy()
             .into_owned();
-        let seen = read(path).and_then(|bytes| {
-            let picture = match self.wanted.size() {
-                Some((width, height)) => Picture::decode_for(&bytes, width, height),
-                None => Picture::decode(&bytes),
-            }?;
-            Ok((picture, bytes))
-        });
-        match seen {
+        match look(path, &self.wanted) {
             Ok((picture, bytes)) => {
                 let parent = path
                     .parent()

@@ -10,8 +10,10 @@ use std::path::PathBuf;
 
 use models::Picture;
 
+pub(crate) use config::without_trigger;
 pub use config::{SourceConfig, SourceKind};
-pub use runner::{Start, run};
+pub(crate) use folder::look;
+pub use runner::{Pace, Start, run};
 
 use crate::update::Wanted;
 
@@ -85,6 +87,9 @@ pub enum SourceError {
         /// The folder.
         path: PathBuf,
     },
+    /// It waits for a trigger, and there is none.
+    #[error("source {0}: the trigger input that it waits for does not work")]
+    Trigger(String),
     /// Settings that only the check of the configuration would have found.
     #[error("source {0}: {1}")]
     Setting(String, String),

@@ -12,7 +12,7 @@ use std::{
 use mesh_core::Name;
 use tokio::sync::watch;
 
-use super::{Frame, Shot, Source, SourceConfig};
+use super::{Frame, Shot, Source, SourceConfig, SourceError};
 use crate::{clock::WallClock, counters::Counters};
 
 /// What a capture thread needs.
@@ -25,8 +25,8 @@ pub struct Start {
     pub source: Box<dyn Source>,
     /// The first frame to take.
     pub first: u64,
-    /// Pulses of the trigger input, where the source waits for them.
-    pub trigger: Option<Receiver<()>>,
+    /// When it shoots.
+    pub pace: Pace,
     /// Where frames go. Closed when the pipeline stops.
     pub frames: SyncSender<Frame>,
     /// Closed when the agent stops.
@@ -37,6 +37,39 @@ pub struct Start {
     pub counters: Counters,
     /// Sources that work: they gave a picture, came to their end, or wait for their trigger.
     pub works: watch::Sender<BTreeSet<Name>>,
+}
+
+/// When a source shoots.
+#[derive(Debug)]
+pub enum Pace {
+    /// As fast as its frames are taken.
+    Free,
+    /// So far apart.
+    Every(Duration),
+    /// At each pulse of the trigger input.
+    Trigger(Receiver<()>),
+}
+
+impl Pace {
+    /// As the settings say. `trigger` gives the pulses of the trigger input, where that works and nobody has taken it.
+    ///
+    /// # Errors
+    /// If the source waits for a trigger that is not there: without, it would take frames of nothing at full speed.
+    pub fn of(
+        config: &SourceConfig,
+        trigger: &mut Option<Receiver<()>>,
+    ) -> Result<Self, SourceError> {
+        if config.trigger {
+            let pulses = trigger.take();
+            let missing = || SourceError::Trigger(config.name.to_string());
+            return pulses.map(Self::Trigger).ok_or_else(missing);
+        }
+        Ok(if config.fps > 0.0 {
+            Self::Every(Duration::from_secs_f64(1.0 / config.fps))
+        } else {
+            Self::Free
+        })
+    }
 }
 
 /// How often a waiting source looks whether it should stop.
@@ -52,9 +85,7 @@ pub fn run(mut start: Start) {
         .journal
         .as_deref()
         .and_then(|path| open_journal(path, &name));
-    let period = (start.config.fps > 0.0 && !start.config.trigger)
-        .then(|| Duration::from_secs_f64(1.0 / start.config.fps));
-    if start.trigger.is_some() {
+    if matches!(start.pace, Pace::Trigger(_)) {
         start.works();
     }
     let mut due = tokio::time::Instant::now();
@@ -67,7 +98,7 @@ pub fn run(mut start: Start) {
         if !start.wait(due) {
             return;
         }
-        if let Some(period) = period {
+        if let Pace::Every(period) = start.pace {
             // A device that cannot keep up takes its next frame now, it does not catch up in a burst.
             due = (due + period).max(tokio::time::Instant::now());
         }
@@ -128,7 +159,7 @@ impl Start {
 
     /// Waits for the next moment to shoot; false when the agent stops.
     fn wait(&self, due: tokio::time::Instant) -> bool {
-        if let Some(trigger) = &self.trigger {
+        if let Pace::Trigger(trigger) = &self.pace {
             loop {
                 if matches!(
                     self.stop.try_recv(),

@@ -99,9 +99,14 @@ impl Disk {
         self.sync_dir(&self.root)
     }
 
-    /// Gives an entry another name, durably. Atomic, and needs no space.
+    /// Gives an entry another name, durably. Atomic, and needs no space. Where it could not be made durable the name may be the
+    /// new one already: the next try is content with that, and makes it durable.
     pub(super) fn rename(&self, from: Entry, to: Entry) -> io::Result<()> {
-        fs::rename(self.path(from), self.path(to))?;
+        let (from, to) = (self.path(from), self.path(to));
+        match fs::rename(&from, &to) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && to.exists() => {}
+            renamed => renamed?,
+        }
         self.sync()
     }
 

@@ -48,9 +48,21 @@ impl Gaps {
         held: &RangeSet,
     ) -> io::Result<()> {
         disk.rename(segment, Entry::Gap(gap))?;
+        self.take_over(disk, gap, held)
+    }
+
+    /// Notes a loss that the disk has the record of already: a segment that was given its name. It is known from here on,
+    /// also where what was in the segment cannot be deleted yet.
+    pub(super) fn take_over(
+        &mut self,
+        disk: &Disk,
+        gap: GapRecord,
+        held: &RangeSet,
+    ) -> io::Result<()> {
         self.news.push(gap);
+        let at = self.place(gap);
         disk.empty(Entry::Gap(gap))?;
-        self.insert(disk, gap)?;
+        self.join(disk, at)?;
         self.bound(disk, held)
     }
 
@@ -96,10 +108,20 @@ impl Gaps {
 
     /// Puts a gap that is on the disk in its place, and merges it with its neighbours.
     fn insert(&mut self, disk: &Disk, gap: GapRecord) -> io::Result<()> {
+        let at = self.place(gap);
+        self.join(disk, at)
+    }
+
+    fn place(&mut self, gap: GapRecord) -> usize {
         let at = self
             .all
             .partition_point(|other| (other.from, other.to) < (gap.from, gap.to));
         self.all.insert(at, gap);
+        at
+    }
+
+    /// Merges a gap with its neighbours.
+    fn join(&mut self, disk: &Disk, at: usize) -> io::Result<()> {
         if self.touches(at) {
             self.merge(disk, at)?;
         }

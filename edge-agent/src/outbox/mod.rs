@@ -509,3 +509,9 @@ where
 pub fn directory_bytes(dir: &Path) -> u64 {
     disk::usage(dir)
 }
+
+/// Has another process the outbox in `dir` open? A running agent has.
+#[must_use]
+pub fn is_in_use(dir: &Path) -> bool {
+    open::is_in_use(dir)
+}

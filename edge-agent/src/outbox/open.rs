@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     fs::{File, TryLockError},
     io::{self, Read},
+    path::Path,
 };
 
 use mesh_core::{GapReason, RangeSet};
@@ -81,6 +82,19 @@ pub(super) fn open(options: Options) -> Result<Opened, OutboxError> {
         cursor: Some(outbox.cursor.clone()).filter(|cursor| !cursor.is_empty()),
         outbox,
     })
+}
+
+/// Has another process the outbox in `dir` open? Only looks.
+pub(super) fn is_in_use(dir: &Path) -> bool {
+    let items = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let epoch = items.into_iter().find(|item| {
+        let name = item.file_name();
+        let entry = name.to_str().and_then(Entry::parse);
+        matches!(entry, Some(Entry::Epoch(_)))
+    });
+    let file = epoch.and_then(|item| File::open(item.path()).ok());
+    // Shared and for an instant: whoever opens it just then tries again.
+    file.is_some_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
 }
 
 /// Finds or draws the epoch, and locks the outbox.

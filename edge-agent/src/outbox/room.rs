@@ -67,11 +67,15 @@ impl Outbox {
             "the outbox is full: its oldest readings are dropped"
         );
         self.close_reader(first);
+        // The rename is what counts: until it is done the readings are there, and the next try begins with them.
+        self.disk
+            .rename(Entry::Sealed { first, last }, Entry::Gap(gap))
+            .map_err(failed("drop the oldest segment"))?;
         self.held.remove(first, last);
         self.sealed.remove(&first);
         self.gaps
-            .replace(&self.disk, Entry::Sealed { first, last }, gap, &self.held)
-            .map_err(failed("drop the oldest segment"))?;
+            .take_over(&self.disk, gap, &self.held)
+            .map_err(failed("empty the oldest segment"))?;
         Ok(true)
     }
 
@@ -310,7 +314,7 @@ impl Outbox {
             return self.quarantine_active(why);
         }
         self.close_reader(first);
-        let Some(Sealed { last, .. }) = self.sealed.remove(&first) else {
+        let Some(&Sealed { last, .. }) = self.sealed.get(&first) else {
             return Ok(());
         };
         self.quarantine(
@@ -348,11 +352,11 @@ impl Outbox {
                 why,
                 "a damaged segment, all acknowledged, is deleted"
             );
-            return self
-                .disk
-                .rename(segment, Entry::Old { first: self.next })
-                .and_then(|()| self.disk.remove(Entry::Old { first: self.next }))
-                .map_err(failed("delete a damaged segment"));
+            const WHAT: &str = "delete a damaged segment";
+            let old = Entry::Old { first: self.next };
+            self.disk.rename(segment, old).map_err(failed(WHAT))?;
+            self.moved_away(segment);
+            return self.disk.remove(old).map_err(failed(WHAT));
         };
         let GapRecord { from, to, .. } = gap;
         tracing::warn!(
@@ -364,8 +368,16 @@ impl Outbox {
         self.disk
             .rename(segment, Entry::Bad { from, to })
             .map_err(failed("quarantine a segment"))?;
+        self.moved_away(segment);
         self.held.remove(from, to);
         self.keep(from, to)
+    }
+
+    /// A segment is not under its name any more.
+    fn moved_away(&mut self, segment: Entry) {
+        if let Entry::Sealed { first, .. } = segment {
+            self.sealed.remove(&first);
+        }
     }
 
     /// Finishes a quarantine: records the gap, then keeps the segment for inspection.
@@ -448,5 +460,42 @@ impl Outbox {
             .as_ref()
             .and_then(|active| active.store.as_ref());
         store.map_or(0, Store::bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::outbox::{MIN_BYTES, Options, Outbox};
+
+    use super::*;
+
+    /// An eviction that fails has dropped nothing: its readings are held as before, and the next one drops and records them.
+    #[test]
+    fn an_eviction_that_fails_forgets_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut outbox = Outbox::open(Options::new(dir.path(), MIN_BYTES))
+            .unwrap()
+            .outbox;
+        while outbox.sealed.is_empty() {
+            let encode = |seq: u64| Ok::<_, io::Error>(seq.to_string().repeat(500).into_bytes());
+            outbox.append(50, encode, b"").unwrap();
+        }
+        let (&first, &Sealed { last, .. }) = outbox.sealed.first_key_value().unwrap();
+        let gap = GapRecord {
+            from: first,
+            to: last,
+            reason: GapReason::Full,
+        };
+        // Something that is not empty is in the way.
+        let way = dir.path().join(Entry::Gap(gap).name());
+        std::fs::create_dir_all(way.join("something")).unwrap();
+        let before = outbox.pending();
+        assert!(outbox.evict_oldest().is_err());
+        assert_eq!((outbox.pending(), outbox.gaps().len()), (before, 0));
+        assert_eq!(outbox.read(first, first, 1).unwrap().len(), 1);
+        std::fs::remove_dir_all(&way).unwrap();
+        assert!(outbox.evict_oldest().unwrap());
+        assert_eq!(outbox.gaps(), [gap]);
+        assert_eq!(outbox.pending(), before - (last - first + 1));
     }
 }

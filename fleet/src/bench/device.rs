@@ -42,6 +42,10 @@ const MIB: f64 = 1_048_576.0;
 
 /// In turns with the Python device.
 pub(crate) async fn run(args: &BenchArgs, results: &mut Results) -> anyhow::Result<()> {
+    match own_program(&Program::current()?.0) {
+        Some(own) => println!("the device is {}", own.display()),
+        None => println!("the device is played by the fleet's program, which is larger"),
+    }
     let dir = tempfile::tempdir().context("making a temporary folder")?;
     let images = dir.path().join("images");
     write_images(&images)?;
@@ -150,9 +154,7 @@ fn plan(root: &Path, bundle: Option<PathBuf>) -> anyhow::Result<Plan> {
     plan.bundle = bundle;
     plan.agents = 1;
     plan.agent_cpu = Some(CPU);
-    // What runs on a device, where it was built too; the fleet can play it, but is a larger program.
-    let own = plan.program.0.with_file_name("edge-agent");
-    plan.agent_program = own.exists().then_some(own);
+    plan.agent_program = own_program(&plan.program.0);
     if crate::broker::mosquitto().is_none() {
         bail!("mosquitto is not installed; both devices report to one");
     }
@@ -160,6 +162,14 @@ fn plan(root: &Path, bundle: Option<PathBuf>) -> anyhow::Result<Plan> {
     // As the peer does: plain text on loopback.
     plan.tls = false;
     Ok(plan)
+}
+
+/// What runs on a device, where it was built: the build that is installed first, then the one beside this program. The fleet
+/// can play it, but is a larger program.
+fn own_program(fleet: &Path) -> Option<PathBuf> {
+    let beside = fleet.with_file_name("edge-agent");
+    let installed = fleet.parent()?.parent()?.join("dist").join("edge-agent");
+    [installed, beside].into_iter().find(|own| own.exists())
 }
 
 /// The agent's process, below its guard if it has one.
