@@ -4,9 +4,11 @@
 //! Both libFuzzer (`fuzz_targets/`) and a test that needs nothing but a stable compiler (`tests/fuzz.rs`) call these.
 #![allow(unreachable_pub, reason = "a crate for the one, a module of the other")]
 
+pub use cloud_coordinator::fuzzed::{import, packets, request};
+pub use edge_agent::fuzzed::{pieces, presence, questions};
 use mesh_core::{
     Ack, Desired, Gap, Info, Mark, Metrics, ModelInfo, Name, Reading, Replay, Reported, Sample,
-    State, Status, Topic, drift, settings,
+    State, Status, Topic, drift, meeting, roster::Roster, settings,
 };
 use models::{Digest, Engine, Manifest, Picture, ReleaseDocument, Sketch, bare, delta, digest_of};
 
@@ -21,7 +23,7 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 10] = [
+pub const TARGETS: [Target; 17] = [
     target("onnx", onnx, 20_000),
     target("engine", engine, 400),
     target("manifest", manifest, 20_000),
@@ -32,6 +34,13 @@ pub const TARGETS: [Target; 10] = [
     target("desired", desired, 20_000),
     target("settings", settings, 20_000),
     target("topic", topic, 20_000),
+    target("roster", roster, 20_000),
+    target("presence", presence, 20_000),
+    target("questions", questions, 20_000),
+    target("pieces", pieces, 20_000),
+    target("packets", packets, 20_000),
+    target("request", request, 5_000),
+    target("import", import, 5_000),
 ];
 
 const fn target(name: &'static str, run: fn(&[u8]), runs: usize) -> Target {
@@ -182,6 +191,7 @@ pub fn messages(bytes: &[u8]) {
     again!(State::decode, bytes);
     again!(Metrics::decode, bytes);
     again!(Reported::decode, bytes);
+    again!(meeting::Meeting::decode, bytes);
     again!(
         |b: &[u8]| drift::Drift::decode(b, &device, &name("cam0")),
         bytes
@@ -192,7 +202,8 @@ pub fn messages(bytes: &[u8]) {
         assert!(sample.check().is_ok());
     }
     if let Ok(replay) = Replay::decode(bytes, &device) {
-        assert!(replay.readings.iter().all(|r| r.check(&device).is_ok()));
+        let taken = replay.iter().flatten();
+        assert!(taken.into_iter().all(|r| r.check(&device).is_ok()));
     }
     if let Ok(ack) = Ack::decode(bytes) {
         assert!(ack.stored().contains(ack.upto) || ack.upto == 0);
@@ -215,5 +226,24 @@ pub fn topic(bytes: &[u8]) {
         && let Ok(topic) = text.parse::<Topic>()
     {
         assert_eq!(topic.to_string(), text);
+    }
+}
+
+/// A roster: who is a neighbour, after its signature was verified.
+pub fn roster(bytes: &[u8]) {
+    if let Ok(roster) = serde_json::from_slice::<Roster>(bytes)
+        && roster.check(&name("demo"), None, roster.iat).is_ok()
+        && let Ok(written) = serde_json::to_vec(&roster)
+    {
+        assert!(
+            roster
+                .members
+                .iter()
+                .all(|m| roster.name_of(&m.peer).is_some())
+        );
+        assert_eq!(
+            serde_json::from_slice::<Roster>(&written).ok(),
+            Some(roster)
+        );
     }
 }

@@ -6,31 +6,16 @@ use fleet::{
     process::{Program, usage},
     site::Site,
 };
-use tests::{BOUND, exactly_once, plan, until};
+use tests::{BOUND, counted, exactly_once, plan, until};
 
 /// Far above what the coordinator takes at rest, far below what any of the floods would.
 const MOST_MEMORY: u64 = 320 << 20;
 /// A log that tells each reason once every ten seconds stays below it.
 const MOST_LOG: usize = 512 << 10;
 
-/// The sum of a counter; 0 if it has never moved.
-async fn counted(site: &Site, counter: &'static str) -> f64 {
-    let way = site.way().clone();
-    let text = tokio::task::spawn_blocking(move || {
-        let client = way.client(BOUND).unwrap();
-        let url = format!("{}/metrics", way.console());
-        let answer = way.ask(|token| client.get(&url).header("authorization", token).call());
-        answer.unwrap().body_mut().read_to_string().unwrap()
-    });
-    let text = text.await.unwrap();
-    let line = text
-        .lines()
-        .find(|l| l.rsplit_once(' ').is_some_and(|(name, _)| name == counter));
-    line.map_or(0.0, |l| l.rsplit_once(' ').unwrap().1.parse().unwrap())
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn no_abuse_reaches_beyond_itself() {
+    abuse::make_room().unwrap();
     let dir = tempfile::tempdir().unwrap();
     let node = env!("CARGO_BIN_EXE_node");
     let mut plan = plan(node, dir.path());

@@ -162,4 +162,5 @@ macro_rules! tests {
     };
 }
 
-tests!(onnx engine manifest image delta release messages desired settings topic);
+tests!(onnx engine manifest image delta release messages desired settings topic roster presence questions pieces packets request
+    import);

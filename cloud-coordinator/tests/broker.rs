@@ -268,6 +268,124 @@ async fn a_slow_subscriber_harms_only_itself() {
     handle.stop().await;
 }
 
+/// A packet of this kind, of less than 2 MiB.
+fn packet(kind: u8, body: &[u8]) -> Vec<u8> {
+    let length = body.len();
+    let digits = [length | 0x80, length >> 7 | 0x80, length >> 14].map(|digit| digit as u8);
+    [&[kind][..], &digits, body].concat()
+}
+
+fn text(text: &str) -> Vec<u8> {
+    [&(text.len() as u16).to_be_bytes()[..], text.as_bytes()].concat()
+}
+
+fn subscribe(qos: u8, filters: &[&str]) -> Vec<u8> {
+    let filters = filters.iter().flat_map(|f| [text(f), vec![qos]].concat());
+    packet(
+        0x82,
+        &[0, 1].into_iter().chain(filters).collect::<Vec<u8>>(),
+    )
+}
+
+/// So many devices leave so many retained messages each.
+async fn leave(broker: SocketAddr, devices: usize, each: usize) {
+    for device in 0..devices {
+        let name = format!("left{device}");
+        let mut stream = TcpStream::connect(broker).await.unwrap();
+        let mut bytes = connect(&format!("demo/{name}"));
+        for n in 0..each {
+            let topic = topic(&name, &format!("c{n}"), "drift");
+            bytes.extend(packet(0x31, &[text(&topic), b"{}".to_vec()].concat()));
+        }
+        bytes.extend([0xe0, 0]);
+        stream.write_all(&bytes).await.unwrap();
+        let mut answer = Vec::new();
+        let read = timeout(PATIENCE, stream.read_to_end(&mut answer)).await;
+        read.unwrap().unwrap();
+    }
+}
+
+/// How many messages come until there are none for a while.
+async fn messages(stream: &mut TcpStream) -> usize {
+    let mut heard = Vec::new();
+    let quiet = Duration::from_secs(1);
+    while let Ok(read) = timeout(quiet, stream.read_buf(&mut heard)).await {
+        assert!(read.unwrap() > 0, "the connection stays");
+    }
+    let (mut rest, mut count) = (heard.as_slice(), 0);
+    while let [kind, after @ ..] = rest {
+        let digits = after.iter().take_while(|d| **d >= 0x80).count() + 1;
+        let length = after[..digits].iter().rev();
+        let length = length.fold(0, |sum, d| sum << 7 | usize::from(d & 0x7f));
+        count += usize::from(kind >> 4 == 3);
+        rest = &after[digits + length..];
+    }
+    count
+}
+
+/// The same filter over and over costs as much as once, in one packet and in many, and harms nobody else.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_subscribes_again_and_again_gets_no_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let handle = start(dir.path()).await;
+    let broker = handle.mqtt.unwrap();
+    leave(broker, 10, 30).await;
+    let mut d1 = device(broker, "d1").await;
+
+    let overlapping = ["lacewing/#", "lacewing/v1/#", "lacewing/v1/demo/+/+/drift"];
+    let many: Vec<&str> = overlapping.into_iter().cycle().take(120).collect();
+    let mut viewer = TcpStream::connect(broker).await.unwrap();
+    let bytes = [connect("viewer"), subscribe(0, &many)].concat();
+    viewer.write_all(&bytes).await.unwrap();
+    assert_eq!(messages(&mut viewer).await, 300);
+
+    let mut greedy = TcpStream::connect(broker).await.unwrap();
+    let again = subscribe(0, &many).repeat(500);
+    greedy.write_all(&connect("greedy")).await.unwrap();
+    greedy.write_all(&again).await.unwrap();
+    d1.publish(&topic("d1", "cam0", "result"), encoded("d1", 1, 1))
+        .await;
+    timeout(Duration::from_secs(5), d1.acknowledged(1, 1))
+        .await
+        .unwrap();
+    let got = messages(&mut greedy).await;
+    assert!(got < 500 * 300, "not once for each time: {got}");
+
+    for (filters, reason) in [
+        (40_000, "more than is read"),
+        (129, "more than there may be"),
+    ] {
+        let mut bold = TcpStream::connect(broker).await.unwrap();
+        let bytes = [connect("bold"), subscribe(1, &vec!["lacewing/#"; filters])].concat();
+        // It may be thrown out before it has said all of it.
+        let _ = bold.write_all(&bytes).await;
+        let mut answer = Vec::new();
+        let ended = timeout(PATIENCE, bold.read_to_end(&mut answer)).await;
+        assert!(ended.is_ok(), "{reason}");
+        assert!(answer.len() <= 4, "{reason}: nothing beyond the welcome");
+    }
+    d1.publish(&topic("d1", "cam0", "result"), encoded("d1", 1, 2))
+        .await;
+    d1.acknowledged(1, 2).await;
+    handle.stop().await;
+}
+
+/// More than a queue and the window of unanswered messages hold.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_reads_gets_everything_that_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let handle = start(dir.path()).await;
+    let broker = handle.mqtt.unwrap();
+    leave(broker, 180, 50).await;
+    let mut viewer = Client::connect(broker, "viewer").await;
+    assert!(viewer.subscribe("lacewing/v1/+/+/+/drift").await);
+    let mut topics = std::collections::HashSet::new();
+    while topics.len() < 180 * 50 {
+        assert!(topics.insert(viewer.next().await.0), "each comes once");
+    }
+    handle.stop().await;
+}
+
 /// The command line tools that people have.
 #[tokio::test(flavor = "multi_thread")]
 async fn mosquitto_sub_shows_readings() {

@@ -812,8 +812,7 @@ async fn a_revoked_device_is_off_mosquitto() {
     let mut badge = site.enrol_at("demo", "thief").await;
     assert_eq!(badge.mqtt, format!("127.0.0.1:{}", address.port()));
     let first = door(&badge);
-    let asked = json!({"csr": common::site::csr(&badge.key, "demo/thief")});
-    let (status, said) = site.ask("POST /api/v1/renew", Some(asked)).await;
+    let (status, said) = site.renew(&badge.key, "demo/thief").await;
     assert_eq!(status, 200, "{said}");
     badge.chain = common::site::chain(said["certificate"].as_str().unwrap());
     let second = door(&badge);

@@ -28,7 +28,11 @@ use rcgen::{
 use rumqttc::{LastWill, MqttOptions, QoS};
 use rustls::pki_types::ServerName;
 use serde_json::{Value, json};
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpSocket, TcpStream},
+    time::timeout,
+};
 
 fn will(device: &str) -> LastWill {
     let topic = topic(device, "_", "status");
@@ -95,7 +99,7 @@ async fn the_life_of_an_identity() {
             .is_err()
     );
     let asked = json!({"csr": csr(&badge.key, "demo/d1")});
-    let (status, said) = site.ask("POST /api/v1/renew", Some(asked.clone())).await;
+    let (status, said) = site.renew(&badge.key, "demo/d1").await;
     assert_eq!(status, 200, "{said}");
     badge.chain = chain(said["certificate"].as_str().unwrap());
     let life = said["not_after_ms"].as_i64().unwrap() - said["now_ms"].as_i64().unwrap();
@@ -336,11 +340,11 @@ async fn the_door() {
     let site = Site::start().await;
     // Plain text is no handshake.
     let mut plain = TcpStream::connect(site.handle.http).await.unwrap();
-    tokio::io::AsyncWriteExt::write_all(&mut plain, b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+    AsyncWriteExt::write_all(&mut plain, b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
         .await
         .unwrap();
     let mut answer = Vec::new();
-    let read = tokio::io::AsyncReadExt::read_to_end(&mut plain, &mut answer);
+    let read = AsyncReadExt::read_to_end(&mut plain, &mut answer);
     let _ = timeout(PATIENCE, read).await.unwrap();
     let said = String::from_utf8_lossy(&answer).into_owned();
     assert!(
@@ -357,11 +361,11 @@ async fn the_door() {
     site.metric_reaches(reason, 1.0).await;
     // What is neither.
     let mut noise = TcpStream::connect(site.handle.http).await.unwrap();
-    tokio::io::AsyncWriteExt::write_all(&mut noise, &[22, 3, 1, 0, 4, 1, 2, 3, 4])
+    AsyncWriteExt::write_all(&mut noise, &[22, 3, 1, 0, 4, 1, 2, 3, 4])
         .await
         .unwrap();
     let mut rest = Vec::new();
-    let read = tokio::io::AsyncReadExt::read_to_end(&mut noise, &mut rest);
+    let read = AsyncReadExt::read_to_end(&mut noise, &mut rest);
     let _ = timeout(PATIENCE, read).await.unwrap();
     let reason = "lacewing_http_refused_total{reason=\"the handshake failed\"}";
     site.metric_reaches(reason, 1.0).await;
@@ -415,6 +419,92 @@ async fn the_door() {
         .await
         .unwrap();
     assert_eq!(answer.unwrap().status(), 200);
+    drop(held);
+    site.handle.stop().await;
+}
+
+/// A handshake with the broker, from an address of this machine.
+async fn shake(site: &Site, from: u8) -> tokio_rustls::client::TlsStream<TcpStream> {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind(([127, 0, 0, from], 0).into()).unwrap();
+    let stream = socket.connect(site.mqtt()).await.unwrap();
+    let connector = tokio_rustls::TlsConnector::from(site.tls(None));
+    let name = ServerName::from(site.mqtt().ip());
+    connector.connect(name, stream).await.unwrap()
+}
+
+/// Shows a name and a password to the broker; what it says (MQTT 3.1.1, 3.2.2.3), and after how long.
+async fn log_in(site: &Site, from: u8, name: &str, password: &str) -> (u8, Duration) {
+    let text = |text: &str| [&(text.len() as u16).to_be_bytes()[..], text.as_bytes()].concat();
+    let head = [&text("MQTT")[..], &[4, 0xc2, 0, 60]].concat();
+    let body = [head, text(""), text(name), text(password)].concat();
+    let packet = [&[0x10, body.len() as u8][..], &body].concat();
+    let mut stream = shake(site, from).await;
+    let since = tokio::time::Instant::now();
+    stream.write_all(&packet).await.unwrap();
+    let mut answer = [0; 4];
+    stream.read_exact(&mut answer).await.unwrap();
+    (answer[3], since.elapsed())
+}
+
+/// Somebody tries passwords without an end: he is refused after some, and a listener from elsewhere comes in meanwhile, under
+/// the same name.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_guesses_passwords_keeps_nobody_out() {
+    let site = Arc::new(Site::start().await);
+    let right = site.subscriber("panel", Value::Null).await;
+    let guesses: Vec<_> = (0..300)
+        .map(|n| {
+            let site = site.clone();
+            // Half of them for names of their own, so that the limit of one name does not do it alone.
+            let name = if n % 2 == 0 {
+                "panel".to_owned()
+            } else {
+                format!("n{n}")
+            };
+            tokio::spawn(async move {
+                log_in(&site, 66, &name, &format!("wrong horse {n}"))
+                    .await
+                    .0
+            })
+        })
+        .collect();
+    let refused = "lacewing_broker_refused_total{reason=\"a wrong name or password\"}";
+    site.metric_reaches(refused, 1.0).await;
+    let (said, took) = log_in(&site, 2, "panel", &right).await;
+    assert_eq!(said, 0, "it is let in");
+    assert!(took < Duration::from_secs(4), "{took:?}");
+    let mut wrong = 0;
+    for guess in guesses {
+        let said = guess.await.unwrap();
+        assert!([3, 4].contains(&said), "{said}");
+        wrong += usize::from(said == 4);
+    }
+    assert!(wrong < 100, "{wrong} were hashed");
+    let refused = "lacewing_broker_refused_total{reason=\"too many passwords from one address\"}";
+    site.metric_reaches(refused, 1.0).await;
+}
+
+/// Handshakes that never go on come by the thousand from one address: one from another that takes its time is not pushed out.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crowd_of_handshakes_pushes_out_only_itself() {
+    let site = Site::start().await;
+    let from = async |n: u8| {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(([127, 0, 0, n], 0).into()).unwrap();
+        socket.connect(site.mqtt()).await.unwrap()
+    };
+    let slow = from(2).await;
+    let mut held = Vec::new();
+    for _ in 0..1_300 {
+        held.push(from(66).await);
+    }
+    let refused = "lacewing_broker_refused_total{reason=\"too many handshakes at once\"}";
+    site.metric_reaches(refused, 200.0).await;
+    let connector = tokio_rustls::TlsConnector::from(site.tls(None));
+    let name = ServerName::from(site.mqtt().ip());
+    let through = timeout(PATIENCE, connector.connect(name, slow)).await;
+    assert!(through.unwrap().is_ok());
     drop(held);
     site.handle.stop().await;
 }

@@ -6,6 +6,8 @@
 
 mod http;
 mod mqtt;
+mod odd;
+mod packets;
 
 use std::{
     io,
@@ -16,6 +18,7 @@ use std::{
 };
 
 use anyhow::Context;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustls::{ClientConfig, pki_types::ServerName};
 use serde_json::json;
 use tokio::{
@@ -69,7 +72,27 @@ impl Abuse {
 /// All of them.
 #[must_use]
 pub fn all() -> Vec<Abuse> {
-    [&mqtt::ALL[..], &http::ALL[..]].concat()
+    [&mqtt::ALL[..], &odd::ALL, &http::ALL].concat()
+}
+
+/// Open files of the enemy, and of the coordinator, which inherits the limit: some thousand connections at a time.
+const FILES: u64 = 8_192;
+
+/// Lets this process, and those that it starts from now on, have as many files open as the abuses take.
+///
+/// # Errors
+/// If the system allows fewer.
+pub fn make_room() -> anyhow::Result<()> {
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current.is_none_or(|now| now >= FILES) {
+        return Ok(());
+    }
+    let raised = Rlimit {
+        current: Some(FILES),
+        ..limit
+    };
+    setrlimit(Resource::Nofile, raised)
+        .with_context(|| format!("the abuses take {FILES} open files; raise the limit (ulimit -n)"))
 }
 
 /// Whom the abuses come from.

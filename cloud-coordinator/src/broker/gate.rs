@@ -1,6 +1,6 @@
 //! Who a connection is: a device by its certificate, a subscriber by its password, or nobody.
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc};
 
 use bytes::Bytes;
 use rumqttc::{Connect, ConnectAuth, ConnectReturnCode};
@@ -57,9 +57,10 @@ impl Gate {
         }
     }
 
-    /// Says yes or no to a CONNECT of one who showed the certificate of `peer`, or none.
+    /// Says yes or no to a CONNECT from this network, of one who showed the certificate of `peer`, or none.
     pub(super) async fn admit(
         &self,
+        network: IpAddr,
         peer: Option<Peer>,
         connect: &Connect,
     ) -> Result<Admitted, Refusal> {
@@ -80,7 +81,10 @@ impl Gate {
                     let reason = "neither a certificate nor a name and a password";
                     return Err((ConnectReturnCode::NotAuthorized, reason));
                 };
-                let found = identity.subscribers.check(username, password).await;
+                let found = identity
+                    .subscribers
+                    .check(network, username, password)
+                    .await;
                 let found = found.map_err(|wrong| match wrong {
                     Wrong::Password => {
                         let code = ConnectReturnCode::BadUserNamePassword;
@@ -89,6 +93,10 @@ impl Gate {
                     Wrong::Busy => {
                         let code = ConnectReturnCode::ServiceUnavailable;
                         (code, "too many passwords to check")
+                    }
+                    Wrong::TooOften => {
+                        let code = ConnectReturnCode::ServiceUnavailable;
+                        (code, "too many passwords from one address")
                     }
                 })?;
                 // No device has a colon in its name, and no subscriber the client ids of another.
@@ -164,7 +172,9 @@ mod tests {
     use super::*;
 
     async fn admit(id: &str) -> Result<Role, Refusal> {
-        let admitted = Gate::Open.admit(None, &Connect::new(id)).await;
+        let admitted = Gate::Open
+            .admit([127, 0, 0, 1].into(), None, &Connect::new(id))
+            .await;
         admitted.map(|a| a.role)
     }
 

@@ -5,9 +5,12 @@
 //! bounded queues so that a slow subscriber harms nobody else. A session ends with its connection, and nothing survives a restart: readings are safe in
 //! the devices' outboxes until the coordinator has stored them, so the broker needs no disk.
 
+pub(crate) mod fuzzed;
 mod gate;
+mod outgoing;
 pub(crate) mod outside;
 mod pace;
+mod retained;
 mod rights;
 mod router;
 pub(crate) mod rules;
@@ -31,6 +34,7 @@ pub(crate) use self::{
     outside::{Access, Outside},
 };
 use crate::{
+    api::limits::network,
     crowd::{Crowd, share_of_one_address},
     ingest::Inbox,
     metrics::Metrics,
@@ -76,10 +80,9 @@ impl Shared {
         }
     }
 
-    /// A client that was sent away.
-    fn ended(&self, peer: SocketAddr, client: &str, end: &session::End) {
-        self.metrics.broker_refused("sent away");
-        if let Some(held_back) = self.notices.due("sent away") {
+    /// Tells why a client's connection was ended.
+    fn tell(&self, peer: SocketAddr, client: &str, end: &session::End) {
+        if let Some(held_back) = self.notices.due(end.kind()) {
             tracing::warn!(%peer, client, held_back, "a client of the broker {end}");
         }
     }
@@ -151,7 +154,7 @@ impl Broker {
                     shared.refused(peer, "too many connections");
                     continue;
                 };
-                let Some(place) = addresses.enter(peer.ip()) else {
+                let Some(place) = addresses.enter(network(peer.ip())) else {
                     shared.refused(peer, "too many connections from one address");
                     continue;
                 };
@@ -167,9 +170,17 @@ impl Broker {
 
     /// Publishes a retained message of the coordinator.
     pub(crate) fn publish(&self, topic: &Topic, payload: &[u8]) {
-        self.shared
+        let (shared, topic) = (&self.shared, topic.to_string());
+        let kept = shared
             .router
-            .publish(&topic.to_string(), payload, QoS::AtLeastOnce, true);
+            .publish(&topic, payload, QoS::AtLeastOnce, true);
+        if !kept && let Some(held_back) = shared.notices.due("not kept") {
+            tracing::warn!(
+                topic,
+                held_back,
+                "there is no room to retain a message of the coordinator"
+            );
+        }
     }
 
     /// Publishes a message of the coordinator to those who listen now.

@@ -1,4 +1,4 @@
-//! How fast one client may speak. Beyond it the client is read more slowly and not cut: a device that brings its backlog
+//! How fast one client may speak, and be brought up to date. Beyond it the client is read more slowly and not cut: a device that brings its backlog
 //! after a week must not lose its connection over it.
 
 use std::num::NonZeroU32;
@@ -8,7 +8,7 @@ use governor::{
     clock::{Clock, DefaultClock},
 };
 
-/// One client's pace. One second's worth may come at once.
+/// One client's pace.
 #[derive(Debug)]
 pub(super) struct Pace {
     limiter: DefaultDirectRateLimiter,
@@ -16,10 +16,11 @@ pub(super) struct Pace {
 }
 
 impl Pace {
-    pub(super) fn new(a_second: u32) -> Self {
-        let rate = NonZeroU32::new(a_second).unwrap_or(NonZeroU32::MIN);
+    pub(super) fn new(a_second: u32, at_once: u32) -> Self {
+        let [rate, burst] =
+            [a_second, at_once].map(|n| NonZeroU32::new(n).unwrap_or(NonZeroU32::MIN));
         Self {
-            limiter: RateLimiter::direct(Quota::per_second(rate)),
+            limiter: RateLimiter::direct(Quota::per_second(rate).allow_burst(burst)),
             clock: DefaultClock::default(),
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! | who | publishes | last will | subscribes to |
 //! |---|---|---|---|
-//! | device `S/D` | `lacewing/v1/S/D/<source>/<kind>`, with a source that is a name and a kind that is a device's | `lacewing/v1/S/D/_/status` | whatever begins with `lacewing/v1/S/D/`; `lacewing/v1/S/_/_/roster` |
+//! | device `S/D` | `lacewing/v1/S/D/<source>/<kind>`, with a source that is a name and a kind that is a device's | `lacewing/v1/S/D/_/status` | whatever begins with `lacewing/v1/S/D/`; `lacewing/v1/S/_/_/roster`; `lacewing/v1/S/_/_/meeting` |
 //! | subscriber for some sites | nothing | none | whatever begins with `lacewing/v1/<one of its sites>/` |
 //! | subscriber for all sites | nothing | none | whatever has `lacewing` or `homeassistant` as its first level |
 //!
@@ -37,9 +37,9 @@ pub(super) fn below(levels: &str) -> String {
     format!("{ROOT}/{levels}/")
 }
 
-/// Where a site's roster is, which its devices read.
-pub(super) fn roster(site: &Name) -> String {
-    Topic::of_site(site, Kind::Roster).to_string()
+/// What the coordinator says to all devices of a site, which they read: who they are, and where some of them are.
+pub(super) fn of_site(site: &Name) -> [String; 2] {
+    [Kind::Roster, Kind::Meeting].map(|kind| Topic::of_site(site, kind).to_string())
 }
 
 /// With what begins whatever a subscriber may read.
@@ -81,7 +81,8 @@ impl Role {
         }
         match self {
             Self::Device { site, device } => {
-                filter.starts_with(&below(&common_name(site, device))) || filter == roster(site)
+                filter.starts_with(&below(&common_name(site, device)))
+                    || of_site(site).iter().any(|topic| topic == filter)
             }
             Self::Viewer { sites } => {
                 // A root alone is a first level, too.

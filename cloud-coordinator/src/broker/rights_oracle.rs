@@ -12,7 +12,7 @@ pub(crate) const KINDS_OF_A_DEVICE: [&str; 11] = [
 ];
 
 /// Words that levels are made of: names that begin like each other, what is no name, what is no kind.
-const WORDS: [&str; 40] = [
+const WORDS: [&str; 41] = [
     "lacewing",
     "homeassistant",
     "v1",
@@ -52,10 +52,11 @@ const WORDS: [&str; 40] = [
     "results",
     "roster",
     "sighting",
+    "meeting",
     "ä",
 ];
 /// Those of [`WORDS`] that can name a source.
-pub(crate) const SOURCES: [&str; 34] = [
+pub(crate) const SOURCES: [&str; 35] = [
     "lacewing",
     "homeassistant",
     "v1",
@@ -88,6 +89,7 @@ pub(crate) const SOURCES: [&str; 34] = [
     "results",
     "roster",
     "sighting",
+    "meeting",
     "",
     "",
 ];
@@ -144,7 +146,8 @@ impl Whose {
 
     pub(crate) fn subscribes(self, filter: &str) -> bool {
         if let Self::Device(site, _) = self
-            && filter == format!("lacewing/v1/{site}/_/_/roster")
+            && (filter == format!("lacewing/v1/{site}/_/_/roster")
+                || filter == format!("lacewing/v1/{site}/_/_/meeting"))
         {
             return true;
         }

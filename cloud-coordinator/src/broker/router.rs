@@ -1,9 +1,9 @@
 //! Where messages go: clients, subscriptions and retained messages behind one short lock.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     sync::{
-        Arc, Mutex, MutexGuard,
+        Arc, Mutex, MutexGuard, OnceLock,
         atomic::{AtomicUsize, Ordering},
     },
 };
@@ -11,10 +11,13 @@ use std::{
 use bytes::Bytes;
 use mesh_core::Topic;
 use rumqttc::QoS;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
-use super::trie::Filters;
+use super::{
+    retained::{Look, Pass, Retained},
+    trie::Filters,
+};
 use crate::metrics::Metrics;
 
 /// A subscriber's queue in messages: a burst of a few seconds from a small fleet. Beyond it, QoS 0 messages
@@ -22,10 +25,8 @@ use crate::metrics::Metrics;
 pub(super) const QUEUE_MESSAGES: usize = 8_192;
 /// The same in bytes.
 const QUEUE_BYTES: usize = 8 << 20;
-/// Retained messages of one device: a handful of kinds per source. Bounds what a faulty device can leave.
-const RETAINED_PER_DEVICE: usize = 64;
-/// Retained messages altogether: six of each of 100,000 devices.
-const RETAINED: usize = 600_000;
+/// Retained messages get one in so many of both: they can wait where they are, live ones cannot.
+const KEPT_FOR_LIVE: usize = 2;
 
 /// One message on its way to one subscriber.
 #[derive(Clone, Debug)]
@@ -42,13 +43,23 @@ impl Delivery {
     }
 }
 
+/// Why the router ends a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cut {
+    /// The client does not read what it asked for.
+    Full,
+    /// Another connection has its name now.
+    Replaced,
+}
+
 /// The way to one subscriber: bounded in messages and in bytes.
 #[derive(Debug)]
 pub(super) struct Queue {
     sender: mpsc::Sender<Delivery>,
     bytes: AtomicUsize,
     /// Ends the connection.
-    pub(super) cut: CancellationToken,
+    cut: CancellationToken,
+    why: OnceLock<Cut>,
 }
 
 impl Queue {
@@ -57,7 +68,20 @@ impl Queue {
             sender,
             bytes: AtomicUsize::new(0),
             cut,
+            why: OnceLock::new(),
         }
+    }
+
+    /// Ends the connection; says whether nobody had before.
+    fn end(&self, why: Cut) -> bool {
+        let first = self.why.set(why).is_ok();
+        self.cut.cancel();
+        first
+    }
+
+    /// Why it was ended, if it was.
+    pub(super) fn ended(&self) -> Option<Cut> {
+        self.why.get().copied()
     }
 
     /// Never waits: a slow subscriber harms only itself.
@@ -70,10 +94,26 @@ impl Queue {
         }
         self.bytes.fetch_sub(cost, Ordering::Relaxed);
         metrics.broker_dropped.inc();
-        if qos != QoS::AtMostOnce && !self.cut.is_cancelled() {
+        if qos != QoS::AtMostOnce && self.end(Cut::Full) {
             metrics.broker_cut.inc();
-            self.cut.cancel();
         }
+    }
+
+    /// Puts a retained message in, if there is room beside what is kept for live ones.
+    fn lay(&self, delivery: Delivery) -> bool {
+        let cost = delivery.cost();
+        let waiting = self.sender.max_capacity() - self.sender.capacity();
+        if self.bytes.load(Ordering::Relaxed) + cost > QUEUE_BYTES / KEPT_FOR_LIVE
+            || waiting >= self.sender.max_capacity().div_ceil(KEPT_FOR_LIVE)
+        {
+            return false;
+        }
+        self.bytes.fetch_add(cost, Ordering::Relaxed);
+        let laid = self.sender.try_send(delivery).is_ok();
+        if !laid {
+            self.bytes.fetch_sub(cost, Ordering::Relaxed);
+        }
+        laid
     }
 
     /// A delivery has left the queue.
@@ -109,9 +149,7 @@ struct Client {
 struct State {
     clients: HashMap<String, Client>,
     filters: Filters<Subscription>,
-    retained: BTreeMap<String, (Bytes, QoS)>,
-    /// How many retained messages each `<site>/<device>` has.
-    owners: HashMap<String, usize>,
+    retained: Retained,
     next_number: u64,
 }
 
@@ -119,17 +157,20 @@ struct State {
 #[derive(Debug)]
 pub(super) struct Router {
     state: Mutex<State>,
+    /// Whose turn it is to look at what is retained: one at a time and in turns, so that all who ask for it together
+    /// hold the lock no more than one.
+    looking: Semaphore,
     metrics: Arc<Metrics>,
 }
 
 /// Filters of one client; the contract needs two or three.
-const MAX_FILTERS: usize = 128;
+pub(super) const MAX_FILTERS: usize = 128;
 
 /// What became of a subscription.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Subscribed {
-    /// It stands; these retained topics match it.
-    Retained(Vec<String>),
+    /// It stands.
+    Stands,
     /// The client has too many.
     TooMany,
     /// The client is not there any more, or has no right to it.
@@ -140,6 +181,7 @@ impl Router {
     pub(super) fn new(metrics: Arc<Metrics>) -> Self {
         Self {
             state: Mutex::new(State::default()),
+            looking: Semaphore::new(1),
             metrics,
         }
     }
@@ -169,7 +211,7 @@ impl Router {
             },
         );
         let old_will = old.and_then(|old| {
-            old.queue.cut.cancel();
+            old.queue.end(Cut::Replaced);
             self.metrics.broker_replaced.inc();
             for filter in &old.filters {
                 state.filters.remove(filter, old.number);
@@ -208,18 +250,7 @@ impl Router {
         state
             .filters
             .insert(filter, number, Subscription { queue, qos });
-        // Everything that matches begins with the levels before the first wildcard.
-        let fixed = filter.split(['+', '#']).next().unwrap_or_default();
-        let fixed = fixed.strip_suffix('/').unwrap_or(fixed);
-        let found = state
-            .retained
-            .range(fixed.to_owned()..)
-            .map(|(topic, _)| topic)
-            .take_while(|topic| topic.starts_with(fixed))
-            .filter(|topic| rumqttc::mqttbytes::matches(topic, filter))
-            .cloned()
-            .collect();
-        Subscribed::Retained(found)
+        Subscribed::Stands
     }
 
     /// Takes a subscription out.
@@ -231,24 +262,14 @@ impl Router {
         }
     }
 
-    /// Hands a retained message to a new subscriber as it is at this moment: under the lock, so that it can
-    /// never arrive after a newer one. Waits for room in the subscriber's own queue.
-    pub(super) async fn deliver_retained(&self, queue: &Queue, topic: &str, granted: QoS) {
-        let Ok(permit) = queue.sender.reserve().await else {
-            return;
+    /// Goes on bringing a subscriber up to date. What is found goes into its queue as it is at this moment: under the
+    /// lock, so that it can never arrive after a newer one.
+    pub(super) async fn look(&self, pass: &mut Pass, queue: &Queue) -> Look {
+        let Ok(_turn) = self.looking.acquire().await else {
+            return Look::Done;
         };
         let state = self.state();
-        let Some((payload, qos)) = state.retained.get(topic) else {
-            return;
-        };
-        let delivery = Delivery {
-            topic: Bytes::copy_from_slice(topic.as_bytes()),
-            payload: payload.clone(),
-            qos: lower(*qos, granted),
-            retain: true,
-        };
-        queue.bytes.fetch_add(delivery.cost(), Ordering::Relaxed);
-        permit.send(delivery);
+        state.retained.look(pass, |delivery| queue.lay(delivery))
     }
 
     /// Sends a message to everyone who subscribed, and keeps it if it is retained. The rights were checked.
@@ -264,7 +285,7 @@ impl Router {
             let body = copy
                 .get_or_insert_with(|| Bytes::copy_from_slice(payload))
                 .clone();
-            kept = state.retain(topic, body, qos);
+            kept = state.retained.keep(topic, body, qos);
         }
         let mut found: Vec<(u64, &Subscription)> = Vec::new();
         state.filters.matching(topic, &mut |client, subscription| {
@@ -291,42 +312,8 @@ impl Router {
     }
 }
 
-impl State {
-    /// Keeps a message for later subscribers; an empty one takes the kept one away.
-    fn retain(&mut self, topic: &str, payload: Bytes, qos: QoS) -> bool {
-        let owner: String = topic
-            .split('/')
-            .skip(2)
-            .take(2)
-            .collect::<Vec<_>>()
-            .join("/");
-        if payload.is_empty() {
-            if self.retained.remove(topic).is_some()
-                && let Some(count) = self.owners.get_mut(&owner)
-            {
-                *count -= 1;
-                if *count == 0 {
-                    self.owners.remove(&owner);
-                }
-            }
-            return true;
-        }
-        if let Some(kept) = self.retained.get_mut(topic) {
-            *kept = (payload, qos);
-            return true;
-        }
-        let count = self.owners.get(&owner).copied().unwrap_or(0);
-        if count >= RETAINED_PER_DEVICE || self.retained.len() >= RETAINED {
-            return false;
-        }
-        self.owners.insert(owner, count + 1);
-        self.retained.insert(topic.to_owned(), (payload, qos));
-        true
-    }
-}
-
 /// QoS 2 is never granted: resending is always safe here, so "at least once" is enough.
-fn lower(a: QoS, b: QoS) -> QoS {
+pub(super) fn lower(a: QoS, b: QoS) -> QoS {
     if a == QoS::AtMostOnce || b == QoS::AtMostOnce {
         QoS::AtMostOnce
     } else {
@@ -361,6 +348,7 @@ mod tests {
             router.publish("lacewing/x", b"1", QoS::AtLeastOnce, false);
         }
         assert!(slow_queue.cut.is_cancelled());
+        assert_eq!(slow_queue.ended(), Some(Cut::Full));
         assert!(!lazy_queue.cut.is_cancelled() && !good_queue.cut.is_cancelled());
         let mut got = 0;
         while good_rx.try_recv().is_ok() {
@@ -369,39 +357,38 @@ mod tests {
         assert_eq!(got, 10);
     }
 
+    /// A device that leaves large messages, subscribes to itself and does not read.
     #[tokio::test]
-    async fn retained_messages_are_bounded_replaced_and_removed() {
+    async fn retained_messages_fill_no_more_than_their_part_of_a_queue() {
         let router = Router::new(Arc::default());
-        for n in 0..RETAINED_PER_DEVICE {
-            assert!(router.publish(
-                &format!("lacewing/v1/s/d/c{n}/state"),
-                b"x",
-                QoS::AtMostOnce,
-                true
-            ));
+        let large = vec![b'x'; 512 * 1024 - 100];
+        for device in 0..64 {
+            let topic = format!("lacewing/v1/s/d{device}/c/state");
+            assert!(router.publish(&topic, &large, QoS::AtLeastOnce, true));
         }
-        let publish = |topic, body: &[u8]| router.publish(topic, body, QoS::AtMostOnce, true);
-        assert!(!publish("lacewing/v1/s/d/more/state", b"x"), "the bound");
-        assert!(
-            publish("lacewing/v1/s/other/more/state", b"x"),
-            "of one device only"
-        );
-        assert!(
-            publish("lacewing/v1/s/d/c0/state", b"y"),
-            "replacing needs no room"
-        );
-        assert!(publish("lacewing/v1/s/d/c0/state", b""));
-        assert!(publish("lacewing/v1/s/d/more/state", b"x"));
-        let (number, _, _rx) = client(&router, "v", 9);
-        let found = router.subscribe("v", number, "lacewing/v1/s/+/more/#", QoS::AtMostOnce);
-        let expected = [
-            "lacewing/v1/s/d/more/state",
-            "lacewing/v1/s/other/more/state",
-        ];
-        assert_eq!(
-            found,
-            Subscribed::Retained(expected.map(String::from).into())
-        );
+        let (number, queue, mut rx) = client(&router, "slow", QUEUE_MESSAGES);
+        router.subscribe("slow", number, "lacewing/#", QoS::AtLeastOnce);
+        let all = || Pass::new([("lacewing/#".to_owned(), QoS::AtLeastOnce)].into());
+        for _ in 0..10 {
+            let seen = router.look(&mut all(), &queue).await;
+            assert_eq!(seen, Look::Full);
+            let bytes = queue.bytes.load(Ordering::Relaxed);
+            assert!(bytes <= QUEUE_BYTES / KEPT_FOR_LIVE, "{bytes}");
+        }
+        // There is room for live ones, and whoever reads gets all of it.
+        router.publish("lacewing/v1/s/d0/c/state", b"x", QoS::AtLeastOnce, false);
+        assert!(!queue.cut.is_cancelled());
+        while rx.try_recv().map(|d| queue.taken(&d)).is_ok() {}
+        let (mut pass, mut got) = (all(), 0);
+        while router.look(&mut pass, &queue).await != Look::Done {
+            while rx.try_recv().map(|d| queue.taken(&d)).is_ok() {
+                got += 1;
+            }
+        }
+        while rx.try_recv().is_ok() {
+            got += 1;
+        }
+        assert_eq!(got, 64);
     }
 
     #[tokio::test]
@@ -409,13 +396,12 @@ mod tests {
         let router = Router::new(Arc::default());
         let (greedy, _, _rx) = client(&router, "greedy", 9);
         let (other, _, _rx2) = client(&router, "other", 9);
-        let none = || Subscribed::Retained(Vec::new());
         let subscribe =
             |id, number, filter: &str| router.subscribe(id, number, filter, QoS::AtMostOnce);
         for n in 0..MAX_FILTERS {
             assert_eq!(
                 subscribe("greedy", greedy, &format!("lacewing/{n}")),
-                none()
+                Subscribed::Stands
             );
         }
         assert_eq!(
@@ -424,10 +410,13 @@ mod tests {
         );
         assert_eq!(
             subscribe("greedy", greedy, "lacewing/0"),
-            none(),
+            Subscribed::Stands,
             "the same again"
         );
-        assert_eq!(subscribe("other", other, "lacewing/more"), none());
+        assert_eq!(
+            subscribe("other", other, "lacewing/more"),
+            Subscribed::Stands
+        );
     }
 
     #[tokio::test]
@@ -448,6 +437,7 @@ mod tests {
             let new = Arc::new(Queue::new(tx, CancellationToken::new()));
             let (number, will) = router.attach("s/d", new.clone(), None);
             assert!(will.is_some() && queue.cut.is_cancelled());
+            assert_eq!(queue.ended(), Some(Cut::Replaced));
             (number, new, rx)
         };
         assert!(
@@ -456,6 +446,6 @@ mod tests {
         );
         let subscribe = |number| router.subscribe("s/d", number, "a", QoS::AtMostOnce);
         assert_eq!(subscribe(first), Subscribed::Gone);
-        assert_eq!(subscribe(second), Subscribed::Retained(Vec::new()));
+        assert_eq!(subscribe(second), Subscribed::Stands);
     }
 }

@@ -12,7 +12,7 @@ use clap::ValueEnum;
 use mesh_core::{Name, Topic};
 use serde::Deserialize;
 
-use super::rights::{beginnings, below, kinds_of_a_device, kinds_of_the_coordinator, roster};
+use super::rights::{beginnings, below, kinds_of_a_device, kinds_of_the_coordinator, of_site};
 use crate::{ingest::KINDS, trust::subscribers::Sites};
 
 /// A broker that rules can be written for.
@@ -81,10 +81,12 @@ impl Facts {
     }
 }
 
-/// The topic of the roster that a device reads.
-fn roster_of(device: &str) -> Option<String> {
-    let (site, _) = device.split_once('/')?;
-    Some(roster(&site.parse().ok()?))
+/// The topics of its site that a device reads.
+fn of_site_of(device: &str) -> Vec<String> {
+    let site = device
+        .split_once('/')
+        .and_then(|(site, _)| site.parse().ok());
+    site.map(|site| of_site(&site).into()).unwrap_or_default()
 }
 
 /// The files of a broker: name and content.
@@ -143,6 +145,7 @@ mod tests {
                 "pattern write lacewing/v1/%u/+/result",
                 "user demo/d1",
                 "topic read lacewing/v1/demo/_/_/roster",
+                "topic read lacewing/v1/demo/_/_/meeting",
             ],
         );
         assert!(!devices.contains("%u/+/ack"));
@@ -171,7 +174,7 @@ mod tests {
         let d1 = of("demo/d1");
         assert_eq!(
             d1["read"],
-            r"^(lacewing\.v1\.demo\.d1\..+|lacewing\.v1\.demo\._\._\.roster)$"
+            r"^(lacewing\.v1\.demo\.d1\..+|lacewing\.v1\.demo\._\._\.roster|lacewing\.v1\.demo\._\._\.meeting)$"
         );
         let write = d1["write"].as_str().unwrap();
         assert!(write.starts_with(r"^lacewing\.v1\.demo\.d1\.(_|[a-z0-9][a-z0-9_-]*)\.(status|"));
@@ -195,7 +198,9 @@ mod tests {
         assert!(text.contains("user: \"CN=demo/d1\""), "{text}");
         assert!(text.contains("\"lacewing.v1.demo.d1.*.result\""));
         assert!(!text.contains("\"lacewing.v1.demo.d1.*.ack\""));
-        assert!(text.contains("\"lacewing.v1.demo.d1.>\", \"lacewing.v1.demo._._.roster\""));
+        assert!(text.contains(
+            "\"lacewing.v1.demo.d1.>\", \"lacewing.v1.demo._._.roster\", \"lacewing.v1.demo._._.meeting\""
+        ));
         assert!(text.contains("password: $LACEWING_SUBSCRIBER_PANEL"));
         assert!(text.contains("verify_and_map: true"));
     }

@@ -1,9 +1,9 @@
-//! One connection: the handshakes, what the client sends, and what is sent to it.
+//! One connection: the handshakes, and what the client sends. What is sent to it: [`outgoing`](super::outgoing).
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     net::SocketAddr,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::Arc,
     time::Duration,
 };
 
@@ -13,9 +13,9 @@ use rumqttc::{
     SubscribeReasonCode, UnsubAck, mqttbytes::Error as MqttError,
 };
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite},
     net::TcpStream,
-    sync::{Notify, mpsc},
+    sync::mpsc,
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
@@ -23,32 +23,33 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Shared,
     gate::Admitted,
+    outgoing::{CHUNK, Wire, bring_up_to_date, lock, put, send},
     pace::Pace,
     rights::Role,
-    router::{Delivery, QUEUE_MESSAGES, Queue, Subscribed},
+    router::{Cut, MAX_FILTERS, QUEUE_MESSAGES, Queue, Subscribed},
 };
-use crate::trust::{
-    active::Peer,
-    tls::{AcceptError, tell_and_close},
+use crate::{
+    api::limits::network,
+    trust::{
+        active::Peer,
+        tls::{AcceptError, tell_and_close},
+    },
 };
 
 /// A CONNECT carries two short texts and a last will.
 const MAX_CONNECT: usize = 16 * 1024;
 /// The contract's largest payload; beyond it the connection is closed before it is read.
 pub(super) const MAX_PAYLOAD: usize = 512 * 1024;
-/// A topic of the contract has at most 6 levels of 63 bytes.
+/// A topic of the contract has at most 6 levels of 63 bytes, and a filter no more.
 const MAX_TOPIC: usize = 512;
+/// What is no message: the largest names as many filters as a client may have, each with its length and a QoS.
+const MAX_OTHER: usize = 16 + MAX_FILTERS * (MAX_TOPIC + 3);
+/// The type of PUBLISH, in the upper half of a packet's first byte.
+const PUBLISH: u8 = 3;
 /// From the connection to a valid CONNECT.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// A client without keep-alive that says nothing for this long is gone.
 const MAX_SILENCE: Duration = Duration::from_secs(3_600);
-/// How long one write of at most 64 KiB and a message may take: a client that reads slower than some
-/// kilobytes a second is cut.
-const MAX_STALL: Duration = Duration::from_secs(60);
-/// QoS 1 messages without an answer: enough for the round trip of a slow link.
-const WINDOW: usize = 256;
-/// Bytes that are gathered for one write, and of answers that may wait before the client is no longer read.
-const CHUNK: usize = 64 * 1024;
 /// QoS 2 publishes of one client whose release is due.
 const MAX_UNRELEASED: usize = 256;
 
@@ -69,27 +70,26 @@ pub(super) enum End {
     Protocol(#[from] MqttError),
     #[error("the connection failed: {0}")]
     Io(#[from] std::io::Error),
-    #[error("was replaced, or the broker is stopping")]
-    Cut,
+    #[error("was cut: its queue was full, it reads more slowly than it is sent what it asked for")]
+    Full,
+    #[error("was replaced by a new connection of the same name")]
+    Replaced,
+    #[error("ended with the broker")]
+    Stopped,
     #[error("was shut out: its device was revoked or its subscriber removed")]
     ShutOut,
 }
 
-/// What the reader and the writer of one connection share.
-struct Wire {
-    queue: Arc<Queue>,
-    /// Answers that are ready to be written.
-    answers: Mutex<BytesMut>,
-    /// Packet ids that wait for their PUBACK, and the last one drawn.
-    window: Mutex<(HashSet<u16>, u16)>,
-    /// Answers or room in the window for the writer.
-    wake: Notify,
-    /// The writer took the answers.
-    drained: Notify,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
+impl End {
+    /// Of which one is told at a time.
+    pub(super) fn kind(&self) -> &'static str {
+        match self {
+            Self::Full => "queue full",
+            Self::Replaced => "replaced",
+            Self::Refused(why) => why,
+            _ => "sent away",
+        }
+    }
 }
 
 struct Reader<R> {
@@ -102,12 +102,23 @@ struct Reader<R> {
 const MIN_ROOM: usize = 1_024;
 
 impl<R: AsyncRead + Unpin> Reader<R> {
-    /// The next packet of at most `max` bytes; nothing is allocated for a length that is only claimed.
-    async fn packet(&mut self, max: usize) -> Result<Packet, End> {
+    /// The next packet, a message of at most `message` bytes or another one of at most `other`; nothing is allocated for a
+    /// length that is only claimed.
+    async fn packet(&mut self, message: usize, other: usize) -> Result<Packet, End> {
         loop {
+            let is_message = self.buffer.first().is_some_and(|b| b >> 4 == PUBLISH);
+            let max = if is_message { message } else { other };
             match Packet::read(&mut self.buffer, max) {
                 Ok(packet) => return Ok(packet),
                 Err(MqttError::InsufficientBytes(_)) => {}
+                Err(MqttError::PayloadSizeLimitExceeded(_)) if is_message => {
+                    return Err(End::Refused("a message larger than 512 KiB"));
+                }
+                Err(MqttError::PayloadSizeLimitExceeded(_)) => {
+                    return Err(End::Refused(
+                        "a packet larger than any that there is a use for",
+                    ));
+                }
                 Err(error) => return Err(error.into()),
             }
             self.buffer.reserve(self.room);
@@ -195,18 +206,21 @@ async fn converse<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
         buffer: BytesMut::new(),
         room: MIN_ROOM,
     };
-    let connect = match timeout(HANDSHAKE, reader.packet(MAX_CONNECT)).await {
+    let connect = match timeout(HANDSHAKE, reader.packet(MAX_CONNECT, MAX_CONNECT)).await {
         Ok(Ok(Packet::Connect(connect))) => connect,
         Ok(Ok(_)) => return shared.refused(peer, "the first packet is not CONNECT"),
         Ok(Err(End::Protocol(MqttError::InvalidProtocolLevel(_)))) => {
             answer(&mut write, ConnectReturnCode::RefusedProtocolVersion).await;
             return shared.refused(peer, "not MQTT 3.1.1");
         }
-        Ok(Err(End::Protocol(_))) => return shared.refused(peer, "malformed before CONNECT"),
+        Ok(Err(End::Protocol(_) | End::Refused(_))) => {
+            return shared.refused(peer, "malformed before CONNECT");
+        }
         Ok(Err(_)) => return,
         Err(_) => return shared.refused(peer, "no CONNECT within 10 s"),
     };
-    let admitted = match shared.gate.admit(device, &connect).await {
+    let from = network(peer.ip());
+    let admitted = match shared.gate.admit(from, device, &connect).await {
         Ok(admitted) => admitted,
         Err((code, reason)) => {
             answer(&mut write, code).await;
@@ -245,20 +259,14 @@ async fn converse<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
     shared.metrics.broker_connections.inc();
     tracing::debug!(%peer, client = id, "connected");
 
-    let wire = Arc::new(Wire {
-        queue,
-        answers: Mutex::default(),
-        window: Mutex::default(),
-        wake: Notify::new(),
-        drained: Notify::new(),
-    });
+    let wire = Arc::new(Wire::new(queue));
     let mut session = Session {
         shared: shared.clone(),
         id: id.clone(),
         number,
         role,
         wire: wire.clone(),
-        pace: Pace::new(shared.publish_rate),
+        pace: Pace::new(shared.publish_rate, shared.publish_rate),
         unreleased: HashSet::new(),
     };
     let revoked = async {
@@ -274,9 +282,14 @@ async fn converse<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
     let end = tokio::select! {
         biased;
         () = revoked => End::ShutOut,
-        () = cut.cancelled() => End::Cut,
+        () = cut.cancelled() => match wire.queue.ended() {
+            Some(Cut::Full) => End::Full,
+            Some(Cut::Replaced) => End::Replaced,
+            None => End::Stopped,
+        },
         end = session.read(&mut reader, patience) => end,
         end = send(&mut write, deliveries, &wire) => end,
+        end = bring_up_to_date(&shared.router, &wire) => end,
     };
     drop(session);
     let will = shared
@@ -287,11 +300,14 @@ async fn converse<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
     }
     shared.metrics.broker_connections.dec();
     match end {
-        End::Goodbye | End::Closed | End::Io(_) | End::Cut => {
+        End::Goodbye | End::Closed | End::Io(_) | End::Stopped => {
             tracing::debug!(%peer, client = id, "the client {end}");
         }
+        // Counted where it was found.
+        End::Full | End::Replaced => shared.tell(peer, &id, &end),
         End::Silent | End::Slow | End::Refused(_) | End::Protocol(_) | End::ShutOut => {
-            shared.ended(peer, &id, &end);
+            shared.metrics.broker_refused("sent away");
+            shared.tell(peer, &id, &end);
         }
     }
 }
@@ -304,11 +320,8 @@ async fn answer(write: &mut (impl AsyncWrite + Unpin), code: ConnectReturnCode) 
         && matches!(timeout(HANDSHAKE, put(write, &bytes)).await, Ok(Ok(())))
 }
 
-/// Writes all of it, also what TLS would hold back.
-async fn put(write: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> std::io::Result<()> {
-    write.write_all(bytes).await?;
-    write.flush().await
-}
+/// More filters in one packet than a client may have.
+const TOO_MANY_AT_ONCE: End = End::Refused("more than 128 filters at once");
 
 impl Session {
     /// Reads until the client is gone. Answers of everything that is already here go out together.
@@ -319,11 +332,8 @@ impl Session {
     ) -> End {
         loop {
             let max = MAX_PAYLOAD + MAX_TOPIC + 8;
-            let packet = match timeout(patience, reader.packet(max)).await {
+            let packet = match timeout(patience, reader.packet(max, MAX_OTHER)).await {
                 Ok(Ok(packet)) => packet,
-                Ok(Err(End::Protocol(MqttError::PayloadSizeLimitExceeded(_)))) => {
-                    return End::Refused("a message larger than 512 KiB");
-                }
                 Ok(Err(end)) => return end,
                 Err(_) => return End::Silent,
             };
@@ -349,18 +359,21 @@ impl Session {
         match packet {
             Packet::Publish(publish) => return self.publish(publish).await,
             Packet::PubAck(PubAck { pkid }) => {
-                lock(&self.wire.window).0.remove(&pkid);
-                self.wire.wake.notify_one();
+                self.wire.acknowledged(pkid);
             }
             Packet::PubRel(release) => {
                 self.unreleased.remove(&release.pkid);
                 PubComp { pkid: release.pkid }.write(&mut lock(&self.wire.answers))?;
             }
-            Packet::Subscribe(subscribe) => return self.subscribe(subscribe).await,
+            Packet::Subscribe(subscribe) => return self.subscribe(subscribe),
             Packet::Unsubscribe(unsubscribe) => {
+                if unsubscribe.topics.len() > MAX_FILTERS {
+                    return Err(TOO_MANY_AT_ONCE);
+                }
                 for filter in &unsubscribe.topics {
                     let router = &self.shared.router;
                     router.unsubscribe(&self.id, self.number, filter);
+                    lock(&self.wire.fresh).remove(filter);
                 }
                 let pkid = unsubscribe.pkid;
                 UnsubAck { pkid }.write(&mut lock(&self.wire.answers))?;
@@ -420,124 +433,42 @@ impl Session {
         Ok(())
     }
 
-    async fn subscribe(&mut self, subscribe: Subscribe) -> Result<(), End> {
+    fn subscribe(&mut self, subscribe: Subscribe) -> Result<(), End> {
+        if subscribe.filters.len() > MAX_FILTERS {
+            return Err(TOO_MANY_AT_ONCE);
+        }
         let mut return_codes = Vec::with_capacity(subscribe.filters.len());
-        let mut retained = Vec::new();
-        for filter in &subscribe.filters {
+        let mut fresh = BTreeMap::new();
+        for filter in subscribe.filters {
             let granted = match filter.qos {
                 QoS::AtMostOnce => QoS::AtMostOnce,
                 QoS::AtLeastOnce | QoS::ExactlyOnce => QoS::AtLeastOnce,
             };
-            let found = if self.role.may_subscribe(&filter.path) {
+            let path = filter.path;
+            let became = if path.len() <= MAX_TOPIC && self.role.may_subscribe(&path) {
                 let router = &self.shared.router;
-                router.subscribe(&self.id, self.number, &filter.path, granted)
+                router.subscribe(&self.id, self.number, &path, granted)
             } else {
                 Subscribed::Gone
             };
-            let why = match found {
-                Subscribed::Retained(topics) => {
-                    retained.extend(topics.into_iter().map(|topic| (topic, granted)));
+            let why = match became {
+                Subscribed::Stands => {
+                    fresh.insert(path, granted);
                     return_codes.push(SubscribeReasonCode::Success(granted));
                     continue;
                 }
                 Subscribed::TooMany => "have another subscription beside 128 to",
                 Subscribed::Gone => "subscribe to",
             };
-            self.shared.denied(&self.id, &filter.path, why);
+            self.shared.denied(&self.id, &path, why);
             return_codes.push(SubscribeReasonCode::Failure);
         }
         let pkid = subscribe.pkid;
         SubAck { pkid, return_codes }.write(&mut lock(&self.wire.answers))?;
         self.wire.wake.notify_one();
-        for (topic, granted) in retained {
-            let router = &self.shared.router;
-            router
-                .deliver_retained(&self.wire.queue, &topic, granted)
-                .await;
-        }
+        // The reader does not wait for it: it has to hear the client's answers meanwhile.
+        lock(&self.wire.fresh).append(&mut fresh);
+        self.wire.asked.notify_one();
         Ok(())
     }
-}
-
-/// Writes answers and deliveries until the connection fails or the client is too slow.
-async fn send<W: AsyncWrite + Unpin>(
-    stream: &mut W,
-    mut deliveries: mpsc::Receiver<Delivery>,
-    wire: &Wire,
-) -> End {
-    let mut out = BytesMut::new();
-    let mut waiting: Option<Delivery> = None;
-    loop {
-        {
-            let mut answers = lock(&wire.answers);
-            if !answers.is_empty() {
-                out.extend_from_slice(&answers);
-                answers.clear();
-                wire.drained.notify_one();
-            }
-        }
-        while out.len() < CHUNK {
-            let Some(delivery) = waiting.take().or_else(|| deliveries.try_recv().ok()) else {
-                break;
-            };
-            if !encode(&delivery, wire, &mut out) {
-                waiting = Some(delivery);
-                break;
-            }
-            wire.queue.taken(&delivery);
-        }
-        if out.is_empty() {
-            tokio::select! {
-                () = wire.wake.notified() => {}
-                delivery = deliveries.recv(), if waiting.is_none() => match delivery {
-                    Some(delivery) => waiting = Some(delivery),
-                    None => return End::Cut,
-                },
-            }
-            continue;
-        }
-        match timeout(MAX_STALL, put(stream, &out)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => return End::Io(error),
-            Err(_) => return End::Slow,
-        }
-        out.clear();
-        if out.capacity() > 2 * CHUNK {
-            out = BytesMut::new();
-        }
-    }
-}
-
-/// Adds one message to what is written next; false if the window is full.
-fn encode(delivery: &Delivery, wire: &Wire, out: &mut BytesMut) -> bool {
-    let pkid = if delivery.qos == QoS::AtMostOnce {
-        0
-    } else {
-        let (waiting, last) = &mut *lock(&wire.window);
-        if waiting.len() >= WINDOW {
-            return false;
-        }
-        // The window is far smaller than the number of ids, so a free one is near.
-        loop {
-            *last = last.checked_add(1).unwrap_or(1);
-            if waiting.insert(*last) {
-                break *last;
-            }
-        }
-    };
-    let publish = Publish {
-        dup: false,
-        qos: delivery.qos,
-        retain: delivery.retain,
-        topic: delivery.topic.clone(),
-        pkid,
-        payload: delivery.payload.clone(),
-    };
-    let before = out.len();
-    if let Err(error) = publish.write(out) {
-        // Cannot happen: topics were checked when they came in, and sizes are far below MQTT's.
-        tracing::error!(%error, "a message could not be encoded");
-        out.truncate(before);
-    }
-    true
 }

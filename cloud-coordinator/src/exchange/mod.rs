@@ -6,6 +6,7 @@
 
 mod client;
 mod export;
+pub(crate) mod fuzzed;
 mod names;
 mod plan;
 mod read;

@@ -1,7 +1,10 @@
 //! Who may listen on the broker without being a device: name, password, and the sites that they may read.
 
+mod turns;
+
 use std::{
     collections::{BTreeSet, HashMap},
+    net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
     time::Duration,
 };
@@ -14,10 +17,14 @@ use aws_lc_rs::hmac;
 use mesh_core::Name;
 use serde::Serialize;
 use sqlx::Row;
-use tokio::{sync::Semaphore, time::Instant};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::records::{RecordError, Records, commit};
+use self::turns::Turns;
+use crate::{
+    api::limits::{Limits, What},
+    records::{RecordError, Records, commit},
+};
 
 /// Programs and people that listen; each is read into memory.
 const MAX_SUBSCRIBERS: usize = 1_000;
@@ -27,6 +34,8 @@ const MAX_SITES: usize = 256;
 const PASSWORD: std::ops::RangeInclusive<usize> = 12..=256;
 /// A verified password need not be hashed again for this long: everybody comes back at once after a restart.
 const REMEMBERED: Duration = Duration::from_secs(60);
+/// One that was found right is no guess for this long: it is hashed again, and not counted.
+const NO_GUESS: Duration = Duration::from_secs(86_400);
 /// Verified passwords that are remembered; more is not more than computing again.
 const MAX_REMEMBERED: usize = 4_096;
 /// Passwords that are hashed at a time: each takes 19 MiB and some 50 ms of one core, and devices come first.
@@ -67,6 +76,8 @@ pub(crate) enum Wrong {
     Password,
     /// Too many wait to be checked.
     Busy,
+    /// Too many were tried from there.
+    TooOften,
 }
 
 /// A subscriber that was let in.
@@ -105,8 +116,8 @@ pub(crate) struct Subscribers {
     /// When which name and password were found right. The key of the hash is this process's own.
     remembered: Mutex<HashMap<[u8; 32], Instant>>,
     key: hmac::Key,
-    hashing: Arc<Semaphore>,
-    waiting: Semaphore,
+    turns: Turns,
+    limits: Limits,
     /// Checked for a name that is not there, so that the time of an answer tells nothing.
     nobody: Arc<str>,
 }
@@ -156,8 +167,8 @@ impl Subscribers {
             by_name: RwLock::new(by_name),
             remembered: Mutex::default(),
             key: hmac::Key::new(hmac::HMAC_SHA256, &secret),
-            hashing: Arc::new(Semaphore::new(HASHED_AT_ONCE)),
-            waiting: Semaphore::new(MAX_WAITING),
+            turns: Turns::new(HASHED_AT_ONCE, MAX_WAITING),
+            limits: Limits::new(),
             nobody: hash_off_thread("a name that is not there".into())
                 .await?
                 .into(),
@@ -175,8 +186,16 @@ impl Subscribers {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Does this password open the broker to this name?
-    pub(crate) async fn check(&self, name: &str, password: &[u8]) -> Result<Subscriber, Wrong> {
+    /// Does this password open the broker to this name, said from this network?
+    ///
+    /// What has to be hashed is limited by network, and by name from each network, as logins are. Not by name alone: it would let
+    /// anybody shut a listener out. All of them together are hashed one after the other, each network in its turn.
+    pub(crate) async fn check(
+        &self,
+        network: IpAddr,
+        name: &str,
+        password: &[u8],
+    ) -> Result<Subscriber, Wrong> {
         if password.len() > *PASSWORD.end() {
             return Err(Wrong::Password);
         }
@@ -189,32 +208,52 @@ impl Subscribers {
         }
         let mut digest = [0; 32];
         digest.copy_from_slice(context.sign().as_ref());
-        let known = self.remembered().get(&digest).copied();
-        if known.is_none_or(|since| since.elapsed() >= REMEMBERED) {
-            let _place = self.waiting.try_acquire().map_err(|_| Wrong::Busy)?;
-            let turn = self.hashing.clone().acquire_owned();
-            let turn = tokio::time::timeout(PATIENCE, turn).await;
-            let Ok(Ok(turn)) = turn else {
-                return Err(Wrong::Busy);
-            };
-            let password = password.to_vec();
-            let check = tokio::task::spawn_blocking(move || {
-                let right = matches(&password, &hash);
-                drop(turn);
-                right
-            });
-            if !check.await.unwrap_or(false) {
-                return Err(Wrong::Password);
+        if !self.is_fresh(&digest) {
+            let turn = self.turns.next(network, PATIENCE).await;
+            let turn = turn.ok_or(Wrong::Busy)?;
+            // Others with the same password were before: a hundred screens are one hash.
+            if !self.is_fresh(&digest) {
+                self.may_guess(network, name, &digest)?;
+                let password = password.to_vec();
+                let check = tokio::task::spawn_blocking(move || {
+                    let right = matches(&password, &hash);
+                    drop(turn);
+                    right
+                });
+                if !check.await.unwrap_or(false) {
+                    return Err(Wrong::Password);
+                }
+                self.remember(digest, Instant::now());
             }
-            self.remember(digest, Instant::now());
         }
         entry.map(|e| e.subscriber).ok_or(Wrong::Password)
     }
 
+    /// Was it found right a moment ago?
+    fn is_fresh(&self, digest: &[u8; 32]) -> bool {
+        let since = self.remembered().get(digest).copied();
+        since.is_some_and(|since| since.elapsed() < REMEMBERED)
+    }
+
+    /// Counts one more that has to be hashed.
+    fn may_guess(&self, network: IpAddr, name: &str, digest: &[u8; 32]) -> Result<(), Wrong> {
+        let since = self.remembered().get(digest).copied();
+        if since.is_some_and(|since| since.elapsed() < NO_GUESS) {
+            return Ok(());
+        }
+        let counted = self
+            .limits
+            .check(What::LoginAddress, network)
+            .and_then(|()| self.limits.check(What::LoginName, (network, name)));
+        counted.map_err(|_| Wrong::TooOften)
+    }
+
     fn remember(&self, digest: [u8; 32], now: Instant) {
         let mut remembered = self.remembered();
-        if remembered.len() >= MAX_REMEMBERED {
-            remembered.retain(|_, since| now.duration_since(*since) < REMEMBERED);
+        for longest in [NO_GUESS, REMEMBERED] {
+            if remembered.len() >= MAX_REMEMBERED {
+                remembered.retain(|_, since| now.duration_since(*since) < longest);
+            }
         }
         if remembered.len() < MAX_REMEMBERED {
             remembered.insert(digest, now);
@@ -353,6 +392,72 @@ async fn hash_off_thread(password: String) -> Result<String, SubscriberError> {
 mod tests {
     use super::*;
 
+    fn from(n: u8) -> IpAddr {
+        IpAddr::from([127, 0, 0, n])
+    }
+
+    #[tokio::test]
+    async fn who_guesses_is_slowed_down_and_nobody_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = Arc::new(Records::trust(dir.path()).await.unwrap());
+        let all = Subscribers::open(records).await.unwrap();
+        let (name, password): (Name, _) = ("panel".parse().unwrap(), "correct horse");
+        all.add(&name, password.into(), Sites::All, "me", 1)
+            .await
+            .unwrap();
+        let mut wrong = 0;
+        let end = loop {
+            let guess = format!("wrong horse {wrong}");
+            match all.check(from(66), "panel", guess.as_bytes()).await {
+                Err(Wrong::Password) => wrong += 1,
+                end => break end.err(),
+            }
+            assert!(wrong < 20, "guesses are counted");
+        };
+        assert_eq!(end, Some(Wrong::TooOften));
+        let right = password.as_bytes();
+        assert!(all.check(from(2), "panel", right).await.is_ok());
+        // What was right from elsewhere is no guess, also when it has to be hashed again.
+        for since in all.remembered().values_mut() {
+            *since = since.checked_sub(REMEMBERED).unwrap();
+        }
+        assert!(all.check(from(66), "panel", right).await.is_ok());
+        // Other names from there have a limit together.
+        let mut others = 0;
+        while all
+            .check(from(66), &format!("n{others}"), right)
+            .await
+            .err()
+            == Some(Wrong::Password)
+        {
+            others += 1;
+            assert!(others < 100, "the network is counted");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_hundred_screens_are_one_hash() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = Arc::new(Records::trust(dir.path()).await.unwrap());
+        let all = Arc::new(Subscribers::open(records).await.unwrap());
+        let name: Name = "panel".parse().unwrap();
+        all.add(&name, "correct horse".into(), Sites::All, "me", 1)
+            .await
+            .unwrap();
+        let screens: Vec<_> = (0..100)
+            .map(|_| {
+                let all = all.clone();
+                tokio::spawn(
+                    async move { all.check(from(2), "panel", b"correct horse").await.is_ok() },
+                )
+            })
+            .collect();
+        for screen in screens {
+            // The limit of a name from one network is ten.
+            assert!(screen.await.unwrap());
+        }
+    }
+
     #[tokio::test]
     async fn a_password_opens_until_it_is_removed_and_is_hashed_once_a_minute() {
         let dir = tempfile::tempdir().unwrap();
@@ -374,7 +479,10 @@ mod tests {
         ));
         let again = Subscribers::open(records).await.unwrap();
         for s in [&all, &again] {
-            let found = s.check("panel", password.as_bytes()).await.unwrap();
+            let found = s
+                .check(from(1), "panel", password.as_bytes())
+                .await
+                .unwrap();
             assert_eq!(found.sites, sites);
             for (name, word) in [
                 ("panel", "wrong horse!"),
@@ -382,21 +490,28 @@ mod tests {
                 ("panel", ""),
             ] {
                 assert_eq!(
-                    s.check(name, word.as_bytes()).await.err(),
+                    s.check(from(1), name, word.as_bytes()).await.err(),
                     Some(Wrong::Password)
                 );
             }
         }
         // Remembered: also when nothing can be hashed.
-        all.hashing.close();
-        let found = all.check("panel", password.as_bytes()).await.unwrap();
+        all.turns.close();
+        let found = all
+            .check(from(1), "panel", password.as_bytes())
+            .await
+            .unwrap();
         assert_eq!(
-            all.check("panel", b"wrong horse!").await.err(),
+            all.check(from(1), "panel", b"wrong horse!").await.err(),
             Some(Wrong::Busy)
         );
         all.remove(&name).await.unwrap();
         assert!(found.cut.is_cancelled());
-        assert!(all.check("panel", password.as_bytes()).await.is_err());
+        assert!(
+            all.check(from(1), "panel", password.as_bytes())
+                .await
+                .is_err()
+        );
         assert!(matches!(
             all.remove(&name).await,
             Err(SubscriberError::Missing)

@@ -2,9 +2,11 @@
 //! of a device that may come in now.
 
 use std::{
-    collections::BTreeMap,
+    cmp::Reverse,
+    collections::{BTreeMap, HashMap},
     io::ErrorKind,
-    sync::{Arc, Mutex, PoisonError},
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -33,6 +35,7 @@ use super::{
     authority::Authority,
     csr::{Fingerprint, fingerprint},
 };
+use crate::api::limits::network;
 
 /// From the connection to the end of the handshake: two round trips on the slowest link, and a slow device's signature.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -77,7 +80,9 @@ pub(crate) enum TlsError {
 /// Why a connection does not get through the door.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum AcceptError {
-    #[error("too many handshakes at once, and this one took longest")]
+    #[error(
+        "too many handshakes at once, and this one took longest of where most of them come from"
+    )]
     Busy,
     #[error("no handshake within 10 s")]
     Slow,
@@ -120,36 +125,74 @@ pub(crate) struct Door {
     room: Arc<Room>,
 }
 
-/// Handshakes under way. Who comes when it is full takes the place of whoever has been in it for longest: an honest client is
-/// through in a moment, so that those who only stand in the way are the ones who go.
+/// Handshakes under way. When it is full the network that most of them come from loses one, and of those the one that has
+/// taken longest: an honest client is through in a moment, and one on a slow link does not pay for a crowd from elsewhere.
 #[derive(Debug, Default)]
 struct Room {
-    inside: Mutex<(u64, BTreeMap<u64, CancellationToken>)>,
+    inside: Mutex<Inside>,
+}
+
+#[derive(Debug, Default)]
+struct Inside {
+    next: u64,
+    all: usize,
+    /// By network, oldest first.
+    networks: HashMap<IpAddr, BTreeMap<u64, CancellationToken>>,
+}
+
+impl Inside {
+    fn remove(&mut self, network: IpAddr, number: u64) -> Option<CancellationToken> {
+        let crowd = self.networks.get_mut(&network)?;
+        let gone = crowd.remove(&number)?;
+        if crowd.is_empty() {
+            self.networks.remove(&network);
+        }
+        self.all -= 1;
+        Some(gone)
+    }
+
+    /// Who has to go: of several crowds of one size, that of who has taken longest.
+    fn longest_of_the_largest_crowd(&self) -> Option<(IpAddr, u64)> {
+        let first = |crowd: &BTreeMap<u64, _>| crowd.keys().next().copied();
+        let largest = self
+            .networks
+            .iter()
+            .max_by_key(|(_, crowd)| (crowd.len(), Reverse(first(crowd))));
+        largest.and_then(|(network, crowd)| Some((*network, first(crowd)?)))
+    }
 }
 
 /// A place in it, given back when dropped.
 struct Place {
     room: Arc<Room>,
+    network: IpAddr,
     number: u64,
     /// Somebody else needs it.
     given_away: CancellationToken,
 }
 
 impl Room {
-    fn enter(self: &Arc<Self>) -> Place {
-        let mut inside = self.inside.lock().unwrap_or_else(PoisonError::into_inner);
-        let (next, all) = &mut *inside;
-        *next += 1;
+    fn inside(&self) -> MutexGuard<'_, Inside> {
+        self.inside.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn enter(self: &Arc<Self>, network: IpAddr) -> Place {
+        let mut inside = self.inside();
+        inside.next += 1;
+        inside.all += 1;
         let place = Place {
             room: self.clone(),
-            number: *next,
+            network,
+            number: inside.next,
             given_away: CancellationToken::new(),
         };
-        all.insert(*next, place.given_away.clone());
-        if all.len() > AT_ONCE
-            && let Some((_, oldest)) = all.pop_first()
+        let crowd = inside.networks.entry(network).or_default();
+        crowd.insert(place.number, place.given_away.clone());
+        if inside.all > AT_ONCE
+            && let Some((network, number)) = inside.longest_of_the_largest_crowd()
+            && let Some(gone) = inside.remove(network, number)
         {
-            oldest.cancel();
+            gone.cancel();
         }
         place
     }
@@ -157,12 +200,7 @@ impl Room {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut inside = self
-            .room
-            .inside
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        inside.1.remove(&self.number);
+        self.room.inside().remove(self.network, self.number);
     }
 }
 
@@ -223,7 +261,8 @@ impl Door {
         &self,
         stream: TcpStream,
     ) -> Result<(TlsStream<TcpStream>, Option<Peer>), AcceptError> {
-        let place = self.room.enter();
+        let peer = stream.peer_addr().map_err(|_| AcceptError::Gone)?;
+        let place = self.room.enter(network(peer.ip()));
         tokio::select! {
             biased;
             () = place.given_away.cancelled() => Err(AcceptError::Busy),
@@ -324,5 +363,45 @@ impl ClientCertVerifier for ActiveOnly {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.chain.supported_verify_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn from(n: u8) -> IpAddr {
+        IpAddr::from([127, 0, 0, n])
+    }
+
+    #[test]
+    fn a_crowd_pushes_out_only_itself() {
+        let room = Arc::new(Room::default());
+        let slow = room.enter(from(2));
+        let crowd: Vec<Place> = (0..5 * AT_ONCE).map(|_| room.enter(from(66))).collect();
+        assert!(!slow.given_away.is_cancelled(), "the first of all stays");
+        let gone = crowd.iter().filter(|p| p.given_away.is_cancelled()).count();
+        assert_eq!(gone, 4 * AT_ONCE + 1);
+        let (old, new) = crowd.split_at(gone);
+        assert!(
+            old.iter().all(|p| p.given_away.is_cancelled()),
+            "the oldest go"
+        );
+        let more: Vec<Place> = (0..AT_ONCE).map(|_| room.enter(from(2))).collect();
+        let of_crowd = new.iter().filter(|p| !p.given_away.is_cancelled()).count();
+        let of_more = more.iter().filter(|p| !p.given_away.is_cancelled()).count();
+        assert!(of_crowd.abs_diff(of_more) <= 2, "{of_crowd} and {of_more}");
+        drop((slow, crowd, more));
+        assert!(room.inside().networks.is_empty());
+        assert_eq!(room.inside().all, 0);
+    }
+
+    #[test]
+    fn where_nobody_is_a_crowd_the_oldest_goes() {
+        let room = Arc::new(Room::default());
+        let every = |n: usize| IpAddr::from(u32::try_from(n).unwrap().to_be_bytes());
+        let all: Vec<Place> = (0..=AT_ONCE).map(|n| room.enter(every(n))).collect();
+        assert!(all[0].given_away.is_cancelled());
+        assert!(all[1..].iter().all(|p| !p.given_away.is_cancelled()));
     }
 }

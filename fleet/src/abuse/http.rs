@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tokio::task::JoinSet;
+
 use super::{
     Abuse, Enemy, SOON, hear,
     mqtt::{Done, abuse},
@@ -20,9 +22,9 @@ macro_rules! refused {
 
 pub(super) const ALL: [Abuse; 7] = [
     abuse!(
-        "headers without an end",
+        "a thousand headers that come a byte at a time",
         refused!("silent"),
-        None,
+        Some("no request was here in time"),
         slow_headers
     ),
     abuse!(
@@ -63,21 +65,31 @@ pub(super) const ALL: [Abuse; 7] = [
     ),
 ];
 
+/// Connections with headers that drip, and the time from one byte to the next.
+const DRIPPING: usize = 1_000;
+const DRIP: Duration = Duration::from_secs(3);
 /// Requests that are begun at the same time.
 const AT_ONCE: usize = 200;
 
-/// Connections that say a few bytes, and no more, until they are cut.
+/// Connections whose headers come a byte at a time, until each is cut.
 async fn slow_headers(enemy: &Enemy) -> anyhow::Result<()> {
-    let mut held = Vec::new();
-    for _ in 0..AT_ONCE {
-        let mut stream = enemy.tls(enemy.http, &enemy.nobody).await?;
-        shove(&mut stream, b"GET / HTTP/1.1\r\nhost: x\r\nx-").await;
-        held.push(stream);
+    let mut dripping = JoinSet::new();
+    for _ in 0..DRIPPING {
+        // Whoever is not let in has been refused, and the others go on.
+        let Ok(mut stream) = enemy.tls(enemy.http, &enemy.nobody).await else {
+            continue;
+        };
+        dripping.spawn(async move {
+            let until = tokio::time::Instant::now() + SOON + SOON;
+            shove(&mut stream, b"GET / HTTP/1.1\r\nhost: x\r\nx-").await;
+            while shove(&mut stream, b"a").await && tokio::time::Instant::now() < until {
+                if !hear(&mut stream, DRIP).await.is_empty() {
+                    break;
+                }
+            }
+        });
     }
-    // The first tells when they are cut; the others were begun at about the same time.
-    if let Some(first) = held.first_mut() {
-        hear(first, SOON).await;
-    }
+    dripping.join_all().await;
     Ok(())
 }
 

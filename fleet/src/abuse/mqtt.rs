@@ -1,12 +1,15 @@
 //! Against the broker.
 
-use std::{future::Future, io, pin::Pin, time::Duration};
+use std::{future::Future, pin::Pin, time::Duration};
 
 use rustls::{ClientConnection, pki_types::ServerName};
-use tokio::{io::AsyncReadExt, net::TcpStream};
-use tokio_rustls::client::TlsStream;
+use tokio::io::AsyncReadExt;
 
-use super::{Abuse, Enemy, SOON, hear, shove};
+use super::{
+    Abuse, Enemy, SOON, hear,
+    packets::{connect, publish, subscribe},
+    shove,
+};
 
 pub(super) type Done<'a> = Pin<Box<dyn Future<Output = anyhow::Result<()>> + Send + 'a>>;
 
@@ -42,6 +45,8 @@ macro_rules! abuse {
     }};
 }
 pub(super) use abuse;
+pub(super) use denied;
+pub(super) use refused;
 
 pub(super) const ALL: [Abuse; 19] = [
     abuse!(
@@ -81,10 +86,10 @@ pub(super) const ALL: [Abuse; 19] = [
         others_will
     ),
     abuse!(
-        "a subscriber that does not read",
+        "a subscriber that reads a byte now and then",
         Some("lacewing_broker_cut_total"),
-        None,
-        does_not_read
+        Some("its queue was full"),
+        reads_slowly
     ),
     abuse!(
         "a flood of subscriptions",
@@ -131,7 +136,7 @@ pub(super) const ALL: [Abuse; 19] = [
     abuse!(
         "sessions of one device that push each other out",
         Some("lacewing_broker_replaced_total"),
-        None,
+        Some("was replaced by a new connection"),
         take_over
     ),
     abuse!(
@@ -160,106 +165,8 @@ pub(super) const ALL: [Abuse; 19] = [
     ),
 ];
 
-/// A packet of this kind.
-fn packet(kind: u8, body: &[u8]) -> Vec<u8> {
-    let mut out = vec![kind];
-    let mut left = body.len();
-    loop {
-        let digit = (left % 128) as u8;
-        left /= 128;
-        out.push(if left > 0 { digit | 0x80 } else { digit });
-        if left == 0 {
-            break;
-        }
-    }
-    out.extend(body);
-    out
-}
-
-fn text(text: impl AsRef<[u8]>) -> Vec<u8> {
-    let text = text.as_ref();
-    let length = u16::try_from(text.len()).unwrap_or(u16::MAX);
-    [&length.to_be_bytes()[..], text].concat()
-}
-
-fn connect(id: &str, will: Option<&str>, login: Option<(&str, &str)>) -> Vec<u8> {
-    let mut flags = 0x02;
-    let mut rest = text(id);
-    if let Some(topic) = will {
-        // At QoS 1, retained.
-        flags |= 0x04 | 0x08 | 0x20;
-        rest.extend([text(topic), text("offline")].concat());
-    }
-    if let Some((name, password)) = login {
-        flags |= 0xc0;
-        rest.extend([text(name), text(password)].concat());
-    }
-    let head = [&text("MQTT")[..], &[4, flags, 0, 60]].concat();
-    packet(0x10, &[head, rest].concat())
-}
-
-fn publish(topic: impl AsRef<[u8]>, flags: u8, id: u16, payload: &[u8]) -> Vec<u8> {
-    let mut body = text(topic);
-    if flags & 0x06 != 0 {
-        body.extend(id.to_be_bytes());
-    }
-    body.extend(payload);
-    packet(0x30 | flags, &body)
-}
-
-fn subscribe(id: u16, filters: impl IntoIterator<Item = String>) -> Vec<u8> {
-    let mut body = id.to_be_bytes().to_vec();
-    for filter in filters {
-        body.extend(text(filter));
-        body.push(1);
-    }
-    packet(0x82, &body)
-}
-
-const DISCONNECT: [u8; 2] = [0xe0, 0];
-
-impl Enemy {
-    /// Says this as nobody in particular, and hears the end.
-    async fn say(&self, bytes: &[u8]) -> anyhow::Result<()> {
-        let mut stream = self.tls(self.mqtt, &self.nobody).await?;
-        shove(&mut stream, bytes).await;
-        hear(&mut stream, SOON).await;
-        Ok(())
-    }
-
-    /// In as a device.
-    async fn inside(&self) -> io::Result<TlsStream<TcpStream>> {
-        let mut stream = self.tls(self.mqtt, &self.device).await?;
-        shove(&mut stream, &connect("", None, None)).await;
-        let mut answer = [0; 4];
-        stream.read_exact(&mut answer).await?;
-        Ok(stream)
-    }
-
-    /// In as a subscriber.
-    async fn listening(&self) -> io::Result<TlsStream<TcpStream>> {
-        let mut stream = self.tls(self.mqtt, &self.nobody).await?;
-        let login = (self.login.0.as_str(), self.login.1.as_str());
-        shove(&mut stream, &connect("", None, Some(login))).await;
-        let mut answer = [0; 4];
-        stream.read_exact(&mut answer).await?;
-        Ok(stream)
-    }
-
-    /// Says this as a device, says goodbye, and hears the end.
-    async fn misbehave(&self, bytes: &[u8]) -> anyhow::Result<()> {
-        let mut stream = self.inside().await?;
-        if shove(&mut stream, bytes).await {
-            shove(&mut stream, &DISCONNECT).await;
-        }
-        hear(&mut stream, SOON).await;
-        Ok(())
-    }
-
-    fn own(&self, rest: &str) -> String {
-        format!("lacewing/v1/{}/{}/{rest}", self.name.0, self.name.1)
-    }
-}
+/// From one byte that is read to the next.
+const A_WHILE: Duration = Duration::from_millis(100);
 
 async fn answer_first(enemy: &Enemy) -> anyhow::Result<()> {
     enemy.say(&[0x40, 2, 0, 1]).await
@@ -297,29 +204,24 @@ async fn others_will(enemy: &Enemy) -> anyhow::Result<()> {
 }
 
 /// Its queue fills with what the same enemy sends.
-async fn does_not_read(enemy: &Enemy) -> anyhow::Result<()> {
+async fn reads_slowly(enemy: &Enemy) -> anyhow::Result<()> {
     let mut slow = enemy.listening().await?;
     shove(&mut slow, &subscribe(1, [enemy.own("#")])).await;
-    let mut stream = enemy.inside().await?;
-    let body = vec![b'x'; 60_000];
-    for n in 1..=400 {
-        if !shove(
-            &mut stream,
-            &publish(enemy.own("cam0/image"), 0x02, n, &body),
-        )
-        .await
-        {
-            break;
+    let reads = async {
+        let mut byte = [0];
+        while matches!(slow.get_mut().0.read(&mut byte).await, Ok(1)) {
+            tokio::time::sleep(A_WHILE).await;
         }
+    };
+    tokio::select! {
+        () = reads => Ok(()),
+        done = enemy.tell_itself() => done,
     }
-    shove(&mut stream, &DISCONNECT).await;
-    hear(&mut stream, SOON).await;
-    Ok(())
 }
 
 async fn subscriptions(enemy: &Enemy) -> anyhow::Result<()> {
-    let filters = |n: u16| (0..200).map(move |m| (n, m));
-    let packets = (1..=10).flat_map(|n| {
+    let filters = |n: u16| (0..100).map(move |m| (n, m));
+    let packets = (1..=20).flat_map(|n| {
         let all = filters(n).map(|(n, m)| enemy.own(&format!("{n}-{m}/+")));
         subscribe(n, all)
     });

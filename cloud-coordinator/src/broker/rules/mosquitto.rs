@@ -1,10 +1,10 @@
 //! Mosquitto: one listener for certificates, one for passwords. The name in a device's certificate, `<site>/<device>`, is two
-//! levels of its topics, so that one pattern is right for all devices. Only where its site's roster is has to be written for each,
+//! levels of its topics, so that one pattern is right for all devices. Only what its site is told has to be written for each,
 //! and a device that comes in works before that.
 
 use super::{
     CA, CERTIFICATE, CRL, Facts, HEAD, KEY, PASSWORDS, beginnings, below, kinds_of_a_device,
-    roster_of,
+    of_site_of,
 };
 
 /// The contract's largest payload in bytes.
@@ -81,8 +81,9 @@ fn devices(facts: &Facts) -> String {
         text += &format!("pattern write {own}+/{}\n", kind.as_str());
     }
     for device in &facts.devices {
-        if let Some(roster) = roster_of(device) {
-            text += &format!("user {device}\ntopic read {roster}\n");
+        text += &format!("user {device}\n");
+        for topic in of_site_of(device) {
+            text += &format!("topic read {topic}\n");
         }
     }
     text

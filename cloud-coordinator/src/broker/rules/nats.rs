@@ -1,6 +1,6 @@
 //! NATS: everybody is a user of the configuration, which is read again without a restart; who is not in it any more is cut.
 
-use super::{CA, CERTIFICATE, Facts, HEAD, KEY, beginnings, below, kinds_of_a_device, roster_of};
+use super::{CA, CERTIFICATE, Facts, HEAD, KEY, beginnings, below, kinds_of_a_device, of_site_of};
 
 /// What NATS itself needs for a subscription at QoS 1.
 const OWN: &str = "$MQTT.sub.>";
@@ -56,7 +56,7 @@ fn configuration(facts: &Facts) -> String {
             &list(
                 [format!("{own}#")]
                     .into_iter()
-                    .chain(roster_of(device))
+                    .chain(of_site_of(device))
                     .chain([OWN.into()]),
             ),
         );

@@ -4,7 +4,7 @@
 
 use serde_json::{Value, json};
 
-use super::{CA, CERTIFICATE, Facts, HEAD, KEY, beginnings, below, kinds_of_a_device, roster_of};
+use super::{CA, CERTIFICATE, Facts, HEAD, KEY, beginnings, below, kinds_of_a_device, of_site_of};
 use crate::trust::subscribers::Sites;
 
 /// What a name looks like.
@@ -95,14 +95,11 @@ fn definitions(facts: &Facts) -> Value {
     );
     let devices = facts.devices.iter().map(|device| {
         let own = exactly(&below(device));
-        (
-            device.clone(),
-            kinds(&own, kinds_of_a_device()),
-            match roster_of(device) {
-                Some(roster) => format!("^({own}.+|{})$", exactly(&roster)),
-                None => format!("^{own}.+$"),
-            },
-        )
+        (device.clone(), kinds(&own, kinds_of_a_device()), {
+            let of_site = of_site_of(device);
+            let of_site = of_site.iter().map(|topic| format!("|{}", exactly(topic)));
+            format!("^({own}.+{})$", of_site.collect::<String>())
+        })
     });
     let subscribers = facts
         .subscribers
