@@ -180,6 +180,9 @@ const TABLE: &[Rule] = &[
     quiet("POST /api/v1/models/{call}", Labeller, Any),
     quiet("POST /api/v1/features", Labeller, Any),
     quiet("POST /api/v1/train", Operator, Any),
+    // The same for devices, about frames that they are unsure of.
+    device("GET /api/v1/offload", Labeller),
+    device("POST /api/v1/offload/{sha256}", Labeller),
     // How models and settings come to the devices.
     quiet("GET /api/v1/releases", Viewer, Any),
     deed("POST /api/v1/releases", Operator, All),

@@ -102,6 +102,6 @@ macro_rules! layers {
 }
 
 layers!(
-    readings Readings, learning Learning, trust Trust, images Images, prediction Prediction, training Training,
+    readings Readings, learning Learning, trust Trust, images Images, prediction Prediction, offload Offload, training Training,
     releases Releases, broker Broker, directory Directory
 );

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use axum::{
-    Json,
+    Extension, Json,
     extract::{ConnectInfo, State as Shared},
     http::{HeaderMap, StatusCode, Uri, header},
     response::{IntoResponse, Response},
@@ -34,6 +34,7 @@ impl From<DeviceError> for Problem {
             DeviceError::Invalid(_) => Self::invalid(detail),
             DeviceError::Missing(_) => Self::not_found(detail),
             DeviceError::TooMany(_) => Self::new(429, "Too many tokens", detail),
+            DeviceError::Unproven => Self::new(401, "Prove it", detail),
             DeviceError::State(_) => Self::new(409, "Not now", detail),
             DeviceError::Records(error) => error.into(),
             DeviceError::Authority(_) => {
@@ -169,7 +170,7 @@ pub(super) async fn enrol(
                 device: &asked.device,
                 csr: &asked.csr,
             },
-            &from.ip().to_string(),
+            from.ip(),
             now_ms,
         )
         .await?;
@@ -196,27 +197,34 @@ pub(super) async fn enrol(
     }
 }
 
-/// The next certificate for a device that is known by its key. The signature of the request is what lets it: also a device
-/// whose certificate ran out long ago gets one.
+/// The next certificate for a device that is known by its key. It shows the one that it has. A device whose certificate ran out
+/// long ago gets one, too: it is told a challenge (401), signs it within the request (`challengePassword` of PKCS #9) and asks again.
 #[utoipa::path(
     post,
     path = "/api/v1/renew",
     request_body = Renew,
     responses(
         (status = 200, description = "A certificate", body = Certified),
+        (status = 401, description = "No certificate was shown; `challenge` is to be signed", content_type = "application/problem+json", body = Problem),
         (status = 403, description = "Why not", content_type = "application/problem+json", body = Problem),
     )
 )]
 pub(super) async fn renew(
     Shared(state): Shared<State>,
     ConnectInfo(from): ConnectInfo<SocketAddr>,
+    shown: Option<Extension<PeerDevice>>,
     uri: Uri,
     headers: HeaderMap,
     Said(asked): Said<Renew>,
 ) -> Result<Json<Certified>, Problem> {
     let now_ms = clock::now_ms();
-    let from = from.ip().to_string();
-    let (peer, issued) = state.identity.renew(&asked.csr, &from, now_ms).await?;
+    let shown = shown.as_ref().map(|Extension(device)| device);
+    let (identity, from) = (&state.identity, from.ip());
+    let renewed = identity.renew(&asked.csr, shown, from, now_ms).await;
+    let (peer, issued) = renewed.map_err(|error| match error {
+        DeviceError::Unproven => Problem::from(error).to_sign(identity.challenge(now_ms)),
+        error => error.into(),
+    })?;
     let mqtt = state.broker_for(&uri, &headers);
     Ok(state.certified(&peer, issued, mqtt, now_ms))
 }

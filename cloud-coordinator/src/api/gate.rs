@@ -16,6 +16,7 @@ use axum::{
 use super::{
     State,
     access::{Found, Log, Need, No, Rule, Table},
+    held::Scale,
     limits::{Limits, What, network, too_many},
     problem::Problem,
     shown::{bearer, cookie, loopback, own_page},
@@ -39,10 +40,14 @@ pub(crate) struct Gate {
     door: Door,
     metrics: Arc<Metrics>,
     parts: Arc<Parts>,
+    scale: Arc<Scale>,
 }
 
 /// How long the database may take to say who shows something.
 const KNOW: Duration = Duration::from_secs(5);
+
+/// Seconds after which somebody may ask again who has not read what was answered.
+const UNREAD_S: u64 = 5;
 
 /// Who asks, for the handlers.
 #[derive(Clone, Debug)]
@@ -148,6 +153,7 @@ impl Gate {
             door,
             metrics,
             parts,
+            scale: Arc::default(),
         }
     }
 
@@ -207,7 +213,11 @@ impl Gate {
         let checked = match who.map(|who| &who.principal) {
             Some(Principal::User { name, .. }) => self.limits.check(What::User, name),
             Some(Principal::Device { site, device }) => {
-                self.limits.check(What::Device, (site, device))
+                let own = self.limits.check(What::Device, (site, device));
+                match rule.and_then(Rule::seldom) {
+                    Some(what) => own.and(self.limits.check(what, (site, device))),
+                    None => own,
+                }
             }
             // They have no name to be limited by, and whole fleets come from one address.
             None if !self.door.tls && rule.is_some_and(Rule::is_for_devices) => Ok(()),
@@ -274,6 +284,11 @@ impl Rule {
             "POST /api/v1/enrol" | "POST /api/v1/renew" => Some(What::Enrol),
             _ => None,
         }
+    }
+
+    /// The limit of what costs the coordinator more than other questions of a device.
+    fn seldom(&self) -> Option<What> {
+        (self.operation() == "POST /api/v1/offload/{sha256}").then_some(What::Offload)
     }
 
     fn is_for_devices(&self) -> bool {
@@ -379,5 +394,21 @@ pub(super) async fn gate(
         };
         gate.trust.note(entry).await;
     }
-    response
+    // What is not read is held in memory: of each so much, and not one by one by token or by connection.
+    let whose = match caller.principal() {
+        Some(principal) => principal.to_string(),
+        // They have no name, and whole fleets come from one address: on loopback only, by choice.
+        None if !gate.door.tls && rule.is_for_devices() => return response,
+        None => network(address).to_string(),
+    };
+    match gate.scale.weigh(&whose, response) {
+        Some(response) => response,
+        None => {
+            gate.metrics.access_refused("unread");
+            let why = "too much of what was asked for has not been read yet; read it first";
+            Problem::new(503, "Too much unread", why)
+                .after(UNREAD_S)
+                .into_response()
+        }
+    }
 }

@@ -17,10 +17,11 @@ use tokio::{
     task::spawn_blocking,
 };
 
-use super::{At, Params, Said, State, gate::Caller, problem::Problem};
+use super::{At, Params, Said, State, gate::Caller, offload::Looks, problem::Problem};
 use crate::{
     parts::Name,
     train::{Catalog, CatalogError, Job, JobError, Jobs, Model, Request, Trainer},
+    trust::Principal,
 };
 
 /// The largest body of a prediction: an image, or tensors as JSON.
@@ -39,6 +40,8 @@ const MAX_PAGE: i64 = 1_000;
 pub(crate) struct Learning {
     pub(crate) catalog: Arc<Catalog>,
     pub(crate) jobs: Arc<Jobs>,
+    /// For devices.
+    pub(super) looks: Arc<Looks>,
     predictions: Arc<Semaphore>,
     raw: Arc<Semaphore>,
 }
@@ -46,6 +49,7 @@ pub(crate) struct Learning {
 impl Learning {
     pub(crate) fn new(catalog: Arc<Catalog>, jobs: Arc<Jobs>) -> Self {
         Self {
+            looks: Arc::new(Looks::new(catalog.clone())),
             catalog,
             jobs,
             predictions: Arc::new(Semaphore::new(PREDICTIONS)),
@@ -94,12 +98,12 @@ impl From<CatalogError> for Problem {
     }
 }
 
-fn gave_up(error: &tokio::task::JoinError) -> Problem {
+pub(super) fn gave_up(error: &tokio::task::JoinError) -> Problem {
     tracing::warn!(%error, "a computation gave up");
     Problem::new(500, "Gave up", "the computation failed, see the log")
 }
 
-async fn place(of: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, Problem> {
+pub(super) async fn place(of: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, Problem> {
     let place = of.clone().acquire_owned().await;
     place.map_err(|_| Problem::new(503, "Stopping", "the coordinator stops"))
 }
@@ -155,6 +159,15 @@ fn limit(asked: Option<i64>) -> Result<i64, Problem> {
         .ok_or_else(|| Problem::bad(format!("limit: is from 1 to {MAX_PAGE}")))
 }
 
+/// What this one may see of a job: why it failed may name devices of other sites.
+fn seen_by(caller: &Caller, mut job: Job) -> Job {
+    if caller.principal().and_then(Principal::site).is_some() {
+        let hidden = |_| "only who may see all sites is told why".to_owned();
+        job.error = job.error.map(hidden);
+    }
+    job
+}
+
 /// The jobs, newest first.
 #[utoipa::path(
     get,
@@ -164,10 +177,13 @@ fn limit(asked: Option<i64>) -> Result<i64, Problem> {
 )]
 pub(super) async fn jobs(
     Shared(state): Shared<State>,
+    caller: Caller,
     Params(query): Params<JobsQuery>,
 ) -> Result<Json<Vec<Job>>, Problem> {
     let limit = limit(query.limit)?;
-    Ok(Json(state.learning.jobs.list(limit, query.before).await?))
+    let jobs = state.learning.jobs.list(limit, query.before).await?;
+    let seen = jobs.into_iter().map(|job| seen_by(&caller, job));
+    Ok(Json(seen.collect()))
 }
 
 /// One job, with its progress while it runs.
@@ -182,9 +198,11 @@ pub(super) async fn jobs(
 )]
 pub(super) async fn job(
     Shared(state): Shared<State>,
+    caller: Caller,
     At(id): At<i64>,
 ) -> Result<Json<Job>, Problem> {
-    Ok(Json(state.learning.jobs.get(id).await?))
+    let job = state.learning.jobs.get(id).await?;
+    Ok(Json(seen_by(&caller, job)))
 }
 
 /// Ends a job: at once where it waits, at its next step where it runs.
@@ -560,3 +578,7 @@ pub(super) async fn train_raw(
     });
     done.await.map_err(|error| gave_up(&error))?.map(Json)
 }
+
+#[cfg(test)]
+#[path = "learning_tests.rs"]
+mod tests;

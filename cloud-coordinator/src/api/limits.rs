@@ -27,6 +27,8 @@ const USER: (u32, u32) = (100, 3_000);
 /// A device, per second and at once: a model of 512 MiB has 8,192 chunks, which are fetched at the speed of its link,
 /// and a shelf of samples is sent after days without one.
 const DEVICE: (u32, u32) = (200, 10_000);
+/// Frames of a device that the coordinator is to look at, per second and at once: a third of those of a fast camera.
+const OFFLOAD: (u32, u32) = (10, 30);
 /// An address that shows nothing, per second and at once: pages, their files, and questions of a load balancer, for
 /// all who are behind it.
 const ADDRESS: (u32, u32) = (50, 1_000);
@@ -58,9 +60,10 @@ fn seldom(seconds: u64, at_once: u32) -> Limiter {
 
 /// What is limited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum What {
+pub(crate) enum What {
     User,
     Device,
+    Offload,
     Address,
     LoginAddress,
     LoginName,
@@ -70,10 +73,11 @@ pub(super) enum What {
 }
 
 /// All limits.
-pub(super) struct Limits {
+pub(crate) struct Limits {
     places: RandomState,
     user: Limiter,
     device: Limiter,
+    offload: Limiter,
     address: Limiter,
     login_address: Limiter,
     login_name: Limiter,
@@ -89,11 +93,12 @@ impl std::fmt::Debug for Limits {
 }
 
 impl Limits {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             places: RandomState::new(),
             user: often(USER.0, USER.1),
             device: often(DEVICE.0, DEVICE.1),
+            offload: often(OFFLOAD.0, OFFLOAD.1),
             address: often(ADDRESS.0, ADDRESS.1),
             login_address: seldom(LOGIN_ADDRESS.0, LOGIN_ADDRESS.1),
             login_name: seldom(LOGIN_NAME.0, LOGIN_NAME.1),
@@ -104,10 +109,11 @@ impl Limits {
     }
 
     /// Counts one; if it is too many, after how many seconds there may be another.
-    pub(super) fn check(&self, what: What, who: impl Hash) -> Result<(), u64> {
+    pub(crate) fn check(&self, what: What, who: impl Hash) -> Result<(), u64> {
         let limiter = match what {
             What::User => &self.user,
             What::Device => &self.device,
+            What::Offload => &self.offload,
             What::Address => &self.address,
             What::LoginAddress => &self.login_address,
             What::LoginName => &self.login_name,
@@ -132,7 +138,7 @@ pub(super) fn too_many(seconds: u64) -> Problem {
 }
 
 /// What stands for an address: who has one of version 6 has 2⁶⁴ of them.
-pub(super) fn network(address: IpAddr) -> IpAddr {
+pub(crate) fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(v6) => {
             let network = u128::from(v6) & !u128::from(u64::MAX);

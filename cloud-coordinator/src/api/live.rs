@@ -1,6 +1,6 @@
 //! What happens now, to everyone who watches: bounded, so that who is slow misses events and is told.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{convert::Infallible, net::IpAddr, sync::Arc, time::Duration};
 
 use axum::{
     extract::State as Shared,
@@ -14,8 +14,9 @@ use serde::Deserialize;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast};
 use tokio_stream::wrappers::{BroadcastStream, errors::BroadcastStreamRecvError};
 
-use super::{Params, State, gate::Caller, problem::Problem};
+use super::{Params, State, gate::Caller, held::Endless, limits::network, problem::Problem};
 use crate::{
+    crowd::{Crowd, Place, share_of_one_address},
     metrics::Metrics,
     registry::{Device, Registry, View},
     store::{NewReading, ReadingRow},
@@ -28,6 +29,8 @@ const BEHIND: usize = 1_024;
 pub(super) const DEVICES: usize = 1_000;
 /// Clients that watch at a time; each holds a connection.
 const WATCHERS: usize = 256;
+/// Of those, of one person, program or address: some screens each, and nobody shuts others out.
+const WATCHERS_OF_ONE: usize = 32;
 /// A comment is sent after this silence, so that proxies keep the connection.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
@@ -54,6 +57,8 @@ pub(crate) struct Live {
     readings: broadcast::Sender<Happening>,
     devices: broadcast::Sender<Happening>,
     watchers: Arc<Semaphore>,
+    principals: Arc<Crowd<String>>,
+    addresses: Arc<Crowd<IpAddr>>,
     metrics: Arc<Metrics>,
 }
 
@@ -63,8 +68,31 @@ impl Live {
             readings: broadcast::Sender::new(BEHIND),
             devices: broadcast::Sender::new(BEHIND),
             watchers: Arc::new(Semaphore::new(WATCHERS)),
+            principals: Crowd::new(WATCHERS_OF_ONE),
+            addresses: Crowd::new(share_of_one_address(WATCHERS)),
             metrics,
         }
+    }
+
+    /// A place among those who watch.
+    fn enter(&self, caller: &Caller) -> Result<Watching, Problem> {
+        let too_many = |detail: String| Problem::new(503, "Too many watchers", detail);
+        let principal = caller.principal().map(ToString::to_string);
+        let principal = self
+            .principals
+            .enter(principal.unwrap_or_default())
+            .ok_or_else(|| too_many(format!("you watch {WATCHERS_OF_ONE} times already")))?;
+        let address = self
+            .addresses
+            .enter(network(caller.address))
+            .ok_or_else(|| too_many("too many watch from this address".to_owned()))?;
+        let place = self.watchers.clone().try_acquire_owned();
+        let place = place.map_err(|_| too_many(format!("{WATCHERS} clients watch already")))?;
+        Ok(Watching {
+            _place: place,
+            _principal: principal,
+            _address: address,
+        })
     }
 
     /// Tells of readings that were stored; those from a backlog are not live.
@@ -103,6 +131,14 @@ impl Live {
             let _ = self.devices.send(Happening::Devices { views, json });
         }
     }
+}
+
+/// Given back when the stream ends.
+#[derive(Debug)]
+struct Watching {
+    _place: OwnedSemaphorePermit,
+    _principal: Place<String>,
+    _address: Place<IpAddr>,
 }
 
 fn row(new: &NewReading, site: &str, device: &str) -> ReadingRow {
@@ -171,10 +207,7 @@ pub(super) async fn live(
 ) -> Result<Response, Problem> {
     watch.site = caller.narrowed(watch.site)?;
     let live = &state.live;
-    let place = live.watchers.clone().try_acquire_owned().map_err(|_| {
-        let detail = format!("{WATCHERS} clients watch already");
-        Problem::new(503, "Too many watchers", detail)
-    })?;
+    let place = live.enter(&caller)?;
     // Subscribe first, so that nothing falls between the first picture and the changes.
     let (receiver, first) = match watch.what {
         What::Readings => (live.readings.subscribe(), None),
@@ -197,7 +230,9 @@ pub(super) async fn live(
         .take_until(over)
         .map(Ok::<_, Infallible>);
     let keep_alive = KeepAlive::new().interval(KEEP_ALIVE);
-    Ok(Sse::new(events).keep_alive(keep_alive).into_response())
+    let mut response = Sse::new(events).keep_alive(keep_alive).into_response();
+    response.extensions_mut().insert(Endless);
+    Ok(response)
 }
 
 /// Returns when what was shown does not count any more.
@@ -214,7 +249,7 @@ fn changes(
     receiver: broadcast::Receiver<Happening>,
     watch: Watch,
     metrics: Arc<Metrics>,
-    place: OwnedSemaphorePermit,
+    place: Watching,
 ) -> impl Stream<Item = Event> {
     BroadcastStream::new(receiver).filter_map(move |happening| {
         // The place is given back when the stream ends.

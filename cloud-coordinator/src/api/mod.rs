@@ -2,6 +2,7 @@
 
 mod access;
 mod activity;
+mod around;
 mod behind;
 mod datasets;
 mod delivery;
@@ -10,12 +11,14 @@ mod enrol;
 mod erasures;
 mod exchange;
 mod gate;
+mod held;
 mod identities;
 mod labels;
 pub(crate) mod learning;
-mod limits;
+pub(crate) mod limits;
 pub(crate) mod live;
 mod mark;
+mod offload;
 mod page;
 mod people;
 mod problem;
@@ -27,25 +30,20 @@ mod settings;
 mod shown;
 mod subscribers;
 
-use std::{
-    net::{IpAddr, SocketAddr},
-    sync::Arc,
-    time::Duration,
-};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
     extract::{
-        ConnectInfo, DefaultBodyLimit, FromRequest, FromRequestParts, MatchedPath, Path, Query,
-        Request, State as Shared,
+        DefaultBodyLimit, FromRequest, FromRequestParts, Path, Query, Request, State as Shared,
         rejection::{JsonRejection, PathRejection, QueryRejection},
     },
-    http::{HeaderName, HeaderValue, StatusCode, header, request::Parts as Head},
-    middleware::{self, Next},
-    response::{IntoResponse, Response},
+    http::{StatusCode, header, request::Parts as Head},
+    middleware,
+    response::IntoResponse,
 };
 use tokio::{
-    sync::{Semaphore, SemaphorePermit, watch},
+    sync::{Semaphore, watch},
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
@@ -55,10 +53,9 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 
 pub(crate) use serve::{PROTOCOLS, serve};
 
-use self::{gate::Gate, live::Live, problem::Problem};
+use self::{around::Around, gate::Gate, live::Live, problem::Problem};
 use crate::{
     config::BrokerUrl,
-    crowd::{Crowd, Place, share_of_one_address},
     datasets::Datasets,
     delivery::{Releases, Rollouts},
     directory::Directory,
@@ -66,7 +63,7 @@ use crate::{
     exchange::MAX_IMPORT_BYTES,
     ingest::Link,
     metrics::Metrics,
-    parts::{self, Name, Parts},
+    parts::{Name, Parts},
     quarantine::Quarantine,
     registry::Registry,
     samples::Samples,
@@ -82,15 +79,6 @@ const MAX_SAID: usize = 64 * 1024;
 const MAX_PIECE: usize = 256 * 1024;
 /// A bundle: the largest model and its pictures.
 const MAX_BUNDLE: usize = 320 << 20;
-/// A request that is not answered by then is given up: its body, and what its part may take.
-const REQUEST: Duration = Duration::from_secs(40);
-/// An import is as long as what it brings; it is given up after this.
-const IMPORT: Duration = Duration::from_secs(3_600);
-/// Requests that are worked on at a time.
-const AT_ONCE: usize = 512;
-/// Of those, what is always left for what needs no part: pages, health, metrics, who asks.
-const SPARE: usize = 128;
-const _: () = assert!(parts::PLACES + SPARE <= AT_ONCE);
 /// How long the database may take to say that it can be written.
 const READY: Duration = Duration::from_secs(2);
 
@@ -241,6 +229,9 @@ fn reading() -> OpenApiRouter<State> {
         .routes(routes!(delivery::metadata))
         .routes(routes!(delivery::target))
         .layer(middleware::from_fn(behind::releases));
+    let offload = group()
+        .routes(routes!(offload::offers))
+        .layer(middleware::from_fn(behind::offload));
     let trust = group()
         .routes(routes!(identities::revoke_token))
         .routes(routes!(identities::identities))
@@ -262,6 +253,7 @@ fn reading() -> OpenApiRouter<State> {
         .merge(images)
         .merge(learning)
         .merge(releases)
+        .merge(offload)
         .merge(trust)
 }
 
@@ -336,8 +328,13 @@ fn computing() -> OpenApiRouter<State> {
         .routes(routes!(learning::train_raw))
         .layer(middleware::from_fn(behind::training))
         .layer(RequestBodyLimitLayer::new(learning::MAX_TRAIN_BODY));
+    let frames = group()
+        .routes(routes!(offload::look))
+        .layer(middleware::from_fn(behind::offload))
+        .layer(RequestBodyLimitLayer::new(offload::MAX_PICTURE));
     // The layers above are the limits.
-    images.merge(tables).layer(DefaultBodyLimit::disable())
+    let all = images.merge(tables).merge(frames);
+    all.layer(DefaultBodyLimit::disable())
 }
 
 fn bringing() -> OpenApiRouter<State> {
@@ -388,113 +385,11 @@ fn router(state: State) -> Router {
             gate::gate,
         ))
         .layer(middleware::from_fn_with_state(
-            Around {
-                metrics: state.metrics.clone(),
-                parts: state.parts.clone(),
-                places: Arc::new(Places::new()),
-                door: state.door,
-            },
-            around,
+            Around::new(&state),
+            around::around,
         ))
         .with_state(state)
 }
-
-#[derive(Clone)]
-struct Around {
-    metrics: Arc<Metrics>,
-    parts: Arc<Parts>,
-    places: Arc<Places>,
-    door: Door,
-}
-
-/// Requests that are worked on: so many, and not all of them from one address, since whoever sends a body slowly holds his place
-/// for as long as a request may take.
-#[derive(Debug)]
-struct Places {
-    all: Semaphore,
-    addresses: Arc<Crowd<IpAddr>>,
-}
-
-impl Places {
-    fn new() -> Self {
-        Self {
-            all: Semaphore::new(AT_ONCE),
-            addresses: Crowd::new(share_of_one_address(AT_ONCE)),
-        }
-    }
-
-    fn enter(&self, address: IpAddr) -> Option<(SemaphorePermit<'_>, Place<IpAddr>)> {
-        let place = self.addresses.enter(address)?;
-        Some((self.all.try_acquire().ok()?, place))
-    }
-}
-
-/// What holds for every request: a bound on how many and how long, problems for errors, headers, a count.
-async fn around(
-    Shared(around): Shared<Around>,
-    ConnectInfo(peer): ConnectInfo<SocketAddr>,
-    matched: Option<MatchedPath>,
-    mut request: Request,
-    next: Next,
-) -> Response {
-    let Around {
-        metrics,
-        parts,
-        places,
-        door,
-    } = around;
-    request.extensions_mut().insert(parts);
-    let route = matched.map_or_else(|| "other".to_owned(), |m| m.as_str().to_owned());
-    let time = if route.ends_with("/import") {
-        IMPORT
-    } else {
-        REQUEST
-    };
-    let mut response = match places.enter(peer.ip()) {
-        None => Problem::new(503, "Busy", "too many requests at once, try again").into_response(),
-        Some(_place) => match tokio::time::timeout(time, next.run(request)).await {
-            Ok(response) => response,
-            Err(_) => {
-                Problem::new(503, "Too slow", "it took too long, ask for less").into_response()
-            }
-        },
-    };
-    let status = response.status();
-    let problem = HeaderValue::from_static("application/problem+json");
-    let kind = response.headers().get(header::CONTENT_TYPE);
-    if (status.is_client_error() || status.is_server_error()) && kind != Some(&problem) {
-        let allow = response.headers_mut().remove(header::ALLOW);
-        response = Problem::of_status(status).into_response();
-        if let Some(allow) = allow {
-            response.headers_mut().insert(header::ALLOW, allow);
-        }
-    }
-    for (name, value) in HEADERS {
-        // An image says for itself how long it stays the same, and is stricter still.
-        response
-            .headers_mut()
-            .entry(name)
-            .or_insert(HeaderValue::from_static(value));
-    }
-    if door.tls {
-        let year = HeaderValue::from_static("max-age=31536000");
-        let name = header::STRICT_TRANSPORT_SECURITY;
-        response.headers_mut().insert(name, year);
-    }
-    metrics.answered(&route, status.as_u16());
-    response
-}
-
-/// The page loads nothing but its own files, and nobody frames it or guesses a type.
-const HEADERS: [(HeaderName, &str); 4] = [
-    (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
-    (
-        header::CONTENT_SECURITY_POLICY,
-        "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    ),
-    (header::REFERRER_POLICY, "no-referrer"),
-    (header::CACHE_CONTROL, "no-cache"),
-];
 
 /// What is counted, for Prometheus.
 #[utoipa::path(
@@ -594,6 +489,8 @@ mod tests {
                 "/api/v1/me/password",
                 "/api/v1/models",
                 "/api/v1/models/{call}",
+                "/api/v1/offload",
+                "/api/v1/offload/{sha256}",
                 "/api/v1/oidc",
                 "/api/v1/oidc/callback",
                 "/api/v1/oidc/login",

@@ -42,6 +42,9 @@ pub(crate) struct Problem {
     /// The part behind the API that is busy or unwell.
     #[serde(skip_serializing_if = "Option::is_none")]
     part: Option<&'static str>,
+    /// What a device is to sign that renews without a certificate.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    challenge: Option<String>,
     #[serde(skip)]
     failing: Option<Failing>,
 }
@@ -65,6 +68,7 @@ impl Problem {
             offset: None,
             retry_after_s: None,
             part: None,
+            challenge: None,
             failing: None,
         }
     }
@@ -73,6 +77,11 @@ impl Problem {
     pub(crate) fn at(self, offset: u64) -> Self {
         let offset = Some(offset);
         Self { offset, ..self }
+    }
+
+    /// Says what to sign.
+    pub(super) fn to_sign(self, challenge: Option<String>) -> Self {
+        Self { challenge, ..self }
     }
 
     /// Says when to come back.

@@ -24,7 +24,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     State,
-    activity::{Activity, Busy},
+    activity::{Activity, Busy, Idle, Moving},
+    limits::network,
     router,
 };
 use crate::{
@@ -50,6 +51,8 @@ const HEADERS: Duration = Duration::from_secs(10);
 const HEADER_BYTES: usize = 16 * 1024;
 /// Requests of one HTTP/2 connection at a time: a page asks for a dozen things.
 const STREAMS: u32 = 64;
+/// Bytes of one answer that an HTTP/2 connection takes before the other end wants them.
+const SEND_BUFFER: usize = 64 * 1024;
 /// An HTTP/2 connection on which nothing is asked for this long is closed: it cannot be told from one that is dead.
 const IDLE: Duration = Duration::from_secs(60);
 /// What ALPN offers.
@@ -69,6 +72,23 @@ impl Shared {
         self.metrics.http_refused(reason);
         if let Some(held_back) = self.notices.due(reason) {
             tracing::warn!(%peer, held_back, "an HTTP connection was refused: {error}");
+        }
+    }
+}
+
+impl Shared {
+    fn idle(&self, peer: SocketAddr, why: Idle) {
+        match why {
+            // As every browser does it.
+            Idle::Silent => self.metrics.http_refused("silent"),
+            Idle::Mute => {
+                let error = "no request was here in time";
+                self.refused(peer, "silent", &error);
+            }
+            Idle::Stalled => {
+                let reason = "an answer that is not read";
+                self.refused(peer, reason, &reason);
+            }
         }
     }
 }
@@ -112,7 +132,7 @@ pub(crate) fn serve(
                 shared.refused(peer, reason, &reason);
                 continue;
             };
-            let Some(place) = addresses.enter(peer.ip()) else {
+            let Some(place) = addresses.enter(network(peer.ip())) else {
                 let reason = "too many connections from one address";
                 shared.refused(peer, reason, &reason);
                 continue;
@@ -216,8 +236,13 @@ where
         .timer(TokioTimer::new())
         .max_header_list_size(HEADER_BYTES as u32)
         .max_concurrent_streams(STREAMS)
+        .max_send_buf_size(SEND_BUFFER)
         .keep_alive_interval(IDLE)
         .keep_alive_timeout(HEADERS);
+    let stream = Moving {
+        stream,
+        activity: activity.clone(),
+    };
     let connection = builder.serve_connection(TokioIo::new(stream), service);
     tokio::pin!(connection);
     let revoked = async {
@@ -226,25 +251,22 @@ where
             None => std::future::pending().await,
         }
     };
-    let silent = async {
-        // HTTP/1 has its own clock for the time between requests.
-        if http2 {
-            activity.silent(HEADERS, IDLE).await;
-        } else {
-            activity.silent(HEADERS, Duration::MAX).await;
-        }
-    };
-    let done = tokio::select! {
-        done = connection.as_mut() => done,
-        () = revoked => {
-            return shared.refused(peer, "the device was revoked", &"its device was revoked");
-        }
-        () = silent => {
-            return shared.metrics.http_refused("silent");
-        }
-        () = shared.stop.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+    // HTTP/1 has its own clock for the time between requests.
+    let later = if http2 { IDLE } else { Duration::MAX };
+    let idle = activity.idle(HEADERS, later);
+    tokio::pin!(revoked, idle);
+    let mut stopping = false;
+    let done = loop {
+        tokio::select! {
+            done = connection.as_mut() => break done,
+            () = &mut revoked => {
+                return shared.refused(peer, "the device was revoked", &"its device was revoked");
+            }
+            why = &mut idle => return shared.idle(peer, why),
+            () = shared.stop.cancelled(), if !stopping => {
+                connection.as_mut().graceful_shutdown();
+                stopping = true;
+            }
         }
     };
     if let Err(error) = done {
@@ -255,7 +277,11 @@ where
         }
         // Its own clock for headers runs as long as ours for silence: one of them is first.
         if parse.is_some_and(hyper::Error::is_timeout) {
-            return shared.metrics.http_refused("silent");
+            let why = match activity.asked() {
+                true => Idle::Silent,
+                false => Idle::Mute,
+            };
+            return shared.idle(peer, why);
         }
         tracing::debug!(%peer, %error, "an HTTP connection ended");
     }

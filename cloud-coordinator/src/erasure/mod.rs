@@ -228,7 +228,9 @@ impl Erasures {
             for victim in &victims {
                 uploads += u64::from(self.samples.drop_upload(victim.id).await?);
                 if victim.counted() {
-                    self.samples.removed(victim.bytes.unsigned_abs());
+                    let whose = (&victim.site, &victim.device);
+                    self.samples
+                        .removed(victim.id, whose, victim.bytes.unsigned_abs());
                 }
             }
         }

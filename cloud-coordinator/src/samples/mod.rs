@@ -3,17 +3,11 @@
 //! A sample is announced first; its image follows in pieces, and each piece is on the disk before the device
 //! hears of it. The image is looked at when it is whole. A device never decides what becomes of a sample.
 
+mod room;
 mod staging;
 mod store;
 
-use std::{
-    path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use mesh_core::{Name, Sample, SampleReason};
@@ -29,10 +23,14 @@ use crate::{
     objects::{Alone, Inspected, NotAnImage, ObjectError, Objects},
     records::{RecordError, Records},
 };
+use room::{Amount, Room};
 use staging::Staging;
 
 /// Between two looks for uploads that nobody goes on with.
 const LOOK: Duration = Duration::from_secs(600);
+/// Old samples that are read at a time.
+const AT_ONCE: i64 = 500;
+const MS_PER_DAY: i64 = 86_400_000;
 
 /// Why something with a sample cannot be done.
 #[derive(Debug, thiserror::Error)]
@@ -76,15 +74,8 @@ pub(crate) struct Samples {
     pub(crate) objects: Objects,
     staging: Arc<Staging>,
     room: Arc<Room>,
-}
-
-/// How much is kept, and how much may be. Counted from the database at the start.
-#[derive(Debug)]
-struct Room {
-    samples: AtomicU64,
-    bytes: AtomicU64,
-    max_samples: u64,
-    max_bytes: u64,
+    /// How long samples are kept about which nobody says anything; for ever if not given.
+    max_age_ms: Option<i64>,
 }
 
 /// The task of a model: the name in `name@version`.
@@ -101,51 +92,58 @@ impl Samples {
         objects: Objects,
     ) -> Result<Self, SampleError> {
         let awaited = records.awaited().await?;
-        let staging = Staging::open(&data.join("uploads"), config.staging_bytes, &awaited)?;
-        let (samples, bytes) = records.sample_totals().await?;
+        let lengths = awaited.iter().map(|a| (a.id, a.bytes.unsigned_abs()));
+        let staging = Staging::open(
+            &data.join("uploads"),
+            config.staging_bytes,
+            &lengths.collect(),
+        )?;
+        let room = Room::new(Amount {
+            samples: config.max_samples,
+            bytes: config.max_bytes,
+        });
+        for total in records.sample_totals().await? {
+            let amount = Amount {
+                samples: total.samples.unsigned_abs(),
+                bytes: total.bytes.unsigned_abs(),
+            };
+            room.found(owner_in(&total.site, &total.device).as_deref(), amount);
+        }
+        for waits in awaited {
+            let owner = owner_in(&waits.site, &waits.device).unwrap_or_default();
+            room.found_awaited(waits.id, owner, waits.bytes.unsigned_abs());
+        }
         Ok(Self {
             records,
             objects,
             staging: Arc::new(staging),
-            room: Arc::new(Room {
-                samples: samples.into(),
-                bytes: bytes.into(),
-                max_samples: config.max_samples,
-                max_bytes: config.max_bytes,
-            }),
+            room: Arc::new(room),
+            max_age_ms: i64::try_from(config.max_age_days)
+                .ok()
+                .filter(|days| *days > 0)
+                .map(|days| days.saturating_mul(MS_PER_DAY)),
         })
     }
 
-    /// Whether there is room for one more sample, with an image of so many bytes.
+    /// Whether there is room for one more sample that people bring in, with an image of so many bytes.
     pub(crate) fn room(&self, bytes: u64) -> Result<(), SampleError> {
-        let room = &self.room;
-        let samples = room.samples.load(Ordering::Relaxed);
-        if samples >= room.max_samples {
-            let why = format!("{samples} samples are here, which is all that may be");
-            return Err(SampleError::Full(why));
-        }
-        let used = room.bytes.load(Ordering::Relaxed);
-        if used.saturating_add(bytes) > room.max_bytes {
-            let why = format!("images have {used} bytes already, {bytes} more are too many");
-            return Err(SampleError::Full(why));
-        }
-        Ok(())
+        self.room.look(bytes)
     }
 
-    /// A sample was added.
+    /// A sample was brought in.
     pub(crate) fn added(&self, bytes: u64) {
-        self.room.samples.fetch_add(1, Ordering::Relaxed);
-        self.room.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.room.found(None, Amount { samples: 1, bytes });
     }
 
-    /// The image of a sample is no longer here.
-    pub(crate) fn removed(&self, bytes: u64) {
-        let less = |used: u64| Some(used.saturating_sub(bytes));
-        // It always has a next value.
-        let _ = self
-            .room
-            .bytes
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+    /// The image of a sample is no longer here, or no longer awaited.
+    pub(crate) fn removed(
+        &self,
+        id: i64,
+        (site, device): (&Option<String>, &Option<String>),
+        bytes: u64,
+    ) {
+        self.room
+            .removed(id, owner_in(site, device).as_deref(), bytes);
     }
 
     /// Takes in a sample without its image, of a device of this site. Says whether it is new, and how much of its image
@@ -177,7 +175,7 @@ impl Samples {
         }
         let bytes = sample.image.as_ref().map_or(0, |i| i.bytes);
         self.not_erased(sample, site).await?;
-        self.room(bytes)?;
+        let booking = self.room.book(&owner_of(site, &sample.device), bytes)?;
         // The image that another sample brought must not go while this one is written.
         // It may have been erased while this one waited.
         let _shared = self.objects.shared().await?;
@@ -199,8 +197,11 @@ impl Samples {
             .records
             .add_sample(task.as_str(), sample, site, image, now)
             .await?;
-        if new.is_some() {
-            self.added(bytes);
+        match new {
+            Some(id) if image == "waiting" => booking.awaits(id),
+            Some(_) => booking.keep(),
+            // Another request has written it, with a booking of its own.
+            None => drop(booking),
         }
         Ok((new.is_some(), if image == "stored" { bytes } else { 0 }))
     }
@@ -260,7 +261,7 @@ impl Samples {
             self.staging.remove(known.id).await?;
             return Ok(bytes);
         }
-        match self.finish(&known).await {
+        match self.finish(&known, &owner).await {
             Ok(()) | Err(SampleError::Invalid(_) | SampleError::Kind(_)) => Ok(bytes),
             Err(error) => Err(error),
         }
@@ -295,14 +296,16 @@ impl Samples {
             return Ok(settled);
         }
         let here = self.staging.append(found.id, offset, piece).await?;
+        self.room.touch(found.id);
         if here == bytes {
-            self.finish(&found).await?;
+            self.finish(&found, &owner).await?;
         }
         Ok(here)
     }
 
     /// Looks at a whole image and stores or refuses it. Hold its lock.
-    async fn finish(&self, row: &ImageRow) -> Result<(), SampleError> {
+    async fn finish(&self, row: &ImageRow, owner: &str) -> Result<(), SampleError> {
+        let announced = row.bytes.unsigned_abs();
         let bytes = self.staging.read(row.id).await?;
         let looked = self.objects.inspect(bytes, row.sha256.clone());
         match looked.await {
@@ -316,8 +319,7 @@ impl Samples {
                 }
                 self.objects.put(&shared, &sha256, bytes).await?;
                 self.records.keep_image(row.id, &sha256, length).await?;
-                self.removed(row.bytes.unsigned_abs());
-                self.room.bytes.fetch_add(length, Ordering::Relaxed);
+                self.room.arrived(row.id, owner, announced, length);
                 self.staging.remove(row.id).await?;
                 Ok(())
             }
@@ -325,7 +327,7 @@ impl Samples {
                 let why = refusal(&refused);
                 tracing::warn!(sample = row.id, why, "an image was refused");
                 self.records.refuse_image(row.id, &why).await?;
-                self.removed(row.bytes.unsigned_abs());
+                self.room.removed(row.id, Some(owner), announced);
                 self.staging.remove(row.id).await?;
                 Err(match refused {
                     NotAnImage::Format => SampleError::Kind(why),
@@ -352,7 +354,10 @@ impl Samples {
         if !self.records.delete_sample(id, clock::now_ms()).await? {
             return Err(SampleError::Missing);
         }
-        self.removed(sample.bytes.unsigned_abs());
+        if matches!(sample.image.as_str(), "waiting" | "stored") {
+            let bytes = sample.bytes.unsigned_abs();
+            self.removed(id, (&sample.site, &sample.device), bytes);
+        }
         self.staging.remove(id).await?;
         if let Some(sha256) = sample.sha256 {
             self.remove_unnamed(&alone, &sha256).await?;
@@ -373,7 +378,53 @@ impl Samples {
         Ok(())
     }
 
-    /// Removes uploads that nobody goes on with, until `stop`.
+    /// Samples whose image does not come are not kept either: what they had booked is for others. Says how many.
+    async fn forget(&self, now: Instant) -> Result<usize, SampleError> {
+        let mut gone = 0;
+        for id in self.room.forgotten(now) {
+            // A request that goes on with it now ends first.
+            let _lock = self.staging.lock(id, 0, "").await?;
+            if self.room.forgotten(now).contains(&id)
+                && self.records.forget_sample(id, "waiting").await?
+            {
+                self.room.not_come(id);
+                gone += 1;
+            }
+            self.staging.remove(id).await?;
+        }
+        Ok(gone)
+    }
+
+    /// Samples that came before this moment and about which nobody has said anything are not kept. Says how many went.
+    async fn remove_old(&self, before_ms: i64) -> Result<usize, SampleError> {
+        let mut gone = 0;
+        loop {
+            let old = self.records.old_samples(before_ms, AT_ONCE).await?;
+            let before = gone;
+            for row in old {
+                let alone = self.objects.alone().await?;
+                if !self.records.forget_sample(row.id, &row.image).await? {
+                    continue;
+                }
+                gone += 1;
+                let bytes = match row.image.as_str() {
+                    "waiting" | "stored" => row.bytes.unsigned_abs(),
+                    _ => 0,
+                };
+                let owner = owner_in(&row.site, &row.device);
+                self.room.gone(row.id, owner.as_deref(), bytes);
+                self.staging.remove(row.id).await?;
+                if let Some(sha256) = row.sha256 {
+                    self.remove_unnamed(&alone, &sha256).await?;
+                }
+            }
+            if gone == before {
+                return Ok(gone);
+            }
+        }
+    }
+
+    /// Removes uploads that nobody goes on with, and what is too old, until `stop`.
     pub(crate) async fn keep_clean(self, stop: CancellationToken) {
         loop {
             tokio::select! {
@@ -387,6 +438,26 @@ impl Samples {
                     tracing::warn!(%error, "cannot remove uploads that nobody goes on with")
                 }
             }
+            match self.forget(Instant::now()).await {
+                Ok(0) => {}
+                Ok(samples) => {
+                    tracing::info!(samples, "forgot samples whose images did not come")
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "cannot forget samples whose images do not come")
+                }
+            }
+            let Some(max_age_ms) = self.max_age_ms else {
+                continue;
+            };
+            match self
+                .remove_old(clock::now_ms().saturating_sub(max_age_ms))
+                .await
+            {
+                Ok(0) => {}
+                Ok(samples) => tracing::info!(samples, "removed samples that were too old"),
+                Err(error) => tracing::warn!(%error, "cannot remove samples that are too old"),
+            }
         }
     }
 }
@@ -394,6 +465,12 @@ impl Samples {
 /// Whose uploads are counted together.
 fn owner_of(site: Option<&Name>, device: &Name) -> String {
     format!("{}/{device}", site.map_or("", Name::as_str))
+}
+
+/// The same, as it stands in the database; nobody for what people brought in.
+fn owner_in(site: &Option<String>, device: &Option<String>) -> Option<String> {
+    let device = device.as_deref()?;
+    Some(format!("{}/{device}", site.as_deref().unwrap_or_default()))
 }
 
 /// Whether a sample can be of this site: devices of different sites may have the same name.
@@ -423,3 +500,6 @@ fn settled(found: &ImageRow, offset: u64) -> Result<Option<u64>, SampleError> {
 fn refusal(why: &NotAnImage) -> String {
     why.to_string().chars().take(300).collect()
 }
+
+#[cfg(test)]
+mod tests;

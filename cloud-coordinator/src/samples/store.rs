@@ -1,7 +1,5 @@
 //! The SQL of samples.
 
-use std::collections::HashMap;
-
 use mesh_core::{Name, Sample};
 use serde::Serialize;
 use sqlx::{QueryBuilder, Sqlite, SqliteConnection};
@@ -106,6 +104,39 @@ pub(crate) struct ImageRow {
     pub(crate) deleted_ms: Option<i64>,
 }
 
+/// What is here of one device, or of what people brought in.
+#[derive(Clone, Debug, sqlx::FromRow)]
+pub(super) struct Total {
+    pub(super) site: Option<String>,
+    pub(super) device: Option<String>,
+    pub(super) samples: i64,
+    pub(super) bytes: i64,
+}
+
+/// Nobody has said anything about it, ever. Not the newest one: its number must never be another's.
+const LOOSE: &str = "deleted_ms IS NULL AND holdout = 0 AND id < (SELECT max(id) FROM samples) \
+    AND NOT EXISTS (SELECT 1 FROM labels WHERE sample = samples.id)";
+
+/// A sample that is to go by its age.
+#[derive(Clone, Debug, sqlx::FromRow)]
+pub(super) struct OldRow {
+    pub(super) id: i64,
+    pub(super) site: Option<String>,
+    pub(super) device: Option<String>,
+    pub(super) sha256: Option<String>,
+    pub(super) bytes: i64,
+    pub(super) image: String,
+}
+
+/// An image that is awaited.
+#[derive(Clone, Debug, sqlx::FromRow)]
+pub(super) struct AwaitedRow {
+    pub(super) id: i64,
+    pub(super) site: Option<String>,
+    pub(super) device: Option<String>,
+    pub(super) bytes: i64,
+}
+
 /// Which samples.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct SampleFilter {
@@ -134,30 +165,70 @@ pub(crate) async fn note_task(
 }
 
 impl Records {
-    /// How many samples there are, and how many bytes their images have.
-    pub(crate) async fn sample_totals(&self) -> Result<(u64, u64), RecordError> {
-        let (samples, bytes): (i64, i64) = sqlx::query_as(
-            "SELECT count(*), coalesce(sum(CASE WHEN image IN ('waiting', 'stored') AND deleted_ms IS NULL \
-             THEN bytes ELSE 0 END), 0) FROM samples",
-        )
-        .fetch_one(self.readers())
-        .await
-        .map_err(RecordError::sql("count the samples"))?;
-        Ok((samples.unsigned_abs(), bytes.unsigned_abs()))
-    }
-
-    /// The images that are still awaited: id → bytes.
-    pub(crate) async fn awaited(&self) -> Result<HashMap<i64, u64>, RecordError> {
-        let rows: Vec<(i64, i64)> = sqlx::query_as(
-            "SELECT id, bytes FROM samples WHERE image = 'waiting' AND deleted_ms IS NULL",
+    /// How many samples there are and how many bytes their images have, by whose they are.
+    pub(super) async fn sample_totals(&self) -> Result<Vec<Total>, RecordError> {
+        sqlx::query_as(
+            "SELECT site, device, count(*) AS samples, coalesce(sum(CASE WHEN image IN ('waiting', 'stored') \
+             AND deleted_ms IS NULL THEN bytes ELSE 0 END), 0) AS bytes FROM samples GROUP BY site, device",
         )
         .fetch_all(self.readers())
         .await
-        .map_err(RecordError::sql("read the awaited images"))?;
-        Ok(rows
-            .into_iter()
-            .map(|(id, n)| (id, n.unsigned_abs()))
-            .collect())
+        .map_err(RecordError::sql("count the samples"))
+    }
+
+    /// The images that are still awaited.
+    pub(super) async fn awaited(&self) -> Result<Vec<AwaitedRow>, RecordError> {
+        sqlx::query_as(
+            "SELECT id, site, device, bytes FROM samples WHERE image = 'waiting' AND deleted_ms IS NULL",
+        )
+        .fetch_all(self.readers())
+        .await
+        .map_err(RecordError::sql("read the awaited images"))
+    }
+
+    /// Samples that nobody has said anything about and that came before this moment, whatever became of their images.
+    pub(super) async fn old_samples(
+        &self,
+        before_ms: i64,
+        limit: i64,
+    ) -> Result<Vec<OldRow>, RecordError> {
+        let sql = format!(
+            "SELECT id, site, device, sha256, bytes, image FROM samples \
+             WHERE received_ms < ? AND {LOOSE} ORDER BY id LIMIT ?"
+        );
+        sqlx::query_as(sqlx::AssertSqlSafe(sql))
+            .bind(before_ms)
+            .bind(limit)
+            .fetch_all(self.readers())
+            .await
+            .map_err(RecordError::sql("look for old samples"))
+    }
+
+    /// Forgets a sample as if it had never been announced, if it still is as it was found: its image is awaited, or it is old.
+    /// False if it stays.
+    pub(super) async fn forget_sample(&self, id: i64, image: &str) -> Result<bool, RecordError> {
+        const FORGET: &str = "forget a sample";
+        let mut writer = self.writer().await;
+        let mut tx = writer.begin().await?;
+        let sql =
+            format!("SELECT EXISTS (SELECT 1 FROM samples WHERE id = ? AND image = ? AND {LOOSE})");
+        let goes: bool = sqlx::query_scalar(sqlx::AssertSqlSafe(sql))
+            .bind(id)
+            .bind(image)
+            .fetch_one(&mut *tx)
+            .await
+            .map_err(RecordError::sql(FORGET))?;
+        if goes {
+            for sql in [
+                "DELETE FROM embeddings WHERE sample = ?",
+                "DELETE FROM samples WHERE id = ?",
+            ] {
+                let done = sqlx::query(sql).bind(id).execute(&mut *tx).await;
+                done.map_err(RecordError::sql(FORGET))?;
+            }
+        }
+        commit(tx).await?;
+        Ok(goes)
     }
 
     /// The sample of a reading, also one that was deleted.

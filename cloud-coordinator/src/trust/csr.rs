@@ -6,6 +6,7 @@ use rcgen::{CertificateSigningRequestParams, IsCa, PublicKey, PublicKeyData, San
 use rustls::pki_types::{CertificateSigningRequestDer, pem::PemObject};
 use x509_parser::{
     certification_request::X509CertificationRequest,
+    cri_attributes::ParsedCriAttribute,
     oid_registry::{OID_EC_P256, OID_KEY_TYPE_EC_PUBLIC_KEY, OID_SIG_ED25519},
     prelude::FromDer,
     x509::SubjectPublicKeyInfo,
@@ -45,6 +46,8 @@ pub(crate) struct Csr {
     pub(crate) fingerprint: Fingerprint,
     /// Its neighbours know it by this; nothing for a key of a kind that devices do not make.
     pub(crate) peer: Option<mesh_core::roster::Peer>,
+    /// What it was told to sign.
+    pub(crate) challenge: Option<String>,
     /// What it says about whom it is for.
     names: Vec<String>,
 }
@@ -123,7 +126,14 @@ impl Csr {
                 other => format!("{other:?}"),
             });
         }
+        let challenge =
+            info.iter_attributes()
+                .find_map(|attribute| match attribute.parsed_attribute() {
+                    ParsedCriAttribute::ChallengePassword(text) => Some(text.0.clone()),
+                    _ => None,
+                });
         Ok(Self {
+            challenge,
             fingerprint: fingerprint(spki),
             peer: peer(spki),
             key: asked.public_key,

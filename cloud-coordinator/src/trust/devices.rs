@@ -34,6 +34,8 @@ pub(crate) enum DeviceError {
     Missing(&'static str),
     #[error("there are {0} enrolment tokens; take some back first")]
     TooMany(i64),
+    #[error("show the certificate that is to be renewed, or sign the challenge with its key")]
+    Unproven,
     #[error("the device is {0}")]
     State(&'static str),
     #[error(transparent)]
@@ -281,10 +283,12 @@ impl Devices {
         Ok(Enrolled::Issued(issued))
     }
 
-    /// A new certificate for a key that is known, also long after the last one ran out.
+    /// A new certificate for a key that is known, also long after the last one ran out, if it is proven that its device asks
+    /// now: a request that somebody has kept gets none.
     pub(crate) async fn renew(
         &self,
         csr: &Csr,
+        fresh: impl FnOnce(&PeerDevice) -> bool + Send,
         now_ms: i64,
     ) -> Result<(PeerDevice, Issued), DeviceError> {
         let mut writer = self.records.writer().await;
@@ -296,6 +300,9 @@ impl Devices {
             .ok_or(Refusal::UnknownKey)?;
         csr.names_only(&device.site, &device.device)
             .map_err(Refusal::from)?;
+        if !fresh(&device) {
+            return Err(DeviceError::Unproven);
+        }
         let whom = (&device.site, &device.device);
         let issued = self.authority.issue(csr, whom, self.life, now_ms)?;
         certified(&mut tx, csr, &issued, now_ms).await?;

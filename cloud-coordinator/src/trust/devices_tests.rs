@@ -158,7 +158,7 @@ async fn a_person_says_yes_and_no() {
     }
     let csr = Csr::read(&request(&mine, |_| {})).unwrap();
     assert!(matches!(
-        house.devices.renew(&csr, NOW).await,
+        house.devices.renew(&csr, |_| true, NOW).await,
         Err(DeviceError::Refused(Refusal::NotApproved))
     ));
     house.devices.approve(&house.site, &d1).await.unwrap();
@@ -170,14 +170,17 @@ async fn a_person_says_yes_and_no() {
     // It stays so over a restart, and a year without a certificate changes nothing.
     let again = House::open(&house.records, &house.authority).await;
     assert!(again.active.find(&print).is_some());
-    let (device, issued) = again.renew(&csr, NOW + 9_000 * HOUR).await.unwrap();
+    let (device, issued) = again
+        .renew(&csr, |_| true, NOW + 9_000 * HOUR)
+        .await
+        .unwrap();
     assert_eq!(device.device, d1);
     assert_eq!(issued.not_after_ms, NOW + 9_000 * HOUR + 10_000);
 
     house.devices.revoke(&house.site, &d1).await.unwrap();
     assert!(peer.cut.is_cancelled() && house.devices.active.find(&print).is_none());
     assert!(matches!(
-        house.devices.renew(&csr, NOW).await,
+        house.devices.renew(&csr, |_| true, NOW).await,
         Err(DeviceError::Refused(Refusal::KeyRevoked))
     ));
     assert_eq!(

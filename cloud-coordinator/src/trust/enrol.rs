@@ -145,6 +145,22 @@ impl Refusal {
     }
 }
 
+impl Refusal {
+    /// Whether a token was shown that does not count, or not any more: somebody may have found it.
+    pub(crate) const fn is_of_a_token(&self) -> bool {
+        matches!(
+            self,
+            Self::Forged
+                | Self::UnknownToken
+                | Self::TokenRevoked
+                | Self::Expired
+                | Self::UsedUp
+                | Self::OtherSite
+                | Self::OtherDevice
+        )
+    }
+}
+
 /// Decides about one who shows a token.
 pub(crate) fn decide(case: Case<'_>, now_ms: i64) -> Result<Outcome, Refusal> {
     let (site, device) = (case.site.as_str(), case.device.as_str());

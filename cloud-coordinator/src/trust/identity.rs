@@ -1,7 +1,7 @@
 //! Devices and subscribers as the API and the doors use them: what [`super::devices`] and [`super::subscribers`] do,
 //! counted and written down.
 
-use std::{fmt::Display, path::Path, sync::Arc, time::Duration};
+use std::{fmt::Display, net::IpAddr, path::Path, sync::Arc, time::Duration};
 
 use mesh_core::Name;
 use tokio::sync::Notify;
@@ -10,11 +10,13 @@ use super::{
     Trust, audit,
     audit::Outcome,
     authority::{Authority, Issued, hex},
+    challenge::Challenges,
     csr::Csr,
     devices::{DeviceError, Devices, Enrolled},
     enrol::Refusal,
     enrol_tokens::Signer,
     files,
+    refusals::{Refusals, Refused},
     subscribers::{Sites, SubscriberError, Subscribers},
     tls::Shown,
     token_rows::NewToken,
@@ -35,6 +37,8 @@ pub(crate) struct Identity {
     /// Told when somebody comes, goes or is revoked.
     pub(crate) changed: Arc<Notify>,
     signer: Signer,
+    challenges: Challenges,
+    refusals: Arc<Refusals>,
     metrics: Arc<Metrics>,
     names: Vec<String>,
 }
@@ -119,6 +123,8 @@ impl Identity {
             devices,
             subscribers,
             shown,
+            challenges: Challenges::new(trust.key.clone()),
+            refusals: Refusals::new(records.clone()),
             records,
             changed: Arc::default(),
             signer,
@@ -135,6 +141,32 @@ impl Identity {
             Some(name) => name.clone(),
             None => listen.to_string(),
         }
+    }
+
+    /// The same for one whom nobody knows yet.
+    async fn note_of<T>(
+        &self,
+        from: IpAddr,
+        action: &'static str,
+        object: &str,
+        result: &Result<T, DeviceError>,
+    ) {
+        let Err(DeviceError::Refused(why)) = result else {
+            return self.note(&from.to_string(), action, object, result).await;
+        };
+        self.metrics.enrolment_refused(why.name());
+        let text = why.to_string();
+        let refused = Refused {
+            from,
+            action,
+            object,
+            kind: why.name(),
+            why: &text,
+        };
+        if why.is_of_a_token() {
+            self.refusals.alarm(refused);
+        }
+        self.refusals.note(refused).await;
     }
 
     /// Writes down what came of it, and counts what was refused.
@@ -160,7 +192,7 @@ impl Identity {
     pub(crate) async fn enrol(
         &self,
         asked: Asked<'_>,
-        from: &str,
+        from: IpAddr,
         now_ms: i64,
     ) -> Result<Enrolled, DeviceError> {
         let done = self.try_enrol(asked, now_ms).await;
@@ -173,7 +205,7 @@ impl Identity {
             Ok(Enrolled::Pending) => "ask to enrol",
             _ => "enrol",
         };
-        self.note(from, action, &object, &done).await;
+        self.note_of(from, action, &object, &done).await;
         self.changed.notify_one();
         done
     }
@@ -198,23 +230,40 @@ impl Identity {
             .await
     }
 
-    /// A device that is known asks for its next certificate.
+    /// A device that is known asks for its next certificate. It proves that it asks now: by the certificate that its connection
+    /// was made with (`shown`), or else by a signature over what it was told to sign.
     pub(crate) async fn renew(
         &self,
         csr: &str,
-        from: &str,
+        shown: Option<&super::PeerDevice>,
+        from: IpAddr,
         now_ms: i64,
     ) -> Result<(super::PeerDevice, Issued), DeviceError> {
         let done = match Csr::read(csr) {
             Err(error) => Err(Refusal::from(error).into()),
-            Ok(csr) => self.devices.renew(&csr, now_ms).await,
+            Ok(csr) => {
+                let challenge = csr.challenge.clone().unwrap_or_default();
+                let fresh = |device: &super::PeerDevice| {
+                    shown == Some(device) || self.challenges.take(&challenge, now_ms)
+                };
+                self.devices.renew(&csr, fresh, now_ms).await
+            }
         };
+        if matches!(done, Err(DeviceError::Unproven)) {
+            // Nothing was refused yet.
+            return done;
+        }
         let object = match &done {
             Ok((peer, _)) => format!("device {}/{}", peer.site, peer.device),
             Err(_) => "device".to_owned(),
         };
-        self.note(from, "renew", &object, &done).await;
+        self.note_of(from, "renew", &object, &done).await;
         done
+    }
+
+    /// What a device is to sign that renews.
+    pub(crate) fn challenge(&self, now_ms: i64) -> Option<String> {
+        self.challenges.make(now_ms)
     }
 
     /// Makes a token.

@@ -12,7 +12,8 @@
 pub(crate) mod active;
 pub(crate) mod audit;
 mod authority;
-mod csr;
+mod challenge;
+pub(crate) mod csr;
 pub(crate) mod devices;
 mod directory;
 mod enrol;
@@ -21,6 +22,7 @@ pub(crate) mod files;
 pub(crate) mod identity;
 mod passwords;
 mod principal;
+mod refusals;
 mod roster;
 mod serials;
 mod sessions;

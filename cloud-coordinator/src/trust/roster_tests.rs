@@ -126,6 +126,6 @@ async fn a_device_that_came_before_rosters_is_on_it_when_it_renews() {
         commit(tx).await.unwrap();
     }
     assert!(house.of("hall", NOW).await.1.members.is_empty());
-    house.devices.renew(&csr, NOW).await.unwrap();
+    house.devices.renew(&csr, |_| true, NOW).await.unwrap();
     assert_eq!(names(&house.of("hall", NOW).await.1), ["d1"]);
 }

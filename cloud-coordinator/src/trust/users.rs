@@ -192,11 +192,25 @@ impl Trust {
         name: &str,
         change: &Change,
     ) -> Result<UserRow, TrustError> {
+        self.change(by, name, change, None).await
+    }
+
+    /// The same; where a password is taken for the present one, only as long as it is that.
+    async fn change(
+        &self,
+        by: &str,
+        name: &str,
+        change: &Change,
+        present: Option<&str>,
+    ) -> Result<UserRow, TrustError> {
         let hash = match &change.password {
             Some(password) => Some(self.passwords.hash(password).await?),
             None => None,
         };
-        let is = self.user(name).await?;
+        let mut writer = self.records.writer().await;
+        let mut tx = writer.begin().await?;
+        // As it is now: what somebody else has changed meanwhile stays.
+        let is = user(&mut tx, name).await?;
         let role = change.role.unwrap_or(is.role);
         let site = match &change.site {
             Some(site) => checked_site(Some(site))?,
@@ -204,22 +218,24 @@ impl Trust {
         };
         fitting(role, site)?;
         let disabled = change.disabled.unwrap_or(is.disabled);
-        let mut writer = self.records.writer().await;
-        let mut tx = writer.begin().await?;
         let before = admins(&mut tx).await?;
         let done_to = sqlx::query(
-            "UPDATE users SET role = ?, site = ?, disabled = ?, password = coalesce(?, password) WHERE name = ?",
+            "UPDATE users SET role = ?, site = ?, disabled = ?, password = coalesce(?, password) \
+             WHERE name = ? AND (? IS NULL OR password = ?)",
         )
         .bind(role)
         .bind(site)
         .bind(disabled)
         .bind(&hash)
         .bind(name)
+        .bind(present)
+        .bind(present)
         .execute(&mut *tx)
         .await
         .map_err(RecordError::sql("change a user"))?;
         if done_to.rows_affected() == 0 {
-            return Err(TrustError::Missing("user"));
+            // Somebody has set another one since it was checked.
+            return Err(TrustError::Wrong);
         }
         still_an_admin(&mut tx, before).await?;
         if hash.is_some() || change.disabled.is_some() {
@@ -302,7 +318,7 @@ impl Trust {
             .await
             .map_err(RecordError::sql("read a user"))?;
         let by = format!("user {name}");
-        if !self.passwords.check(old, hash).await? {
+        if !self.passwords.check(old, hash.clone()).await? {
             let line = Entry {
                 who: &by,
                 action: "change password",
@@ -318,8 +334,19 @@ impl Trust {
             password,
             ..Change::default()
         };
-        self.change_user(&by, name, &change).await.map(drop)
+        let changed = self.change(&by, name, &change, hash.as_deref());
+        changed.await.map(drop)
     }
+}
+
+async fn user(tx: &mut Transaction<'_, Sqlite>, name: &str) -> Result<UserRow, TrustError> {
+    let sql = format!("{COLUMNS} WHERE name = ?");
+    let row = sqlx::query_as(sqlx::AssertSqlSafe(sql))
+        .bind(name)
+        .fetch_optional(&mut **tx)
+        .await
+        .map_err(RecordError::sql("read a user"))?;
+    row.ok_or(TrustError::Missing("user"))
 }
 
 async fn insert(
@@ -364,3 +391,7 @@ async fn end_sessions(tx: &mut Transaction<'_, Sqlite>, name: &str) -> Result<()
     .map_err(RecordError::sql("end sessions"))?;
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "users_tests.rs"]
+mod tests;

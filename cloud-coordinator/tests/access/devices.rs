@@ -58,6 +58,33 @@ async fn a_device_may_exactly_what_is_declared() {
     site.handle.stop().await;
 }
 
+/// How often a device may have the coordinator look at frames, over one connection, before it is told to wait.
+async fn looked(site: &Site, badge: &Badge) -> usize {
+    let line = format!("POST /api/v1/offload/{}", "0".repeat(64));
+    let mut sender = site.door(Some(badge)).await.unwrap();
+    for n in 0..500 {
+        let asked = exchange(&mut sender, &line, Some(json!({})), None);
+        match timeout(PATIENCE, asked).await.unwrap().unwrap().0 {
+            404 => {}
+            429 => return n,
+            status => panic!("{status}"),
+        }
+    }
+    panic!("without end");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_has_only_so_many_frames_looked_at() {
+    let site = Site::living(LONG_S).await;
+    let (d1, d2) = (site.enrol("d1").await, site.enrol("d2").await);
+    assert!(looked(&site, &d1).await >= 30);
+    // That is all that it has to wait with, and nobody else has.
+    let line = "GET /api/v1/tuf/metadata/timestamp.json";
+    assert_ne!(code(&site, Some(&d1), line, None).await, 429);
+    assert!(looked(&site, &d2).await >= 30);
+    site.handle.stop().await;
+}
+
 fn sample(device: &str) -> Value {
     json!({
         "v": 1, "device": device, "source": "cam0", "epoch": 1, "seq": 1, "ts": 1, "reason": "random",

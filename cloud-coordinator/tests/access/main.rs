@@ -14,6 +14,9 @@ mod common;
 mod behind;
 mod devices;
 mod directory;
+mod proof;
+mod shares;
+mod unread;
 
 use std::{collections::BTreeMap, net::SocketAddr, path::Path};
 

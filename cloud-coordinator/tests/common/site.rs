@@ -43,6 +43,22 @@ pub fn csr(key: &KeyPair, name: &str) -> String {
     params.serialize_request(key).unwrap().pem().unwrap()
 }
 
+/// The same, with what the coordinator wants to see signed.
+pub fn csr_with(key: &KeyPair, name: &str, challenge: &str) -> String {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, name);
+    let length = u8::try_from(challenge.len()).unwrap();
+    let text = [&[0x0c, 0x81, length], challenge.as_bytes()].concat();
+    let set = [&[0x31, 0x81, length + 3], &text[..]].concat();
+    let challenge = rcgen::Attribute {
+        oid: &[1, 2, 840, 113_549, 1, 9, 7],
+        values: set,
+    };
+    let request = params.serialize_request_with_attributes(key, vec![challenge]);
+    request.unwrap().pem().unwrap()
+}
+
 pub fn chain(pem: &str) -> Vec<CertificateDer<'static>> {
     CertificateDer::pem_slice_iter(pem.as_bytes())
         .collect::<Result<_, _>>()
@@ -174,6 +190,15 @@ impl Site {
             chain: chain(said["certificate"].as_str().unwrap()),
             mqtt: said["mqtt"].clone(),
         }
+    }
+
+    /// The next certificate for a key, without showing one: by a signature over a challenge.
+    pub async fn renew(&self, key: &KeyPair, name: &str) -> (u16, Value) {
+        let line = "POST /api/v1/renew";
+        let (status, said) = self.ask(line, Some(json!({"csr": csr(key, name)}))).await;
+        assert_eq!(status, 401, "{said}");
+        let csr = csr_with(key, name, said["challenge"].as_str().unwrap());
+        self.ask(line, Some(json!({"csr": csr}))).await
     }
 
     pub fn options(&self, client: &str, badge: Option<&Badge>) -> MqttOptions {

@@ -21,7 +21,8 @@ use std::{
 
 use mesh_core::{Digest, Name, VERSION, enrolment::Validity};
 use rcgen::{
-    CertificateParams, DistinguishedName, DnType, KeyPair, PKCS_ECDSA_P256_SHA256, PublicKeyData,
+    Attribute, CertificateParams, DistinguishedName, DnType, KeyPair, PKCS_ECDSA_P256_SHA256,
+    PublicKeyData,
 };
 use rustls::pki_types::PrivateKeyDer;
 use serde::{Deserialize, Serialize};
@@ -41,6 +42,8 @@ const NEXT: &str = "next.pem";
 const CERTIFICATE: &str = "cert.pem";
 const AUTHORITY: &str = "ca.pem";
 const STATE: &str = "state.json";
+/// What a signing request says beside the name: `challengePassword` of PKCS #9.
+const CHALLENGE: &[u64] = &[1, 2, 840, 113_549, 1, 9, 7];
 /// What a sealed key is, to the seal: the next one becomes the key by its name alone.
 const SEALED_AS: &str = "identity key";
 /// Two certificates are below 3 KiB, the state below 1 KiB.
@@ -101,17 +104,38 @@ pub(super) struct Stored {
     pub(super) validity: Validity,
 }
 
+/// The value of a `challengePassword` in DER: a set of one text.
+fn set_of(text: &str) -> Vec<u8> {
+    const SET: u8 = 0x31;
+    const UTF8: u8 = 0x0c;
+    let wrapped = |tag: u8, content: &[u8]| match u8::try_from(content.len()) {
+        Ok(short @ 0..0x80) => [&[tag, short], content].concat(),
+        Ok(long) => [&[tag, 0x81, long], content].concat(),
+        // No challenge that is signed has as many.
+        Err(_) => Vec::new(),
+    };
+    wrapped(SET, &wrapped(UTF8, text.as_bytes()))
+}
+
 /// The private key.
 pub(super) struct Key(KeyPair);
 
 impl Key {
-    /// A request for a certificate of this name.
-    pub(super) fn request(&self, name: &str) -> Result<String, IdentityError> {
+    /// A request for a certificate of this name. The signature is over the challenge, too, if there is one.
+    pub(super) fn request(
+        &self,
+        name: &str,
+        challenge: Option<&str>,
+    ) -> Result<String, IdentityError> {
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         params.distinguished_name.push(DnType::CommonName, name);
+        let challenge = challenge.map(|text| Attribute {
+            oid: CHALLENGE,
+            values: set_of(text),
+        });
         params
-            .serialize_request(&self.0)
+            .serialize_request_with_attributes(&self.0, challenge.into_iter().collect())
             .and_then(|request| request.pem())
             .map_err(|error| IdentityError::Make("a request for a certificate", error))
     }

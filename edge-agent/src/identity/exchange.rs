@@ -22,12 +22,16 @@ use crate::{
 const CONNECT: Duration = Duration::from_secs(10);
 /// Time to a first answer: a certificate is signed in a moment.
 const ANSWER: Duration = Duration::from_secs(20);
-/// A whole exchange.
-const EXCHANGE: Duration = Duration::from_secs(60);
+/// A whole exchange. A renewal may need three of them: with a certificate that is turned away, for a challenge, and with it.
+const EXCHANGE: Duration = Duration::from_secs(35);
 /// Two certificates and some words.
 const MAX_ANSWER: u64 = 64 * 1024;
 /// Of a refusal so much is shown.
 const MAX_REASON: usize = 300;
+/// The longest challenge that is signed: a coordinator's has below two hundred bytes.
+const MAX_CHALLENGE: usize = 240;
+/// The status that says: the request does not prove that it was made now.
+const UNPROVEN: u16 = 401;
 /// When to ask again where the coordinator does not say.
 const PENDING_S: u64 = 60;
 
@@ -41,6 +45,8 @@ pub struct Errand {
     pub(super) token: Option<Arc<Token>>,
     pub(super) authority: Authority,
     pub(super) key: Arc<Key>,
+    /// The certificate to renew, while it can be shown.
+    pub(super) certificate: Option<CertificateDer<'static>>,
     pub(super) time: Arc<TrustedTime>,
     /// The token that the present certificate came by, and its broker.
     pub(super) spent: Option<Digest>,
@@ -103,6 +109,15 @@ struct Waiting {
 struct Problem {
     title: String,
     detail: String,
+    /// What the coordinator wants to see signed.
+    challenge: Option<String>,
+}
+
+/// Why there is no answer.
+struct NoAnswer {
+    why: String,
+    /// One side does not take the other's certificate.
+    certificates: bool,
 }
 
 impl Errand {
@@ -124,45 +139,20 @@ impl Errand {
         if self.url.is_empty() {
             return Err("nobody says where the coordinator is: set coordinator.url".into());
         }
-        let csr = self
-            .key
-            .request(&self.name())
-            .map_err(|error| error.to_string())?;
-        let (route, body) = match (self.what, &self.token) {
-            (Asked::Renew, _) => ("renew", serde_json::to_vec(&Renew { csr: &csr })),
+        let (status, bytes) = match (self.what, &self.token) {
+            (Asked::Renew, _) => self.renew()?,
             (Asked::Enrol, Some(token)) => {
+                let csr = self.request(None)?;
                 let enrol = Enrol {
                     token: token.text(),
                     site: &self.site,
                     device: &self.device,
                     csr: &csr,
                 };
-                ("enrol", serde_json::to_vec(&enrol))
+                self.send("enrol", &enrol, None).map_err(|no| no.why)?
             }
             (Asked::Enrol, None) => return Err("there is no token".into()),
         };
-        let body = body.map_err(|error| error.to_string())?;
-        let contact = Contact::new(self.authority.clone());
-        let config = tls::contact(contact, &self.time).map_err(|error| error.to_string())?;
-        let patience = Patience {
-            connect: CONNECT,
-            answer: ANSWER,
-            body: ANSWER,
-            whole: Some(EXCHANGE),
-        };
-        let url = format!("{}/api/v1/{route}", self.url);
-        let sent = http::agent_with(patience, config, self.detour.clone())
-            .post(&url)
-            .content_type("application/json")
-            .send(&body[..]);
-        let mut response = sent.map_err(|error| format!("{}: {error}", self.url))?;
-        let status = response.status().as_u16();
-        let bytes = response
-            .body_mut()
-            .with_config()
-            .limit(MAX_ANSWER)
-            .read_to_vec()
-            .map_err(|error| format!("{}: status {status}, and no end: {error}", self.url))?;
         match status {
             200 => self.granted(&bytes),
             202 => {
@@ -177,6 +167,79 @@ impl Errand {
             400..=499 => Ok(Outcome::Refused(reason(status, &bytes))),
             _ => Err(format!("{}: status {status}", self.url)),
         }
+    }
+
+    /// Shows the certificate that is to be renewed. Where there is none that counts, signs what the coordinator says, which it
+    /// has said to nobody else: so no request that somebody kept is of any use.
+    fn renew(&self) -> Result<(u16, Vec<u8>), String> {
+        let plain = self.request(None)?;
+        let ask = |csr: &str, shown| self.send("renew", &Renew { csr }, shown);
+        if self.certificate.is_some() {
+            match ask(&plain, self.certificate.as_ref()) {
+                Ok((UNPROVEN, _)) => {}
+                Ok(answer) => return Ok(answer),
+                // Of an older one the coordinator may know better than this device's clock.
+                Err(no) if no.certificates => {}
+                Err(no) => return Err(no.why),
+            }
+        }
+        let (status, bytes) = ask(&plain, None).map_err(|no| no.why)?;
+        let problem: Problem = serde_json::from_slice(&bytes).unwrap_or_default();
+        match (status, problem.challenge) {
+            (UNPROVEN, Some(challenge)) if challenge.len() <= MAX_CHALLENGE => {
+                let signed = self.request(Some(&challenge))?;
+                ask(&signed, None).map_err(|no| no.why)
+            }
+            _ => Ok((status, bytes)),
+        }
+    }
+
+    fn request(&self, challenge: Option<&str>) -> Result<String, String> {
+        let request = self.key.request(&self.name(), challenge);
+        request.map_err(|error| error.to_string())
+    }
+
+    fn send(
+        &self,
+        route: &str,
+        body: &impl Serialize,
+        shown: Option<&CertificateDer<'static>>,
+    ) -> Result<(u16, Vec<u8>), NoAnswer> {
+        let other = |why: String| NoAnswer {
+            why,
+            certificates: false,
+        };
+        let body = serde_json::to_vec(body).map_err(|error| other(error.to_string()))?;
+        let contact = Contact::new(self.authority.clone());
+        let shown = shown.map(|leaf| (leaf.clone(), self.key.private()));
+        let config =
+            tls::contact(contact, shown, &self.time).map_err(|error| other(error.to_string()))?;
+        let patience = Patience {
+            connect: CONNECT,
+            answer: ANSWER,
+            body: ANSWER,
+            whole: Some(EXCHANGE),
+        };
+        let url = format!("{}/api/v1/{route}", self.url);
+        let sent = http::agent_with(patience, config, self.detour.clone())
+            .post(&url)
+            .content_type("application/json")
+            .send(&body[..]);
+        let mut response = sent.map_err(|error| NoAnswer {
+            certificates: tls::is_about_certificates(&error),
+            why: format!("{}: {error}", self.url),
+        })?;
+        let status = response.status().as_u16();
+        let bytes = response
+            .body_mut()
+            .with_config()
+            .limit(MAX_ANSWER)
+            .read_to_vec()
+            .map_err(|error| {
+                let url = &self.url;
+                other(format!("{url}: status {status}, and no end: {error}"))
+            })?;
+        Ok((status, bytes))
     }
 
     fn granted(&self, bytes: &[u8]) -> Result<Outcome, String> {

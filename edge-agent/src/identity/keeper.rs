@@ -7,6 +7,7 @@ use mesh_core::{
     Name,
     enrolment::{Action, Asked, Enrolment, Input, Known, Token as Held, Trouble, Validity},
 };
+use rustls::pki_types::CertificateDer;
 use tokio::{
     sync::{Notify, watch},
     time::Instant,
@@ -296,11 +297,21 @@ impl Keeper {
             token: self.token.clone(),
             authority,
             key: Arc::clone(&self.asked_with),
+            certificate: self.to_show(),
             time: Arc::clone(&self.time),
             spent: notes.and_then(|notes| notes.token),
             mqtt: notes.and_then(|notes| notes.mqtt.clone()),
             detour: self.detour.clone(),
         }
+    }
+
+    /// The certificate, if it can prove who renews it. Not right after a failure, whatever that was: a certificate that somebody
+    /// on the way does not take must not lock the device out.
+    fn to_show(&self) -> Option<CertificateDer<'static>> {
+        let stored = self.stored.as_ref()?;
+        let holds = self.time.now_ms() < stored.validity.not_after_ms;
+        let failed = matches!(self.machine.trouble(), Some(Trouble::Failed(_)));
+        (holds && !failed).then(|| stored.chain.leaf.clone())
     }
 
     fn note(&mut self, floor_ms: i64) {

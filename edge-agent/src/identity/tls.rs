@@ -5,6 +5,7 @@ use std::{error::Error, sync::Arc};
 use rustls::{
     AlertDescription, ClientConfig, RootCertStore,
     client::{Resumption, danger::ServerCertVerifier},
+    pki_types::{CertificateDer, PrivateKeyDer},
     time_provider::{DefaultTimeProvider, TimeProvider},
 };
 use tokio::sync::{Notify, watch};
@@ -189,18 +190,21 @@ pub(super) fn material(
     })
 }
 
-/// For one request for a certificate. Without the device's own: the request proves who asks, and an expired one would be
-/// turned away.
+/// For one request for a certificate: with the one that is to be renewed, as long as it can be shown.
 pub(super) fn contact(
     contact: Contact,
+    shown: Option<(CertificateDer<'static>, PrivateKeyDer<'static>)>,
     time: &Arc<TrustedTime>,
 ) -> Result<Arc<ClientConfig>, rustls::Error> {
     let verifier: Arc<dyn ServerCertVerifier> = Arc::new(contact);
-    let mut config = ClientConfig::builder_with_details(provider(), Arc::clone(time) as _)
+    let builder = ClientConfig::builder_with_details(provider(), Arc::clone(time) as _)
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
-        .with_custom_certificate_verifier(verifier)
-        .with_no_client_auth();
+        .with_custom_certificate_verifier(verifier);
+    let mut config = match shown {
+        Some((leaf, key)) => builder.with_client_auth_cert(vec![leaf], key)?,
+        None => builder.with_no_client_auth(),
+    };
     config.resumption = Resumption::disabled();
     Ok(Arc::new(config))
 }

@@ -27,7 +27,7 @@ use edge_agent::{
     identity::{IdentityError, Keeper},
 };
 use mesh_core::enrolment::Trouble;
-use stand_in::{Mood, StandIn};
+use stand_in::{Mood, Proof, StandIn};
 
 /// Some day in 2026.
 const TODAY_MS: i64 = 1_795_000_000_000;
@@ -229,6 +229,16 @@ async fn it_renews_at_half_life_and_connections_are_told() {
     let passed = until_asked(&world, &mut keeper).await;
     assert!(passed < 2_000 && tls.material().unwrap().not_after_ms > until);
     assert_eq!(shared.asked()[1..], ["renew"; 5]);
+    // With the certificate that is renewed; right after the failure without it.
+    let proofs = [
+        Proof::Token,
+        Proof::Certificate,
+        Proof::Certificate,
+        Proof::Certificate,
+        Proof::Certificate,
+        Proof::Challenge,
+    ];
+    assert_eq!(shared.proofs(), proofs);
     let requests = shared.requests.lock().unwrap();
     assert!(requests[1..].iter().all(|r| r.body.get("token").is_none()));
 }
@@ -250,8 +260,34 @@ async fn a_device_that_is_found_after_a_year_renews_with_its_old_key() {
         year + 7 * DAY_MS
     );
     assert_eq!(shared.asked(), ["enrol", "renew"]);
+    assert_eq!(shared.proofs(), [Proof::Token, Proof::Challenge]);
     let keys = shared.keys.lock().unwrap();
     assert_eq!(keys[0], keys[1]);
+}
+
+/// A device whose clock is behind shows a certificate that has run out, and is turned away in the handshake; another one comes
+/// through somebody who takes no certificates at all.
+#[tokio::test(start_paused = true)]
+async fn a_certificate_that_is_not_taken_locks_nobody_out() {
+    let world = World::new();
+    drop(world.enrolled());
+    let shared = &world.stand_in.shared;
+    shared.set(TODAY_MS + 60 * DAY_MS);
+    let mut keeper = world.open("");
+    world.pass(4 * DAY_MS).await;
+    until_asked(&world, &mut keeper).await;
+    assert_eq!(keeper.trouble(), None);
+    assert_eq!(shared.proofs(), [Proof::Token, Proof::Challenge]);
+
+    shared.feel(Mood::HangsUp);
+    world.pass(4 * DAY_MS).await;
+    until_asked(&world, &mut keeper).await;
+    assert_eq!(keeper.trouble(), None);
+    assert_eq!(shared.proofs()[2..], [Proof::Challenge]);
+    shared.feel(Mood::Well);
+    world.pass(4 * DAY_MS).await;
+    until_asked(&world, &mut keeper).await;
+    assert_eq!(shared.proofs()[3..], [Proof::Certificate]);
 }
 
 #[tokio::test(start_paused = true)]

@@ -18,12 +18,16 @@ use rcgen::{
 };
 use rustls::{
     RootCertStore, ServerConfig, ServerConnection, StreamOwned,
-    pki_types::{CertificateDer, PrivateKeyDer, UnixTime},
+    pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject},
     server::WebPkiClientVerifier,
     time_provider::TimeProvider,
 };
 use serde_json::{Value, json};
-use x509_parser::prelude::{FromDer, X509Certificate};
+use x509_parser::{
+    certification_request::X509CertificationRequest,
+    cri_attributes::ParsedCriAttribute,
+    prelude::{FromDer, X509Certificate},
+};
 
 /// Nothing here takes longer.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -42,12 +46,26 @@ pub(crate) enum Mood {
     Misnames,
     /// An answer that does not end.
     Floods,
+    /// Somebody in between takes no certificate of a device, and hangs up without a word.
+    HangsUp,
 }
 
 #[derive(Debug)]
 pub(crate) struct Request {
     pub(crate) route: String,
     pub(crate) body: Value,
+    /// How it was proven that the device asks now.
+    pub(crate) proof: Proof,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Proof {
+    /// The certificate of the connection.
+    Certificate,
+    /// A signature over a challenge.
+    Challenge,
+    /// None: it shows a token.
+    Token,
 }
 
 /// A device on the broker.
@@ -107,6 +125,11 @@ impl Shared {
     /// Takes back every key that it has given a certificate for.
     pub(crate) fn revoke_all(&self) {
         *self.revoked.lock().unwrap() = self.keys.lock().unwrap().clone();
+    }
+
+    pub(crate) fn proofs(&self) -> Vec<Proof> {
+        let requests = self.requests.lock().unwrap();
+        requests.iter().map(|r| r.proof).collect()
     }
 
     pub(crate) fn asked(&self) -> Vec<String> {
@@ -194,10 +217,13 @@ impl StandIn {
                 .with_protocol_versions(&[&rustls::version::TLS13])
                 .unwrap()
         };
-        let door = builder().with_no_client_auth();
-        let door = door.with_single_cert(chain.clone(), private()).unwrap();
         let mut roots = RootCertStore::empty();
         roots.add(ca.der.clone()).unwrap();
+        let known = Arc::new(roots.clone());
+        let verifier = WebPkiClientVerifier::builder_with_provider(known, provider());
+        let verifier = verifier.allow_unauthenticated().build().unwrap();
+        let door = builder().with_client_cert_verifier(verifier);
+        let door = door.with_single_cert(chain.clone(), private()).unwrap();
         let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider());
         let broker = builder().with_client_cert_verifier(verifier.build().unwrap());
         let broker = broker.with_single_cert(chain, private()).unwrap();
@@ -311,12 +337,25 @@ fn http(mut stream: Stream, shared: &Shared, ca: &Authority) -> std::io::Result<
     }
     let body: Value = serde_json::from_slice(&body).unwrap();
     let csr = body["csr"].as_str().unwrap().to_owned();
+    let mood = shared.mood.lock().unwrap().clone();
+    let shown = stream.conn.peer_certificates().is_some();
+    if shown && mood == Mood::HangsUp {
+        return Ok(());
+    }
+    let proof = match (route.as_str(), shown) {
+        ("enrol", _) => Proof::Token,
+        (_, true) => Proof::Certificate,
+        (_, false) if challenge_in(&csr).as_deref() == Some(CHALLENGE) => Proof::Challenge,
+        (_, false) => {
+            let problem = json!({"title": "Prove it", "challenge": CHALLENGE});
+            return say(stream, "401 Unauthorized", &problem);
+        }
+    };
     shared
         .requests
         .lock()
         .unwrap()
-        .push(Request { route, body });
-    let mood = shared.mood.lock().unwrap().clone();
+        .push(Request { route, body, proof });
     let revoked = {
         let request = CertificateSigningRequestParams::from_pem(&csr).unwrap();
         let key = request.public_key.subject_public_key_info();
@@ -341,13 +380,34 @@ fn http(mut stream: Stream, shared: &Shared, ca: &Authority) -> std::io::Result<
                 stream.write_all(&[b' '; 4_096])?;
             }
         }
-        Mood::Well | Mood::Mute | Mood::Misnames => {
+        Mood::Well | Mood::Mute | Mood::Misnames | Mood::HangsUp => {
             ("200 OK", grant(&csr, shared, ca, mood == Mood::Misnames))
         }
     };
     if mood == Mood::Mute {
         return Ok(());
     }
+    say(stream, status, &answer)
+}
+
+/// As long as those of a coordinator.
+const CHALLENGE: &str = "eyJ0eXAiOiJKV1QiLCJhbGciOiJIUzI1NiJ9.eyJhdWQiOiJyZW5ldyIsImp0aSI6IjAwMTEyMjMzNDQ1NTY2Nzc4ODk5YWFiYmNjZGRlZWZm\
+                         IiwiZXhwIjoxNzAwMDAwMDAwfQ.c2lnbmF0dXJlc2lnbmF0dXJlc2lnbmF0dXJlc2lnbmF0";
+
+/// What a signing request was told to sign.
+fn challenge_in(csr: &str) -> Option<String> {
+    let der = rustls::pki_types::CertificateSigningRequestDer::from_pem_slice(csr.as_bytes());
+    let der = der.unwrap();
+    let (_, request) = X509CertificationRequest::from_der(&der).unwrap();
+    request.verify_signature().unwrap();
+    let mut attributes = request.certification_request_info.iter_attributes();
+    attributes.find_map(|attribute| match attribute.parsed_attribute() {
+        ParsedCriAttribute::ChallengePassword(text) => Some(text.0.clone()),
+        _ => None,
+    })
+}
+
+fn say(mut stream: Stream, status: &str, answer: &Value) -> std::io::Result<()> {
     let answer = answer.to_string();
     let head = format!(
         "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
