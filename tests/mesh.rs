@@ -141,6 +141,47 @@ async fn neighbours_know_who_is_there_with_and_without_the_coordinator() {
     site.stop().await.unwrap();
 }
 
+/// No multicast, no address that is written down: as in two networks of one site.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_that_nobody_has_told_of_each_other_meet_by_the_coordinator_and_stay_without_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = env!("CARGO_BIN_EXE_node");
+    let mut plan = quiet_plan(node, &dir.path().join("site"), 2);
+    plan.spawn = false;
+    let mut site = Site::start(&plan).await.unwrap();
+    let tap = Tap::start(&site).unwrap();
+    for device in &mut site.devices {
+        device.file.mesh.peers.clear();
+        assert!(!device.file.mesh.mdns);
+        device.write_config().unwrap();
+        device.agent.start().unwrap();
+    }
+    all_see_each_other(node, &site, &[0, 1]).await;
+    for n in [0, 1] {
+        let places = status(node, &site, n).await.unwrap().places;
+        assert!(places.iter().all(|place| !place.written), "{places:?}");
+    }
+    let heard = tap.stop().await;
+    assert_eq!(heard.bad, Vec::<String>::new());
+    let meeting = heard.last.get("lacewing/v1/demo/_/_/meeting").unwrap();
+    assert!(
+        meeting.contains(&site.devices[0].file.mesh.listen.to_string()),
+        "{meeting}"
+    );
+    site.coordinator.kill().await.unwrap();
+    until("they notice that there is no uplink", async || {
+        let status = status(node, &site, 0).await;
+        status.is_some_and(|s| s.neighbours.iter().all(|n| n.here && !n.uplink))
+    })
+    .await
+    .unwrap();
+    // As long as anybody who is gone would still be thought to be there.
+    sleep(Duration::from_secs(10)).await;
+    all_see_each_other(node, &site, &[0, 1]).await;
+    site.coordinator.start().unwrap();
+    site.stop().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn who_is_revoked_is_nobodys_neighbour_even_of_those_without_an_uplink() {
     let dir = tempfile::tempdir().unwrap();

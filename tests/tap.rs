@@ -16,7 +16,7 @@ use rumqttc::{AsyncClient, Event, MqttOptions, Packet, QoS};
 use tokio::{sync::oneshot, task::JoinHandle};
 
 /// The schema of each kind of message that is sent so far.
-const SCHEMAS: [(Kind, &str); 15] = [
+const SCHEMAS: [(Kind, &str); 16] = [
     (
         Kind::Status,
         include_str!("../mesh-core/schemas/status.json"),
@@ -47,6 +47,10 @@ const SCHEMAS: [(Kind, &str); 15] = [
     (
         Kind::Sighting,
         include_str!("../mesh-core/schemas/sighting.json"),
+    ),
+    (
+        Kind::Meeting,
+        include_str!("../mesh-core/schemas/meeting.json"),
     ),
     (
         Kind::Desired,

@@ -42,8 +42,14 @@ const KEPT: usize = 512;
 const MAX_FRAME: usize = 1 << 20;
 /// The protocol in which devices ask each other what they have of a release.
 const OFFERS: &str = "/lacewing/offers/1";
-/// The kind of a frame that holds a signed statement.
+/// The kind of a frame that holds a signed statement …
 const TELL: u8 = 3;
+/// … and that of one that says which roster the sender has.
+const VERSION: u8 = 4;
+/// Questions in one deed: the answers to all of them are what fills a neighbour's memory.
+const QUESTIONS: usize = 20;
+/// Where a forged statement says that a device is: nobody is there.
+pub(crate) const NOWHERE: &str = "/ip4/192.0.2.1/tcp/9";
 
 /// What it does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,11 +68,15 @@ pub(crate) enum Deed {
     Churn,
     /// Asks what others have, and reads no answer.
     Greed,
+    /// Asks for the roster again and again, and reads none.
+    Nag,
+    /// Says of others what they have not said.
+    Forge,
 }
 
 impl Deed {
     /// All of them.
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::Garbage,
         Self::Oversize,
         Self::Replay,
@@ -74,6 +84,8 @@ impl Deed {
         Self::Chatter,
         Self::Churn,
         Self::Greed,
+        Self::Nag,
+        Self::Forge,
     ];
 }
 
@@ -200,10 +212,14 @@ impl Enemy {
         let mut seq = 0;
         while let Ok(stream) = control.open_stream(victim, StreamProtocol::new(name)).await {
             let (from, mut to) = stream.split();
-            let listening = (self.deed != Deed::Greed).then(|| {
-                let listening = tokio::spawn(self.clone().listen(from));
-                AbortOnDropHandle::new(listening)
-            });
+            // The half that is not read stays open.
+            let (listening, _unread) = match self.deed {
+                Deed::Greed | Deed::Nag => (None, Some(from)),
+                _ => {
+                    let listening = tokio::spawn(self.clone().listen(from));
+                    (Some(AbortOnDropHandle::new(listening)), None)
+                }
+            };
             loop {
                 seq += 1;
                 let bytes = self.bytes(seq, &mut dice);
@@ -256,6 +272,22 @@ impl Enemy {
             }
             Deed::Churn => framed(2, &dice.any().to_be_bytes()),
             Deed::Greed => vec![7; 96],
+            Deed::Nag => framed(VERSION, &[0; 8]).repeat(QUESTIONS),
+            Deed::Forge => {
+                let heard = self.heard();
+                let all = heard.iter().filter_map(|envelope| opened(envelope));
+                let forged = all.map(|statement| Statement {
+                    seq: statement.seq.saturating_add(1),
+                    said: Said::Here(Presence {
+                        addresses: vec![NOWHERE.into()],
+                        ..Presence::default()
+                    }),
+                    ..statement
+                });
+                forged
+                    .flat_map(|statement| tell(&self.key, &statement))
+                    .collect()
+            }
         }
     }
 }

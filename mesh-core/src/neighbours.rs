@@ -26,17 +26,14 @@ mod presence;
 mod ring;
 #[cfg(test)]
 mod tests;
+mod watching;
+
+use watching::{PROBE_MS, Watch};
 
 pub use presence::{Frame, MAX_STATEMENT_BYTES, News, Presence, Said, Signed, Statement};
 
 /// Between two beats. They are all that is sent in rest, so they are rare.
 const BEAT_MS: u64 = 2_400;
-/// A watcher that has missed one asks, for this may be how it is: the other thinks that somebody else watches it …
-const PROBE_MS: u64 = 3_000;
-/// … and asks once more.
-const PROBE_AGAIN_MS: u64 = 750;
-/// A beat and two questions without an answer: the device is gone, and that is to be known within 5 s.
-const GONE_MS: u64 = PROBE_MS + 2 * PROBE_AGAIN_MS;
 /// Between two comparisons of all that is known.
 const COMPARE_MS: u64 = 60_000;
 /// All that is known is told to the same neighbour no more often than this, whatever sums he comes to.
@@ -149,15 +146,6 @@ struct Dial {
     is_lost: bool,
 }
 
-/// Whom this device watches.
-#[derive(Clone, Copy, Debug)]
-struct Watch {
-    peer: Peer,
-    since_ms: u64,
-    /// It was last asked whether it is there, since it was last heard.
-    asked_ms: Option<u64>,
-}
-
 /// A neighbour, for people.
 #[derive(Clone, Copy, Debug)]
 pub struct Neighbour<'a> {
@@ -191,6 +179,8 @@ pub struct Neighbours {
     /// Found on the network, not known yet.
     found: BTreeSet<Peer>,
     watch: Option<Watch>,
+    /// Those before it, and since when they are asked, while it does not answer.
+    ahead: BTreeMap<Peer, u64>,
     alarms: BTreeMap<Peer, Vec<u64>>,
     beat_ms: u64,
     compare_ms: u64,
@@ -221,6 +211,7 @@ impl Neighbours {
             dials: BTreeMap::new(),
             found: BTreeSet::new(),
             watch: None,
+            ahead: BTreeMap::new(),
             alarms: BTreeMap::new(),
             beat_ms: 0,
             compare_ms: COMPARE_MS,
@@ -284,6 +275,22 @@ impl Neighbours {
             Said::Here(presence) => Some(presence),
             Said::Gone => None,
         }
+    }
+
+    /// Would a statement change nothing any more, however often it is told? What was left out, because its device was no
+    /// member, said too much or was heard by an own ear, may count the next time.
+    #[must_use]
+    pub fn is_settled(&self, statement: &Statement) -> bool {
+        let theirs = order(statement);
+        let is_gone = matches!(statement.said, Said::Gone);
+        if statement.about == self.me {
+            let own = (self.life, self.seq);
+            return theirs < own || (theirs == own && !is_gone);
+        }
+        self.known.get(&statement.about).is_some_and(|known| {
+            let own = order(&known.here.statement);
+            theirs < own || (theirs == own && (!is_gone || known.gone.is_some()))
+        })
     }
 
     /// How many are there, this device left out.
@@ -744,39 +751,6 @@ impl Neighbours {
         }
         if now_ms >= self.reach_ms {
             self.reach(now_ms, out);
-        }
-    }
-
-    fn watch(&mut self, now_ms: u64, sign: Sign<'_>, out: &mut Vec<Action>) {
-        let Some(peer) = ring::before(&self.live, &self.me) else {
-            self.watch = None;
-            return;
-        };
-        let mut watch = self
-            .watch
-            .filter(|watch| watch.peer == peer)
-            .unwrap_or(Watch {
-                peer,
-                since_ms: now_ms,
-                asked_ms: None,
-            });
-        let heard = self.links.get(&peer).map_or(0, |link| link.heard_ms);
-        let silent_ms = now_ms - heard.max(watch.since_ms);
-        if silent_ms < PROBE_MS {
-            watch.asked_ms = None;
-        } else if watch
-            .asked_ms
-            .is_none_or(|asked| now_ms >= asked + PROBE_AGAIN_MS)
-        {
-            watch.asked_ms = Some(now_ms);
-            if self.links.contains_key(&peer) {
-                out.push(Action::Send(peer, Frame::Probe));
-            }
-        }
-        self.watch = Some(watch);
-        if silent_ms >= GONE_MS {
-            self.watch = None;
-            self.accuse(peer, now_ms, sign, out);
         }
     }
 

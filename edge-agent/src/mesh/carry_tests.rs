@@ -163,3 +163,49 @@ fn a_carrier_leads_to_its_own_doors_only() {
     assert_eq!(many, EACH);
     assert_eq!(pair.counters.carried.get(), EACH as u64);
 }
+
+#[tokio::test(start_paused = true)]
+async fn own_readings_go_first() {
+    let counters = Counters::default();
+    let carrying = Carrying {
+        doors: Box::new(|_| None),
+        uplink: watch::channel(true).1,
+        bytes_per_s: 1 << 30,
+        counters: counters.clone(),
+    };
+    let (mut theirs, here) = tokio::io::duplex(1_024);
+    let (there, mut door) = tokio::io::duplex(1_024);
+    let carried = async {
+        let _ = copy(here, there, |n| carrying.turn(n)).await;
+    };
+    let asks = async {
+        // How long a byte of somebody else's takes to get to the door.
+        let mut pass = async || {
+            let begin = tokio::time::Instant::now();
+            theirs.write_all(b"x").await.unwrap();
+            assert_eq!(door.read_u8().await.unwrap(), b'x');
+            begin.elapsed()
+        };
+        assert_eq!(pass().await, Duration::ZERO, "nothing of its own waits");
+        counters.backlog.set(OWN_FIRST);
+        assert_eq!(pass().await, Duration::ZERO, "what is just on its way");
+        // Until its own are gone …
+        counters.backlog.set(OWN_FIRST + 1);
+        let gone = async {
+            sleep(YIELD / 2).await;
+            counters.backlog.set(OWN_FIRST);
+        };
+        let (waited, ()) = tokio::join!(pass(), gone);
+        assert!(waited >= YIELD / 2 && waited < YIELD, "{waited:?}");
+        // … but not for ever: a block for each turn goes on while there is more all the time.
+        counters.backlog.set(100 * OWN_FIRST);
+        for _ in 0..3 {
+            let waited = pass().await;
+            assert!(waited >= YIELD && waited < YIELD + LOOK, "{waited:?}");
+        }
+    };
+    tokio::select! {
+        () = carried => panic!("it has ended"),
+        () = asks => {}
+    }
+}

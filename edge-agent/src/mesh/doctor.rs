@@ -1,16 +1,20 @@
-//! What people are told: who is there, and why somebody is not.
+//! What people are told about somebody who is not there: why.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fmt::Write,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use libp2p::Multiaddr;
-use mesh_core::{neighbours::Neighbours, roster::Peer};
+use mesh_core::{
+    neighbours::Neighbours,
+    roster::{Peer, Roster},
+};
 use serde::{Deserialize, Serialize};
 
-use super::{local::Question, roster::Rosters};
-use crate::counters::Counters;
+use super::{dialling, local::Question, own::Own, roster::Rosters, status::status};
+use crate::{counters::Counters, identity::TrustedTime};
+
+/// Clocks that differ by less are of one mind: certificates and rosters hold for weeks.
+const CLOCK_MS: i64 = 5 * 60_000;
+const DAY_MS: i64 = 24 * 3_600_000;
 
 /// What the node knows.
 pub(super) struct Facts<'a> {
@@ -19,122 +23,13 @@ pub(super) struct Facts<'a> {
     pub(super) rosters: &'a Rosters,
     pub(super) listening: Vec<String>,
     pub(super) failures: &'a BTreeMap<Peer, String>,
+    pub(super) places: Vec<dialling::Shown<'a>>,
+    pub(super) own: &'a Own,
+    pub(super) time: &'a TrustedTime,
     pub(super) links: BTreeSet<Peer>,
     pub(super) now_ms: u64,
     pub(super) counters: &'a Counters,
     pub(super) addresses: &'a dyn Fn(&Peer) -> Vec<Multiaddr>,
-}
-
-/// `edge-agent mesh status --json`
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Status {
-    /// This device, on the roster.
-    pub device: Option<String>,
-    /// Where neighbours reach it.
-    pub listening: Vec<String>,
-    /// The newest roster: its version, how many are on it, and until when it holds (seconds since 1970).
-    pub roster: Option<RosterStatus>,
-    /// Handshakes with somebody who is not on the roster.
-    pub strangers: u64,
-    /// What came from neighbours and was not signed by whom it names.
-    pub forgeries: u64,
-    /// Connections that it carried for neighbours without an uplink, and their bytes.
-    #[serde(default)]
-    pub carried: u64,
-    /// Both ways.
-    #[serde(default)]
-    pub carried_bytes: u64,
-    /// Connections of its own to the broker that a neighbour carried.
-    #[serde(default)]
-    pub by_neighbours: u64,
-    /// Frames that neighbours look at, and theirs.
-    #[serde(default)]
-    pub offload: OffloadStatus,
-    /// Bytes of models that came from neighbours.
-    pub swarm_bytes: u64,
-    /// Bytes of models that neighbours had from this device.
-    pub served_bytes: u64,
-    /// Neighbours that have served wrong bytes too often, and are not asked any more.
-    pub bans: u64,
-    /// All that it has heard of.
-    pub neighbours: Vec<NeighbourStatus>,
-}
-
-/// Frames handed to neighbours since the agent's start, and those of neighbours.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct OffloadStatus {
-    /// Handed to a neighbour.
-    pub asked: u64,
-    /// Of these, answered in time.
-    pub answered: u64,
-    /// Of these, refused at once.
-    pub refused: u64,
-    /// Of these, answered too late, wrongly or not at all.
-    pub late: u64,
-    /// Frames of neighbours that this device has looked at.
-    pub served: u64,
-    /// Frames of neighbours that it has not.
-    pub turned_away: u64,
-    /// Parts of a model that it has run for a neighbour.
-    #[serde(default)]
-    pub parts: u64,
-    /// Times that a neighbour with a part of a model failed a frame.
-    #[serde(default)]
-    pub replaced: u64,
-}
-
-impl OffloadStatus {
-    fn of(counters: &Counters) -> Self {
-        let numbers = &counters.offload;
-        Self {
-            asked: numbers.asked.get(),
-            answered: numbers.answered.get(),
-            refused: numbers.refused.get(),
-            late: numbers.late.get(),
-            served: numbers.served.get(),
-            turned_away: numbers.turned_away.get(),
-            parts: numbers.parts.get(),
-            replaced: numbers.replaced.get(),
-        }
-    }
-}
-
-/// The roster, for people.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct RosterStatus {
-    /// Grows with each change.
-    pub version: u64,
-    /// How many are on it.
-    pub devices: usize,
-    /// Seconds since the Unix epoch.
-    pub until: i64,
-    /// Does it still hold?
-    pub holds: bool,
-}
-
-/// A neighbour, for people.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct NeighbourStatus {
-    /// Its name on the roster.
-    pub device: String,
-    /// Is it there?
-    pub here: bool,
-    /// Is there a link with it? Most are known through others.
-    pub linked: bool,
-    /// Does it reach the coordinator?
-    pub uplink: bool,
-    /// In percent.
-    pub load: u8,
-    /// In °C.
-    pub warmth: Option<i8>,
-    /// In MiB.
-    pub free_mib: u32,
-    /// The models in its memory.
-    pub loaded: Vec<String>,
-    /// Where it is.
-    pub addresses: Vec<String>,
-    /// Seconds since it last had something to say: what is as it was is not said again.
-    pub said_s: u64,
 }
 
 /// Answers a question in JSON.
@@ -144,52 +39,6 @@ pub(super) fn answer(what: &Question, facts: &Facts<'_>) -> String {
         Question::Doctor(name) => serde_json::to_string(&examine(name, facts)),
     };
     said.unwrap_or_default()
-}
-
-fn status(facts: &Facts<'_>) -> Status {
-    let roster = facts.rosters.newest();
-    let holds = facts.rosters.current().is_some();
-    let name = |peer: &Peer| {
-        let name = roster.as_ref().and_then(|roster| roster.name(peer));
-        name.map(ToString::to_string)
-    };
-    let mut neighbours: Vec<_> = facts
-        .machine
-        .all()
-        .map(|known| NeighbourStatus {
-            device: name(&known.peer).unwrap_or_else(|| known.peer.to_string()),
-            here: known.is_here,
-            linked: known.is_linked,
-            uplink: known.presence.uplink,
-            load: known.presence.load,
-            warmth: known.presence.warmth,
-            free_mib: known.presence.free_mib,
-            loaded: known.presence.loaded.clone(),
-            addresses: known.presence.addresses.clone(),
-            said_s: facts.now_ms.saturating_sub(known.said_ms) / 1_000,
-        })
-        .collect();
-    neighbours.sort_by(|a, b| a.device.cmp(&b.device));
-    Status {
-        device: name(&facts.me),
-        listening: facts.listening.clone(),
-        roster: roster.as_ref().map(|accepted| RosterStatus {
-            version: accepted.roster.version,
-            devices: accepted.roster.members.len(),
-            until: accepted.roster.exp,
-            holds,
-        }),
-        strangers: facts.counters.strangers.get(),
-        forgeries: facts.counters.forgeries.get(),
-        carried: facts.counters.carried.get(),
-        carried_bytes: facts.counters.carried_bytes.get(),
-        by_neighbours: facts.counters.by_neighbours.get(),
-        offload: OffloadStatus::of(facts.counters),
-        swarm_bytes: facts.counters.swarm_bytes.get(),
-        served_bytes: facts.counters.served_bytes.get(),
-        bans: facts.counters.bans.get(),
-        neighbours,
-    }
 }
 
 /// One thing that was looked at: what, how it is, and whether that is well.
@@ -225,23 +74,14 @@ fn examine(name: &str, facts: &Facts<'_>) -> Vec<Finding> {
         return all;
     };
     let roster = &newest.roster;
-    let holds = facts.rosters.current().is_some();
-    let days = format!(
-        "version {}, {} devices",
-        roster.version,
-        roster.members.len()
+    let (holds, said) = clock(
+        facts.rosters.current().is_some(),
+        roster,
+        facts.time.now_ms(),
+        facts.own.wall.now_ms(),
     );
-    if !find(
-        "clock",
-        holds,
-        if holds {
-            format!("the roster ({days}) holds")
-        } else {
-            format!(
-                "the roster ({days}) has run out: connect to the coordinator, or set this device's clock"
-            )
-        },
-    ) {
+    find("clock", holds, said);
+    if facts.rosters.current().is_none() {
         return all;
     }
     let own = newest.has(&facts.me);
@@ -296,27 +136,29 @@ fn examine(name: &str, facts: &Facts<'_>) -> Vec<Finding> {
             None => "nobody has heard of it since this agent started: is it switched on, with the mesh on?".into(),
         },
     );
-    let addresses = (facts.addresses)(&peer);
-    let mut list = String::new();
-    for address in &addresses {
-        let _ = write!(list, " {address}");
+    let (known, said) = address(&peer, facts);
+    find("address", known, said);
+    for place in facts.places.iter().filter(|place| place.is_written) {
+        let name = |peer: &Peer| newest.name(peer).map(ToString::to_string);
+        let said = match (place.why, place.peer.as_ref().and_then(name)) {
+            (Some(why), _) => why.to_owned(),
+            (None, Some(name)) => format!("{name} answers there, or did"),
+            (None, None) => {
+                "somebody who is there is known by it, or it has yet to be tried".into()
+            }
+        };
+        let what = format!("mesh.peers {}", place.address);
+        find(&what, place.why.is_none(), said);
     }
-    find(
-        "address",
-        !addresses.is_empty(),
-        if addresses.is_empty() {
-            "none is known: on the same network mDNS finds it (UDP 5353 must not be blocked); otherwise write ADDRESS:PORT of \
-             one neighbour into mesh.peers"
-                .into()
-        } else {
-            format!("known:{list}")
-        },
-    );
     let linked = facts.links.contains(&peer);
     let failure = facts.failures.get(&peer);
     let (well, said) = match (linked, failure, here) {
         (true, ..) => (true, "there is a link".into()),
-        (false, Some(why), _) => (false, why.clone()),
+        (false, Some(why), true) => (
+            false,
+            format!("others see it, this device does not reach it: {why}"),
+        ),
+        (false, Some(why), false) => (false, why.clone()),
         (false, None, true) => (
             true,
             "none is needed: each device is linked with some, and hears of the others through them"
@@ -325,7 +167,112 @@ fn examine(name: &str, facts: &Facts<'_>) -> Vec<Finding> {
         (false, None, false) => (false, "none yet; it is tried again and again".into()),
     };
     find("link", well, said);
+    let (well, said) = way(facts);
+    find("uplink", well, said);
     all
+}
+
+/// Does the roster hold, by which clock, and are the clocks of one mind?
+fn clock(is_current: bool, roster: &Roster, trusted_ms: i64, wall_ms: i64) -> (bool, String) {
+    let (version, devices) = (roster.version, roster.members.len());
+    let left_ms = roster.exp.saturating_mul(1_000).saturating_sub(trusted_ms);
+    let behind_ms = roster.iat.saturating_mul(1_000).saturating_sub(trusted_ms);
+    let off_ms = wall_ms.saturating_sub(trusted_ms);
+    if !is_current {
+        let days = -left_ms / DAY_MS;
+        return (
+            false,
+            format!(
+                "the roster (version {version}, {devices} devices) has run out {days} days ago: connect to the coordinator, or \
+                 set this device's clock"
+            ),
+        );
+    }
+    if behind_ms > CLOCK_MS {
+        return (
+            false,
+            format!(
+                "it is {} min earlier here than when the roster was signed: set this device's clock, or connect to the \
+                 coordinator, which says what time it is",
+                behind_ms / 60_000
+            ),
+        );
+    }
+    let days = left_ms / DAY_MS;
+    let holds =
+        format!("the roster (version {version}, {devices} devices) holds, {days} days more");
+    if off_ms.abs() > CLOCK_MS {
+        let (min, how) = (
+            off_ms.abs() / 60_000,
+            if off_ms > 0 { "fast" } else { "slow" },
+        );
+        return (
+            false,
+            format!(
+                "{holds}, by the coordinator's time; this device's own clock is {min} min {how}: readings are stamped with it, \
+                 and neighbours are refused after a start without the coordinator. Set it"
+            ),
+        );
+    }
+    (true, holds)
+}
+
+/// Where a peer is, and what to do where that is not known.
+fn address(peer: &Peer, facts: &Facts<'_>) -> (bool, String) {
+    let mut all: Vec<String> = (facts.addresses)(peer)
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    let named = facts.places.iter().filter(|p| p.peer == Some(*peer));
+    all.extend(named.map(|place| {
+        let by = if place.is_written {
+            "mesh.peers"
+        } else {
+            "the coordinator"
+        };
+        let why = place.why.map(|why| format!(": {why}")).unwrap_or_default();
+        format!("{} (by {by}{why})", place.address)
+    }));
+    if !all.is_empty() {
+        return (true, format!("known: {}", all.join(" ")));
+    }
+    let what = if facts.places.iter().any(|place| place.is_written) {
+        "nobody who is reached by mesh.peers knows it: is one of its own network among them, and does it answer?"
+    } else {
+        "otherwise write ADDRESS:PORT of one neighbour into mesh.peers"
+    };
+    (
+        false,
+        format!(
+            "none is known: on the same network mDNS finds it (UDP 5353 must not be blocked), in another one the coordinator \
+             names it while both are connected; {what}"
+        ),
+    )
+}
+
+/// How this device reaches the coordinator.
+fn way(facts: &Facts<'_>) -> (bool, String) {
+    if *facts.own.uplink.borrow() {
+        return (true, "this device reaches the coordinator by itself".into());
+    }
+    let there = facts.machine.all().filter(|known| known.is_here);
+    let carriers = there.filter(|known| known.presence.uplink).count();
+    let carried = facts.counters.by_neighbours.get();
+    match carriers {
+        0 => (
+            false,
+            "this device does not reach the coordinator, and no neighbour that is there does: readings are kept until one of \
+             them does"
+                .into(),
+        ),
+        _ => (
+            true,
+            format!(
+                "this device does not reach the coordinator by itself; {carriers} neighbours that are there do and may carry it \
+                 ({carried} connections so far)"
+            ),
+        ),
+    }
 }
 
 /// What libp2p says about a failed dial, in words that help.
@@ -349,97 +296,6 @@ pub(super) fn in_words(error: &str) -> String {
     format!("{hint} ({error})")
 }
 
-/// The same for a terminal.
-pub(super) fn shown(status: &Status) -> String {
-    let mut text = String::new();
-    let me = status.device.as_deref().unwrap_or("not on the roster");
-    let _ = writeln!(
-        text,
-        "this device: {me}, reachable at {}",
-        status.listening.join(" ")
-    );
-    match &status.roster {
-        Some(roster) => {
-            let holds = if roster.holds {
-                ""
-            } else {
-                ", which has run out"
-            };
-            let _ = writeln!(
-                text,
-                "roster: version {}, {} devices{holds}",
-                roster.version, roster.devices
-            );
-        }
-        None => text.push_str(
-            "roster: none yet; it comes from the coordinator's broker or from a neighbour\n",
-        ),
-    }
-    if status.carried + status.by_neighbours > 0 {
-        let _ = writeln!(
-            text,
-            "carried for neighbours: {} connections, {} KiB; carried by them: {} connections",
-            status.carried,
-            status.carried_bytes / 1_024,
-            status.by_neighbours
-        );
-    }
-    let here = status.neighbours.iter().filter(|n| n.here).count();
-    let _ = writeln!(text, "{here} neighbours are there");
-    if status.swarm_bytes + status.served_bytes + status.bans > 0 {
-        let (had, gave) = (status.swarm_bytes >> 10, status.served_bytes >> 10);
-        let _ = writeln!(
-            text,
-            "models: {had} KiB from neighbours, {gave} KiB for them, {} of them banned",
-            status.bans
-        );
-    }
-    if status.strangers + status.forgeries > 0 {
-        let (strangers, forgeries) = (status.strangers, status.forgeries);
-        let _ = writeln!(
-            text,
-            "turned away: {strangers} strangers, {forgeries} forgeries"
-        );
-    }
-    let offload = status.offload;
-    if offload.asked > 0 {
-        let _ = writeln!(
-            text,
-            "frames for neighbours: {} asked, {} answered, {} refused, {} too late",
-            offload.asked, offload.answered, offload.refused, offload.late
-        );
-    }
-    if offload.served + offload.turned_away > 0 {
-        let _ = writeln!(
-            text,
-            "frames of neighbours: {} looked at, {} turned away",
-            offload.served, offload.turned_away
-        );
-    }
-    if offload.parts + offload.replaced > 0 {
-        let _ = writeln!(
-            text,
-            "parts of models: {} run for neighbours, {} frames on which a neighbour with a part failed",
-            offload.parts, offload.replaced
-        );
-    }
-    for n in &status.neighbours {
-        let state = match (n.here, n.linked) {
-            (true, true) => "there, linked",
-            (true, false) => "there",
-            (false, _) => "gone",
-        };
-        let uplink = if n.uplink { "uplink" } else { "no uplink" };
-        let warmth = n.warmth.map(|w| format!(", {w} °C")).unwrap_or_default();
-        let _ = writeln!(
-            text,
-            "  {:<24} {state:<14} {uplink:<10} load {:>3} %, {} MiB free{warmth}",
-            n.device, n.load, n.free_mib
-        );
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -455,5 +311,27 @@ mod tests {
             assert!(in_words(error).contains(word), "{error}");
         }
         assert_eq!(in_words("something else"), "something else");
+    }
+
+    #[test]
+    fn a_clock_that_is_wrong_is_said_whatever_the_roster_is() {
+        let roster = Roster {
+            v: 1,
+            site: "hall".parse().unwrap(),
+            version: 7,
+            iat: 1_000_000,
+            exp: 1_000_000 + 28 * 86_400,
+            members: Vec::new(),
+        };
+        let signed_ms = roster.iat * 1_000;
+        let (well, said) = clock(true, &roster, signed_ms + DAY_MS, signed_ms + DAY_MS);
+        assert!(well && said.contains("27 days more"), "{said}");
+        let (well, said) = clock(true, &roster, signed_ms + DAY_MS, signed_ms);
+        assert!(!well && said.contains("1440 min slow"), "{said}");
+        let (well, said) = clock(true, &roster, signed_ms - DAY_MS, signed_ms - DAY_MS);
+        assert!(!well && said.contains("earlier here"), "{said}");
+        let late_ms = signed_ms + 30 * DAY_MS;
+        let (well, said) = clock(false, &roster, late_ms, late_ms);
+        assert!(!well && said.contains("2 days ago"), "{said}");
     }
 }

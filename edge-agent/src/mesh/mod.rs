@@ -3,7 +3,8 @@
 //! ```text
 //!  coordinator ──signed roster──> broker ──> uplink ──> rosters <──── neighbours (they pass it on)
 //!                                                          │ who is let in
-//!   mDNS, mesh.peers ──addresses──> node ══ Noise over TCP ╪══════> other devices
+//!   mDNS, mesh.peers,
+//!   the coordinator ───addresses──> node ══ Noise over TCP ╪══════> other devices
 //!                                    │ ▲
 //!                                    ▼ │  mesh_core::neighbours: who is there, whom to link with, what to say
 //!                            mesh.sock: `edge-agent mesh status | doctor`
@@ -15,16 +16,20 @@
 mod admission;
 mod carry;
 mod config;
+mod dialling;
 mod doctor;
+mod links;
 mod local;
+mod meeting;
 mod names;
 mod node;
 mod own;
 mod roster;
+mod status;
 mod streams;
 #[cfg(test)]
 pub(crate) mod testing;
-mod wire;
+pub(crate) mod wire;
 
 /// What one needs to play a neighbour that means no good, in tests and benchmarks.
 pub mod enemy {
@@ -38,10 +43,11 @@ use std::{path::Path, sync::Arc, thread::JoinHandle};
 
 pub(crate) use carry::{Carriers, Carrying, Detour, Door};
 pub use config::MeshConfig;
-pub use doctor::{Finding, NeighbourStatus, OffloadStatus, RosterStatus, Status};
+pub use doctor::Finding;
 use mesh_core::roster::Peer;
-pub(crate) use own::{Own, warmth_now};
+pub(crate) use own::{DEVICES, Own, accelerators, warmth_now};
 pub(crate) use roster::Rosters;
+pub use status::{NeighbourStatus, OffloadStatus, PlaceStatus, RosterStatus, Status};
 pub(crate) use streams::{Ends, Neighbour, Present, Service, Site};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -170,7 +176,7 @@ pub(crate) fn status(data: &Path, json: bool) -> Result<String, String> {
     if json {
         return Ok(local::ask(data, &Question::Status)? + "\n");
     }
-    Ok(doctor::shown(&status_of(data)?))
+    Ok(status::shown(&status_of(data)?))
 }
 
 /// `edge-agent mesh doctor PEER`: what was found, and whether all is well.

@@ -1,8 +1,7 @@
 //! Carries out what [`mesh_core::neighbours`] decides: links, dials, signatures, and who is to know.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet, VecDeque},
-    hash::{DefaultHasher, Hash, Hasher},
+    collections::{BTreeMap, HashMap},
     net::SocketAddr,
     time::Duration,
 };
@@ -11,21 +10,16 @@ use libp2p::{
     Multiaddr, PeerId, Stream, StreamProtocol, Swarm, Transport,
     connection_limits::{self, ConnectionLimits},
     core::upgrade::Version,
-    futures::{AsyncReadExt, AsyncWriteExt, StreamExt},
+    futures::StreamExt,
     identity::Keypair,
     mdns, noise,
-    swarm::{
-        ConnectionId, NetworkBehaviour, SwarmEvent,
-        behaviour::toggle::Toggle,
-        dial_opts::{DialOpts, PeerCondition},
-    },
+    swarm::{ConnectionId, NetworkBehaviour, behaviour::toggle::Toggle},
     tcp, yamux,
 };
 use libp2p_stream::IncomingStreams;
 use mesh_core::{
-    Backoff,
     neighbours::{Action, Frame, Input, Neighbours},
-    roster::{MAX_MEMBERS, Peer},
+    roster::Peer,
 };
 use tokio::{sync::mpsc, time::interval};
 use tokio_util::sync::CancellationToken;
@@ -33,13 +27,15 @@ use tokio_util::sync::CancellationToken;
 use super::{
     MeshConfig,
     admission::Admission,
+    dialling::Places,
     doctor,
+    links::{Link, News, Seen, WAITING_FOR_ALL},
     local::Request,
-    names::{id, multiaddress, peer, socket},
+    names::{multiaddress, peer, socket},
     own::Own,
     roster::Rosters,
-    streams::{self, Ends, Neighbour, Service, Wanted},
-    wire::{self, Came, PRESENCE, WireError},
+    streams::{Ends, Neighbour, Service, Wanted},
+    wire::{self, Came, PRESENCE},
 };
 use crate::{clock::Monotonic, counters::Counters, dice};
 
@@ -49,10 +45,6 @@ const TICK: Duration = Duration::from_millis(250);
 const LOOK_TICKS: u64 = 20;
 /// Has the roster run out? Looked at so often.
 const EXPIRY_TICKS: u64 = 40;
-/// Neighbours that are written down are tried at once when there is a roster, then, while nobody is there, after at most this …
-const SEARCH_MS: u64 = 500;
-/// … and at last this.
-const MAX_SEARCH_MS: u64 = 10_000;
 /// From the first byte to a link.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// A connection over which nothing is spoken.
@@ -63,49 +55,22 @@ const PENDING: u32 = 64;
 const PER_PEER: u32 = 3;
 /// All connections: about twice the logarithm of the largest site, and those that models and readings need.
 const CONNECTIONS: u32 = 256;
-/// Frames that wait for a neighbour: all that is known of the largest site, twice. One that is slower is let go.
-const WAITING: usize = 2 * MAX_MEMBERS;
 /// What neighbours say, until it is looked at: they wait.
 const NEWS: usize = 256;
-/// Envelopes that were looked at: each comes from several sides.
-const SEEN: usize = 4_096;
 /// Envelopes with a signature that is not good, from one neighbour, until it is let go.
 const FORGERIES: u32 = 3;
-/// A neighbour may say so much at once …
-const BURST: u32 = 2 * 1024 * 1024;
-/// … and so much in a second; then it is read more slowly.
-const BYTES_PER_SECOND: u32 = 64 * 1024;
+/// Addresses at which one peer was found: those of its networks, and of earlier leases.
+const FOUND: usize = 8;
 /// So often mDNS asks again: who comes asks by itself, and is told of the others by those who answer.
 const MDNS_EVERY: Duration = Duration::from_secs(3_600);
+
+mod connections;
 
 #[derive(NetworkBehaviour)]
 pub(super) struct Behaviour {
     streams: libp2p_stream::Behaviour,
     mdns: Toggle<mdns::tokio::Behaviour>,
     limits: connection_limits::Behaviour,
-}
-
-/// Something that a link has to say.
-#[derive(Debug)]
-enum News {
-    /// There is a stream to or from a peer.
-    Opened(PeerId, Stream),
-    /// None could be made.
-    NotOpened(PeerId, String),
-    /// Something came over it.
-    Came(Peer, u64, Came),
-    /// It is over.
-    Ended(Peer, u64, String),
-}
-
-/// A stream of presence.
-struct Link {
-    /// Which one with this peer: news of an older one do not count.
-    number: u64,
-    out: mpsc::Sender<Vec<u8>>,
-    /// Ends its tasks.
-    stop: CancellationToken,
-    forgeries: u32,
 }
 
 /// One connection of libp2p's.
@@ -139,7 +104,6 @@ pub(super) struct Node {
     machine: Neighbours,
     key: Keypair,
     me: Peer,
-    config: MeshConfig,
     rosters: Rosters,
     own: Own,
     counters: Counters,
@@ -154,41 +118,14 @@ pub(super) struct Node {
     wires: HashMap<Peer, Vec<Wire>>,
     /// Where peers were found by mDNS or have been connected to.
     found: HashMap<Peer, Vec<Multiaddr>>,
-    /// Why a peer could not be reached the last time.
+    /// Why a peer could not be reached the last time, since it was last reached.
     failures: BTreeMap<Peer, String>,
-    /// When those that are written down are tried again.
-    search: Backoff,
-    search_at_ms: u64,
+    /// Where somebody may be whom nobody tells of.
+    places: Places,
     seen: Seen,
     tell: mpsc::Sender<News>,
     news: mpsc::Receiver<News>,
     numbers: u64,
-}
-
-/// Envelopes that were looked at.
-#[derive(Default)]
-struct Seen {
-    set: HashSet<u64>,
-    order: VecDeque<u64>,
-}
-
-impl Seen {
-    /// True the first time.
-    fn insert(&mut self, envelope: &[u8]) -> bool {
-        let mut hasher = DefaultHasher::new();
-        envelope.hash(&mut hasher);
-        let hash = hasher.finish();
-        if !self.set.insert(hash) {
-            return false;
-        }
-        self.order.push_back(hash);
-        if self.order.len() > SEEN
-            && let Some(oldest) = self.order.pop_front()
-        {
-            self.set.remove(&oldest);
-        }
-        true
-    }
 }
 
 fn behaviour(config: &MeshConfig, me: PeerId) -> Behaviour {
@@ -257,6 +194,7 @@ impl Node {
         }
         let (tell, news) = mpsc::channel(NEWS);
         listen(&mut swarm, config.listen)?;
+        let places = Places::written(&config.peers);
         Ok(Self {
             swarm,
             streams,
@@ -264,7 +202,6 @@ impl Node {
             machine: Neighbours::new(me, life, dice::throw()),
             key,
             me,
-            config,
             rosters,
             own,
             counters,
@@ -277,8 +214,7 @@ impl Node {
             wires: HashMap::new(),
             found: HashMap::new(),
             failures: BTreeMap::new(),
-            search: Backoff::new(SEARCH_MS, MAX_SEARCH_MS),
-            search_at_ms: 0,
+            places,
             seen: Seen::default(),
             tell,
             news,
@@ -291,6 +227,7 @@ impl Node {
         let mut holding = self.own.holding.clone();
         let mut rosters = self.rosters.subscribe();
         rosters.mark_changed();
+        let mut meeting = self.rosters.meeting().others();
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut ticks = 0_u64;
@@ -301,6 +238,7 @@ impl Node {
                 Some((peer, stream)) = self.incoming.next() => self.link(peer, stream),
                 Some(news) = self.news.recv() => self.hear(news),
                 Ok(()) = rosters.changed() => self.roster(),
+                Ok(()) = meeting.changed() => self.named(),
                 Some(request) = self.requests.recv() => self.answer(request),
                 Some(wanted) = self.ends.wanted.recv() => self.want(wanted),
                 // Others wait to hear of it.
@@ -326,14 +264,14 @@ impl Node {
         if ticks.is_multiple_of(LOOK_TICKS) {
             self.look();
         }
-        if self.links.is_empty() && self.clock.now_ms() >= self.search_at_ms {
-            self.search();
-        }
+        self.search();
         if ticks.is_multiple_of(EXPIRY_TICKS) && self.rosters.current().is_none() {
             // It may have run out.
+            self.seen.clear();
             self.give(Input::Members(Default::default()));
             self.hang_up_on_strangers();
         }
+        self.let_go_of_the_slowest();
         self.give(Input::Tick);
         self.counters.neighbours.set(self.machine.count() as u64);
         self.counters.links.set(self.links.len() as u64);
@@ -347,7 +285,11 @@ impl Node {
 
     /// Looks at what this device has to say of itself.
     fn look(&mut self) {
-        let presence = self.own.look(self.addresses());
+        let addresses = self.addresses();
+        let sockets = addresses.iter().filter_map(|text| text.parse().ok());
+        let sockets = sockets.filter_map(|address| socket(&address));
+        self.rosters.meeting().listens(sockets);
+        let presence = self.own.look(addresses);
         self.give(Input::Own(presence));
     }
 
@@ -398,6 +340,7 @@ impl Node {
             // The connection may have other streams; without any it ends by itself.
             Action::Close(peer) => self.close(&peer),
             Action::Came(peer) => {
+                self.failures.remove(&peer);
                 tracing::info!(device = self.name(&peer), "a neighbour is there");
                 self.tell_present();
             }
@@ -421,15 +364,16 @@ impl Node {
             .as_ref()
             .map(|roster| roster.members())
             .unwrap_or_default();
+        self.seen.clear();
         self.give(Input::Members(members));
         let known: Vec<Peer> = self.found.keys().copied().collect();
         for peer in known {
             self.give(Input::Found(peer));
         }
         self.hang_up_on_strangers();
+        self.named();
         if roster.is_some() && self.links.is_empty() {
-            // Nobody was let in before, and some may be now.
-            self.search.reset();
+            self.places.begin();
             self.search();
         }
         if let Some(roster) = roster {
@@ -446,10 +390,21 @@ impl Node {
         let Some(link) = self.links.get(peer) else {
             return;
         };
-        if link.out.try_send(bytes).is_err() {
+        if !link.send(bytes) {
             tracing::debug!(device = self.name(peer), "too slow a neighbour");
             let number = link.number;
             self.end(*peer, number, "it does not read what it is sent");
+        }
+    }
+
+    /// Many that are slow are a burden that no one of them is.
+    fn let_go_of_the_slowest(&mut self) {
+        while self.links.values().map(Link::waiting).sum::<usize>() > WAITING_FOR_ALL {
+            let slowest = self.links.iter().max_by_key(|(_, link)| link.waiting());
+            let Some((peer, number)) = slowest.map(|(peer, link)| (*peer, link.number)) else {
+                return;
+            };
+            self.end(peer, number, "too much waits for it");
         }
     }
 
@@ -459,29 +414,11 @@ impl Node {
             return;
         };
         self.numbers += 1;
-        let (out, waiting) = mpsc::channel(WAITING);
-        let link = Link {
-            number: self.numbers,
-            out,
-            stop: CancellationToken::new(),
-            forgeries: 0,
-        };
-        let (reader, writer) = stream.split();
-        let (number, stop) = (link.number, link.stop.clone());
-        let tell = self.tell.clone();
-        tokio::spawn(async move {
-            let why = tokio::select! {
-                () = stop.cancelled() => return,
-                why = read(reader, peer, number, &tell) => why,
-                why = write(writer, waiting) => why,
-            };
-            let _ = tell.send(News::Ended(peer, number, why)).await;
-        });
+        let link = Link::start(peer, self.numbers, stream, self.tell.clone());
         self.failures.remove(&peer);
-        self.search.reset();
         // The newer one counts: the other end may have lost the older.
         if let Some(old) = self.links.insert(peer, link) {
-            old.stop.cancel();
+            old.stop();
             self.give(Input::Down(peer));
         }
         if let Some(roster) = self.rosters.current() {
@@ -505,7 +442,7 @@ impl Node {
 
     fn close(&mut self, peer: &Peer) {
         if let Some(link) = self.links.remove(peer) {
-            link.stop.cancel();
+            link.stop();
         }
     }
 
@@ -553,26 +490,21 @@ impl Node {
             Came::Probe => Frame::Probe,
             Came::Sum(sum) => Frame::Sum(sum),
             Came::Tell(envelope) => {
-                if !self.seen.insert(&envelope) {
+                if self.seen.has(&envelope) {
                     // It is alive all the same.
                     return self.give(Input::Frame(from, Frame::Beat));
                 }
                 let Some(signed) = wire::open(&envelope) else {
                     return self.forged(from, number);
                 };
-                Frame::Tell(signed)
-            }
-            Came::Version(theirs) => {
-                let own = self.rosters.current();
-                let version = own.as_ref().map_or(0, |own| own.roster.version);
-                match own.filter(|_| version > theirs) {
-                    Some(newer) => self.send(&from, wire::roster(&newer.signed)),
-                    // Whoever has the newer one sends it when it hears what this device has.
-                    None if version < theirs => self.send(&from, wire::version(version)),
-                    None => {}
+                let statement = signed.statement.clone();
+                self.give(Input::Frame(from, Frame::Tell(signed)));
+                if self.machine.is_settled(&statement) {
+                    self.seen.insert(&envelope);
                 }
                 return;
             }
+            Came::Version(theirs) => return self.compare(from, theirs),
             Came::Roster(signed) => {
                 match self.rosters.offer(&signed) {
                     Ok(true) => {
@@ -593,6 +525,26 @@ impl Node {
         self.give(Input::Frame(from, frame));
     }
 
+    /// A neighbour says which roster it has. The newer one is sent once over a link: whoever did not take it then does not take
+    /// it now, and a question is so much smaller than the answer.
+    fn compare(&mut self, from: Peer, theirs: u64) {
+        let own = self.rosters.current();
+        let version = own.as_ref().map_or(0, |own| own.roster.version);
+        match own.filter(|_| version > theirs) {
+            Some(newer) => {
+                let Some(link) = self.links.get_mut(&from) else {
+                    return;
+                };
+                if std::mem::replace(&mut link.roster, version) < version {
+                    self.send(&from, wire::roster(&newer.signed));
+                }
+            }
+            // Whoever has the newer one sends it when it hears what this device has.
+            None if version < theirs => self.send(&from, wire::version(version)),
+            None => {}
+        }
+    }
+
     fn forged(&mut self, from: Peer, number: u64) {
         self.counters.forgeries.add(1);
         let Some(link) = self.links.get_mut(&from) else {
@@ -608,188 +560,6 @@ impl Node {
         }
     }
 
-    // ---- connections
-
-    /// Tries those that are written down.
-    fn search(&mut self) {
-        self.search_at_ms = self.clock.now_ms() + self.search.next(dice::throw());
-        for address in self.config.peers.clone() {
-            self.dial_unknown(address);
-        }
-    }
-
-    fn dial_unknown(&mut self, address: SocketAddr) {
-        let to = DialOpts::unknown_peer_id()
-            .address(multiaddress(address))
-            .build();
-        if let Err(error) = self.swarm.dial(to) {
-            tracing::debug!(%address, "not dialled: {error}");
-        }
-    }
-
-    /// Every address that a peer is known by.
-    pub(super) fn addresses_of(&self, peer: &Peer) -> Vec<Multiaddr> {
-        let said = self.machine.all().find(|known| known.peer == *peer);
-        let said = said
-            .map(|known| known.presence.addresses.as_slice())
-            .unwrap_or_default();
-        let mut all: Vec<Multiaddr> = said.iter().filter_map(|text| text.parse().ok()).collect();
-        // Nothing but plain addresses: others would need resolvers and relays that are not here.
-        all.extend(self.found.get(peer).into_iter().flatten().cloned());
-        all.retain(|address| socket(address).is_some());
-        all.sort();
-        all.dedup();
-        all
-    }
-
-    fn dial(&mut self, peer: Peer) {
-        let addresses = self.addresses_of(&peer);
-        let Some(id) = id(&peer).filter(|_| !addresses.is_empty()) else {
-            return self.failed(peer, "no address of it is known".into());
-        };
-        // It may be connected already, for something else.
-        if self.wires.get(&peer).is_some_and(|wires| !wires.is_empty()) {
-            return self.open(id);
-        }
-        let to = DialOpts::peer_id(id)
-            .addresses(addresses)
-            .condition(PeerCondition::Always)
-            .build();
-        if let Err(error) = self.swarm.dial(to) {
-            self.failed(peer, error.to_string());
-        }
-    }
-
-    /// Somebody wants a stream: over the connection that there is, or a new one.
-    fn want(&mut self, wanted: Wanted) {
-        let peer = wanted.peer;
-        if self.wires.get(&peer).is_some_and(|wires| !wires.is_empty()) {
-            return streams::open(&self.streams, wanted);
-        }
-        let is_dialled = self.waiting.contains_key(&peer);
-        self.waiting.entry(peer).or_default().push(wanted);
-        if !is_dialled {
-            self.dial(peer);
-        }
-    }
-
-    fn failed(&mut self, peer: Peer, why: String) {
-        for wanted in self.waiting.remove(&peer).unwrap_or_default() {
-            let _ = wanted.back.send(Err(why.clone()));
-        }
-        self.failures.insert(peer, why);
-        // Only what was asked for can fail twice.
-        self.give(Input::Unreachable(peer));
-    }
-
-    /// Opens a stream of presence over a connection.
-    fn open(&self, id: PeerId) {
-        let (mut streams, tell) = (self.streams.clone(), self.tell.clone());
-        tokio::spawn(async move {
-            let opened = streams.open_stream(id, StreamProtocol::new(PRESENCE));
-            let news = match tokio::time::timeout(HANDSHAKE, opened).await {
-                Ok(Ok(stream)) => News::Opened(id, stream),
-                Ok(Err(error)) => News::NotOpened(id, error.to_string()),
-                Err(_) => News::NotOpened(id, "it does not answer".into()),
-            };
-            let _ = tell.send(news).await;
-        });
-    }
-
-    fn event(&mut self, event: SwarmEvent<BehaviourEvent>) {
-        match event {
-            SwarmEvent::ConnectionEstablished {
-                peer_id,
-                connection_id,
-                endpoint,
-                ..
-            } => {
-                let Some(peer) = peer(&peer_id) else { return };
-                self.connected(peer_id, peer, connection_id, endpoint.is_dialer());
-            }
-            SwarmEvent::ConnectionClosed {
-                peer_id,
-                connection_id,
-                ..
-            } => {
-                let Some(peer) = peer(&peer_id) else { return };
-                if let Some(wires) = self.wires.get_mut(&peer) {
-                    wires.retain(|wire| wire.id != connection_id);
-                    if wires.is_empty() {
-                        self.wires.remove(&peer);
-                    }
-                }
-            }
-            SwarmEvent::OutgoingConnectionError {
-                peer_id: Some(id),
-                error,
-                ..
-            } => {
-                if let Some(peer) = peer(&id).filter(|peer| !self.links.contains_key(peer)) {
-                    self.failed(peer, doctor::in_words(&error.to_string()));
-                }
-            }
-            SwarmEvent::IncomingConnectionError { error, .. } => {
-                tracing::debug!("somebody was turned away: {error}");
-            }
-            SwarmEvent::NewListenAddr { address, .. } => {
-                tracing::info!(%address, "neighbours reach this device");
-                self.look();
-            }
-            SwarmEvent::ListenerClosed {
-                reason: Err(error), ..
-            } => {
-                tracing::warn!("neighbours cannot reach this device any more: {error}");
-            }
-            SwarmEvent::Behaviour(BehaviourEvent::Mdns(mdns::Event::Discovered(found))) => {
-                for (id, address) in found {
-                    let Some(peer) = peer(&id).filter(|peer| *peer != self.me) else {
-                        continue;
-                    };
-                    if self.found.len() >= MAX_MEMBERS && !self.found.contains_key(&peer) {
-                        continue;
-                    }
-                    let known = self.found.entry(peer).or_default();
-                    if !known.contains(&address) {
-                        known.push(address);
-                        known.truncate(8);
-                    }
-                    self.give(Input::Found(peer));
-                }
-            }
-            _ => {}
-        }
-    }
-
-    /// Of two connections with one peer, that which the lower key has dialled stays; of two that the same one has
-    /// dialled, the newer. Both ends come to the same.
-    fn connected(&mut self, id: PeerId, peer: Peer, connection: ConnectionId, is_mine: bool) {
-        let wires = self.wires.entry(peer).or_default();
-        let rightful = self.me < peer;
-        let new = Wire {
-            id: connection,
-            is_mine,
-        };
-        let old: Vec<Wire> = wires.clone();
-        wires.push(new);
-        let is_worse = old
-            .iter()
-            .any(|old| old.is_mine != is_mine && old.is_mine == rightful);
-        if is_worse {
-            self.swarm.close_connection(connection);
-            return;
-        }
-        for old in old {
-            self.swarm.close_connection(old.id);
-        }
-        for wanted in self.waiting.remove(&peer).unwrap_or_default() {
-            streams::open(&self.streams, wanted);
-        }
-        if is_mine {
-            self.open(id);
-        }
-    }
-
     // ---- for people
 
     fn answer(&self, request: Request) {
@@ -802,6 +572,9 @@ impl Node {
                 rosters: &self.rosters,
                 listening: self.addresses(),
                 failures: &self.failures,
+                places: self.places.shown().collect(),
+                own: &self.own,
+                time: self.rosters.time(),
                 links: self.links.keys().copied().collect(),
                 now_ms: self.clock.now_ms(),
                 counters: &self.counters,
@@ -822,59 +595,6 @@ fn listen(swarm: &mut Swarm<Behaviour>, address: SocketAddr) -> Result<(), Strin
     done.map(|_| ()).map_err(|error| error.to_string())
 }
 
-/// Reads a link to its end, and says why it ended. Whoever says too much is read slowly.
-async fn read(
-    mut from: impl libp2p::futures::AsyncRead + Unpin,
-    peer: Peer,
-    number: u64,
-    tell: &mpsc::Sender<News>,
-) -> String {
-    let mut allowed = f64::from(BURST);
-    let mut last = tokio::time::Instant::now();
-    loop {
-        let came = match wire::read(&mut from).await {
-            Ok(Some(came)) => came,
-            Ok(None) => return "it has closed it".into(),
-            Err(WireError::Io(error)) => return error.to_string(),
-            Err(error) => return format!("it sends {error}"),
-        };
-        let now = tokio::time::Instant::now();
-        let earned = (now - last).as_secs_f64() * f64::from(BYTES_PER_SECOND);
-        allowed = (allowed + earned).min(f64::from(BURST)) - came.cost();
-        last = now;
-        if allowed < 0.0 {
-            tokio::time::sleep(Duration::from_secs_f64(
-                -allowed / f64::from(BYTES_PER_SECOND),
-            ))
-            .await;
-        }
-        if tell.send(News::Came(peer, number, came)).await.is_err() {
-            return "the mesh has stopped".into();
-        }
-    }
-}
-
-/// Writes what waits, several frames at once where there are several.
-async fn write(
-    mut to: impl libp2p::futures::AsyncWrite + Unpin,
-    mut waiting: mpsc::Receiver<Vec<u8>>,
-) -> String {
-    let mut many = Vec::new();
-    while let Some(first) = waiting.recv().await {
-        many.extend_from_slice(&first);
-        while many.len() < 16 * 1024
-            && let Ok(next) = waiting.try_recv()
-        {
-            many.extend_from_slice(&next);
-        }
-        let written = async {
-            to.write_all(&many).await?;
-            to.flush().await
-        };
-        if let Err(error) = written.await {
-            return error.to_string();
-        }
-        many.clear();
-    }
-    "it was closed here".into()
-}
+#[cfg(test)]
+#[path = "node_tests.rs"]
+mod tests;

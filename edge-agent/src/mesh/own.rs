@@ -1,15 +1,37 @@
 //! What the device has to say of itself.
 
-use mesh_core::neighbours::Presence;
+use std::path::{Path, PathBuf};
+
+use mesh_core::{Name, neighbours::Presence};
 use tokio::sync::watch;
 
-use crate::update::{Engines, Holding};
+use crate::{
+    clock::WallClock,
+    update::{Engines, Holding},
+};
 
 /// The kernel's own summary of how busy it was in the last minute.
 const LOAD: &str = "/proc/loadavg";
 const MEMORY: &str = "/proc/meminfo";
 /// Of the processor, in thousandths of a degree.
 const WARMTH: &str = "/sys/class/thermal/thermal_zone0/temp";
+
+/// Where Linux shows devices.
+pub(crate) const DEVICES: &str = "/dev";
+/// What there may be to compute faster with: how a neighbour calls it, and with what its file's path there begins. Whether a
+/// program makes use of it is another matter; it says what a device could be given to do.
+const ACCELERATORS: [(&str, &str); 10] = [
+    ("hailo", "hailo"),
+    ("coral", "apex_"),
+    ("cuda", "nvidia0"),
+    ("jetson", "nvhost-gpu"),
+    ("jetson", "nvhost-as-gpu"),
+    ("rockchip-npu", "rknpu"),
+    ("vivante-npu", "galcore"),
+    ("ethos-npu", "ethosu"),
+    ("npu", "accel/accel"),
+    ("gpu", "dri/renderD"),
+];
 
 /// Where it is read from.
 #[derive(Clone, Debug)]
@@ -21,6 +43,10 @@ pub(crate) struct Own {
     pub(crate) answers: bool,
     /// The models on its disk.
     pub(crate) holding: watch::Receiver<Holding>,
+    /// What it has to compute faster with: looked at once, nobody plugs it in.
+    pub(crate) accelerators: Vec<Name>,
+    /// For people who wonder about the time.
+    pub(crate) wall: WallClock,
 }
 
 impl Own {
@@ -41,9 +67,27 @@ impl Own {
             fetching: holding.fetching.into_iter().collect(),
             uplink: *self.uplink.borrow(),
             answers: self.answers,
-            accelerators: Vec::new(),
+            accelerators: self.accelerators.clone(),
         }
     }
+}
+
+/// What is shown below `devices`: each kind once.
+pub(crate) fn accelerators(devices: &Path) -> Vec<Name> {
+    let is_there = |beginning: &str| {
+        let whole: PathBuf = devices.join(beginning);
+        let (folder, start) = (whole.parent(), whole.file_name().and_then(|n| n.to_str()));
+        let entries = folder.and_then(|folder| std::fs::read_dir(folder).ok());
+        let (Some(entries), Some(start)) = (entries, start) else {
+            return false;
+        };
+        let mut names = entries.flatten().map(|entry| entry.file_name());
+        names.any(|name| name.to_str().is_some_and(|name| name.starts_with(start)))
+    };
+    let there = ACCELERATORS.iter().filter(|(_, file)| is_there(file));
+    let mut all: Vec<Name> = there.filter_map(|(name, _)| name.parse().ok()).collect();
+    all.dedup();
+    all
 }
 
 /// Of the processor now, in °C; nothing where there is no thermometer.
@@ -79,6 +123,30 @@ fn free_mib(text: &str) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn accelerators_are_what_linux_shows() {
+        let dir = tempfile::tempdir().unwrap();
+        let names = || -> Vec<String> {
+            let all = accelerators(dir.path());
+            all.iter().map(ToString::to_string).collect()
+        };
+        assert_eq!(names(), Vec::<String>::new());
+        std::fs::create_dir(dir.path().join("dri")).unwrap();
+        for file in [
+            "hailo0",
+            "null",
+            "nvhost-gpu",
+            "nvhost-as-gpu",
+            "dri/renderD128",
+            "dri/card0",
+            "video0",
+        ] {
+            std::fs::write(dir.path().join(file), "").unwrap();
+        }
+        assert_eq!(names(), ["hailo", "jetson", "gpu"]);
+        assert!(accelerators(Path::new("/nowhere")).is_empty());
+    }
 
     #[test]
     fn what_the_kernel_says() {

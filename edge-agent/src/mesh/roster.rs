@@ -13,6 +13,7 @@ use mesh_core::{
 };
 use tokio::sync::watch;
 
+use super::meeting::MeetingPlace;
 use crate::{
     identity::{Tls, TrustedTime},
     update::disk::{read_bounded, replace},
@@ -68,6 +69,7 @@ pub(crate) struct Rosters {
     tell: Arc<watch::Sender<Option<Arc<Accepted>>>>,
     /// One at a time: it may come from the broker and from neighbours.
     turn: Arc<Mutex<()>>,
+    meeting: MeetingPlace,
 }
 
 impl Rosters {
@@ -80,6 +82,7 @@ impl Rosters {
             time,
             tell: Arc::new(watch::channel(None).0),
             turn: Arc::default(),
+            meeting: MeetingPlace::default(),
         };
         let path = rosters.folder.join(FILE);
         match read_bounded(&path, MAX_ROSTER_BYTES as u64) {
@@ -128,7 +131,34 @@ impl Rosters {
             time: Arc::new(TrustedTime::new(wall, 0)),
             tell: Arc::new(watch::channel(Some(Arc::new(accepted))).0),
             turn: Arc::default(),
+            meeting: MeetingPlace::default(),
         }
+    }
+
+    /// Takes its place, signed or not.
+    #[cfg(test)]
+    pub(super) fn replace(&self, with: Option<Arc<Accepted>>) {
+        self.tell.send_replace(with);
+    }
+
+    /// By what rosters run out.
+    pub(super) fn time(&self) -> &TrustedTime {
+        &self.time
+    }
+
+    /// This is what its signed text is.
+    #[cfg(test)]
+    pub(super) fn sign_for_test(&self, signed: &str) {
+        let accepted = self.newest().map(|accepted| Accepted {
+            signed: signed.into(),
+            ..Accepted::clone(&accepted)
+        });
+        self.replace(accepted.map(Arc::new));
+    }
+
+    /// Where those on it are to be found, by the same coordinator's word.
+    pub(crate) const fn meeting(&self) -> &MeetingPlace {
+        &self.meeting
     }
 
     /// The newest one, while it holds.

@@ -8,15 +8,17 @@ use std::{
 
 use libp2p::identity::{Keypair, ecdsa};
 use mesh_core::roster::Peer;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Ends, MeshConfig, Own, Rosters, Service,
+    Ends, MeshConfig, Own, Rosters, Service, Site, Status,
+    local::{Question, Request},
     names::peer,
     node::{Node, Start},
 };
 use crate::{
+    clock::WallClock,
     counters::Counters,
     update::{Engines, Holding},
 };
@@ -58,7 +60,7 @@ impl Drop for Running {
     }
 }
 
-/// Starts the `n`-th of the members.
+/// Starts the `n`-th of the members, that knows where all of them are.
 pub(crate) fn start(
     members: &[Member],
     n: usize,
@@ -67,19 +69,103 @@ pub(crate) fn start(
     holding: watch::Receiver<Holding>,
     counters: Counters,
 ) -> Running {
+    let rosters = rosters(members);
+    let all: Vec<usize> = (0..members.len()).collect();
+    let parts = (rosters, ends, services, holding, counters);
+    run(members, n, &all, parts).0
+}
+
+/// A roster with all of them.
+pub(super) fn rosters(members: &[Member]) -> Rosters {
     let peers: Vec<Peer> = members.iter().map(|member| member.peer).collect();
-    let rosters = Rosters::of_test(&peers);
+    Rosters::of_test(&peers)
+}
+
+/// A device that has nothing and serves nothing, and where some of the members are written down.
+pub(super) struct Quiet {
+    pub(super) rosters: Rosters,
+    pub(super) site: Site,
+    ask: mpsc::Sender<Request>,
+    pub(super) running: Running,
+}
+
+impl Quiet {
+    pub(super) fn start(members: &[Member], n: usize, peers: &[usize], rosters: Rosters) -> Self {
+        let (site, ends) = Site::new();
+        let holding = watch::channel(Holding::default()).1;
+        let parts = (
+            rosters.clone(),
+            ends,
+            Vec::new(),
+            holding,
+            Counters::default(),
+        );
+        let (running, ask) = run(members, n, peers, parts);
+        Self {
+            rosters,
+            site,
+            ask,
+            running,
+        }
+    }
+
+    /// Does it see exactly these?
+    pub(super) fn sees(&self, members: &[Member], who: &[usize]) -> bool {
+        let mut seen: Vec<Peer> = self.site.present().iter().map(|n| n.peer).collect();
+        let mut wanted: Vec<Peer> = who.iter().map(|n| members[*n].peer).collect();
+        seen.sort_unstable();
+        wanted.sort_unstable();
+        seen == wanted
+    }
+
+    pub(super) fn status(&self) -> Status {
+        let (back, answer) = oneshot::channel();
+        let what = Question::Status;
+        // On a thread that drives nothing else.
+        let ask = || {
+            self.ask.blocking_send(Request { what, back }).unwrap();
+            answer.blocking_recv().unwrap()
+        };
+        let said = std::thread::scope(|scope| scope.spawn(ask).join().unwrap());
+        serde_json::from_str(&said).unwrap()
+    }
+}
+
+impl Member {
+    pub(super) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    pub(super) fn key(&self) -> &Keypair {
+        &self.key
+    }
+}
+
+type Parts = (
+    Rosters,
+    Ends,
+    Vec<Service>,
+    watch::Receiver<Holding>,
+    Counters,
+);
+
+fn run(
+    members: &[Member],
+    n: usize,
+    peers: &[usize],
+    (rosters, ends, services, holding, counters): Parts,
+) -> (Running, mpsc::Sender<Request>) {
     let config = MeshConfig {
         listen: members[n].address,
-        peers: members.iter().map(|member| member.address).collect(),
+        peers: peers.iter().map(|n| members[*n].address).collect(),
         mdns: false,
         ..MeshConfig::default()
     };
     let key = members[n].key.clone();
     let stop = CancellationToken::new();
     let ended = stop.clone();
+    let (ask, requests) = mpsc::channel(1);
     let thread = std::thread::spawn(move || {
-        let (_ask, requests) = mpsc::channel(1);
         let start = Start {
             config,
             key,
@@ -90,6 +176,8 @@ pub(crate) fn start(
                 uplink: watch::channel(true).1,
                 answers: true,
                 holding,
+                accelerators: Vec::new(),
+                wall: WallClock::system(),
             },
             counters,
             requests,
@@ -98,10 +186,11 @@ pub(crate) fn start(
         };
         runtime().block_on(async { Node::new(start).unwrap().run(ended).await });
     });
-    Running {
+    let running = Running {
         stop,
         thread: Some(thread),
-    }
+    };
+    (running, ask)
 }
 
 fn runtime() -> tokio::runtime::Runtime {

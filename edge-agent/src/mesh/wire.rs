@@ -32,7 +32,7 @@ const PAYLOAD: &[u8] = b"/lacewing/statement";
 
 /// What came over a link, before signatures are looked at.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Came {
+pub(crate) enum Came {
     Beat,
     Probe,
     Sum(u64),
@@ -43,7 +43,7 @@ pub(super) enum Came {
 
 impl Came {
     /// In bytes, with what it costs to look at it.
-    pub(super) fn cost(&self) -> f64 {
+    pub(crate) fn cost(&self) -> f64 {
         /// Of a signature that is to be verified, in bytes that could be read meanwhile.
         const SIGNATURE: usize = 512;
         let bytes = match self {
@@ -58,7 +58,7 @@ impl Came {
 
 /// Why a link is ended.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum WireError {
+pub(crate) enum WireError {
     #[error("{0}")]
     Io(#[from] std::io::Error),
     #[error("a frame of {0} bytes")]
@@ -98,7 +98,7 @@ pub(super) fn roster(signed: &str) -> Vec<u8> {
 }
 
 /// Reads one frame; nothing at the end of the stream. What is too large is refused before it is read.
-pub(super) async fn read(from: &mut (impl AsyncRead + Unpin)) -> Result<Option<Came>, WireError> {
+pub(crate) async fn read(from: &mut (impl AsyncRead + Unpin)) -> Result<Option<Came>, WireError> {
     let mut head = [0; 5];
     match from.read_exact(&mut head[..1]).await {
         Ok(()) => {}

@@ -1,6 +1,6 @@
 //! `mesh-hostile`: a third of a site means no good; what do the others know of each other?
 
-use std::{net::SocketAddr, time::Duration};
+use std::{collections::HashSet, net::SocketAddr, time::Duration};
 
 use anyhow::Context;
 use tokio::{
@@ -16,7 +16,7 @@ use super::{
 use crate::{
     cli::BenchArgs,
     dice::Dice,
-    neighbour::{self, Deed},
+    neighbour::{self, Deed, NOWHERE},
     process::usage,
     site::Site,
 };
@@ -68,6 +68,8 @@ pub(crate) async fn run(args: &BenchArgs, results: &mut Results) -> anyhow::Resu
     all_met(&mut site).await?;
     // Their keys are what the enemy has; the agents themselves are out of his way.
     let stolen = site.devices.split_off(DEVICES - ENEMIES);
+    let names = site.devices.iter().chain(&stolen).map(|d| d.name.clone());
+    let members: HashSet<String> = names.collect();
     let mut taken = Vec::new();
     for mut device in stolen {
         device.agent.kill().await?;
@@ -95,12 +97,18 @@ pub(crate) async fn run(args: &BenchArgs, results: &mut Results) -> anyhow::Resu
         println!("{deed:?}: {done} times");
         anyhow::ensure!(done > 0, "{deed:?} was never done: nothing was tested");
     }
-    let (mut strangers, mut forgeries) = (0, 0);
+    let (mut turned_away, mut forgeries, mut strangers, mut accepted) = (0, 0, 0, 0);
     for status in statuses(&site).await? {
-        strangers += status.strangers;
+        turned_away += status.strangers;
         forgeries += status.forgeries;
+        for neighbour in &status.neighbours {
+            strangers += u32::from(!members.contains(&neighbour.device));
+            let is_forged = neighbour.addresses.iter().any(|address| address == NOWHERE);
+            let is_honest = site.devices.iter().any(|d| d.name == neighbour.device);
+            accepted += u32::from(is_forged && is_honest);
+        }
     }
-    println!("{strangers} handshakes with strangers, {forgeries} forged statements");
+    println!("turned away: {turned_away} strangers' handshakes, {forgeries} forged envelopes");
     site.stop().await?;
     results.add(
         "news of honest devices that all honest ones had within 10 s, against no enemies",
@@ -115,6 +123,20 @@ pub(crate) async fn run(args: &BenchArgs, results: &mut Results) -> anyhow::Resu
         "",
         Some(calm.constant()),
         Goal::AtLeast(DELIVERED),
+    );
+    results.add(
+        "strangers that honest devices take for neighbours",
+        f64::from(strangers),
+        "",
+        None,
+        Goal::AtMost(0.0),
+    );
+    results.add(
+        "forged statements about honest devices that honest ones believe",
+        f64::from(accepted),
+        "",
+        None,
+        Goal::AtMost(0.0),
     );
     results.add(
         "most memory of an honest agent, against no enemies",

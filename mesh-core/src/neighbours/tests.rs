@@ -8,7 +8,7 @@ use alloc::{
 use core::cmp::Reverse;
 use std::println;
 
-use super::*;
+use super::{watching::GONE_MS, *};
 use crate::{
     Digest,
     testing::{Dice, histories},
@@ -308,6 +308,42 @@ fn who_loses_power_is_gone_within_five_seconds_and_back_at_once() {
         site.start(one, &[other]);
         let back = site.until_true(1_000);
         assert!(back.is_some(), "seed {seed}: not back");
+    }
+}
+
+/// Each of them was watched by the next, which has gone with it. Those that live between them are never thought to be gone.
+#[test]
+fn those_that_stand_side_by_side_and_go_together_are_gone_together() {
+    for seed in 0..30 {
+        let mut site = Site::new(20, seed);
+        site.start_all();
+        site.run(30_000);
+        assert!(site.is_true(), "seed {seed}");
+        let ring: Vec<usize> = site.peers.values().copied().collect();
+        let first = site.dice.below(20) as usize;
+        // Five in a row, or all but every third of seven.
+        let places: &[usize] = match seed % 2 {
+            0 => &[0, 1, 2, 3, 4],
+            _ => &[0, 1, 3, 4, 6],
+        };
+        for place in places {
+            site.kill(ring[(first + place) % 20], true);
+        }
+        let died = site.now;
+        while !site.is_true() {
+            assert!(site.now < died + 6_000, "seed {seed}: {}", site.told());
+            site.run(20);
+            let living = (0..20).filter(|i| site.nodes[*i].is_some());
+            let living: BTreeSet<Peer> = living.map(peer).collect();
+            let nodes = site.nodes.iter().flatten();
+            let sees_them = |node: &Neighbours| living.is_subset(&node.live);
+            assert!(nodes.map(sees_them).all(|sees| sees), "seed {seed}");
+        }
+        let until = site.now + 30_000;
+        while site.now < until {
+            site.run(100);
+            assert!(site.is_true(), "seed {seed}: not for long");
+        }
     }
 }
 

@@ -66,10 +66,22 @@ struct Bringing<'a, L> {
     looks: Looks,
     /// Nothing is asked for before.
     hello_ms: u64,
-    /// Neighbours are of no use for this.
-    is_deaf: bool,
+    nowhere: Nowhere,
     /// What the coordinator did not bring, and why.
     last: Option<UpdateError>,
+}
+
+/// Some neighbours say that the coordinator has no delta. It saves everybody who hears it the wait for a delta that does not come;
+/// as a lie it would make everybody fetch what one of them would have brought. So each asks the coordinator, once, and
+/// fetches nothing by that.
+#[derive(Default)]
+struct Nowhere {
+    /// The question that is under way.
+    check: JoinSet<Result<bool, UpdateError>>,
+    is_asked: bool,
+    /// There is one.
+    is_a_lie: bool,
+    said_by: HashSet<Peer>,
 }
 
 /// Those that are looked at.
@@ -113,7 +125,7 @@ impl<'a, L: Load> Bringing<'a, L> {
                 heard,
             },
             hello_ms: now_ms + HELLO_MS,
-            is_deaf: false,
+            nowhere: Nowhere::default(),
             last: None,
         }
     }
@@ -156,6 +168,7 @@ impl<'a, L: Load> Bringing<'a, L> {
                     self.done(done?)?;
                 }
                 Some(heard) = self.looks.heard.recv() => self.hear(heard),
+                Some(checked) = self.nowhere.check.join_next() => self.checked(checked.ok())?,
                 _ = tick.tick() => {}
             }
         }
@@ -166,10 +179,7 @@ impl<'a, L: Load> Bringing<'a, L> {
         let Some(swarm) = self.with.swarm else {
             return;
         };
-        let circle = match self.is_deaf {
-            true => Vec::new(),
-            false => swarm.circle(self.with.release, now_ms),
-        };
+        let circle = swarm.circle(self.with.release, now_ms);
         let plan = &mut self.plan;
         self.looks.peers.retain(|peer, look| {
             let stays = circle.contains(peer);
@@ -206,8 +216,9 @@ impl<'a, L: Load> Bringing<'a, L> {
             // What was said before it was left.
             Heard::Said(peer, _) if !self.looks.peers.contains_key(&peer) => {}
             Heard::Said(peer, said) => {
-                // The coordinator has none. It may be a lie: each asks for itself, as if there were no neighbours.
-                self.is_deaf |= said.delta == DeltaState::Nowhere && self.load.delta().is_some();
+                if said.delta == DeltaState::Nowhere {
+                    self.doubt(peer);
+                }
                 self.looks.known.insert(peer);
                 let offer = self.load.offer(&said);
                 self.plan.offer(peer, offer, self.clock.now_ms());
@@ -216,6 +227,41 @@ impl<'a, L: Load> Bringing<'a, L> {
                 self.looks.known.insert(peer);
                 self.plan.gone(&peer);
             }
+        }
+    }
+
+    /// A neighbour says that the coordinator has no delta.
+    fn doubt(&mut self, peer: Peer) {
+        let is_new = self.nowhere.said_by.insert(peer);
+        if !self.nowhere.is_asked {
+            self.nowhere.is_asked = true;
+            if let Some(check) = self.load.is_there(self.with.client, self.with.watchful) {
+                self.nowhere.check.spawn_blocking(check);
+            }
+        } else if self.nowhere.is_a_lie
+            && is_new
+            && let Some(swarm) = self.with.swarm
+        {
+            swarm.lied(peer);
+        }
+    }
+
+    /// The coordinator has said whether there is one.
+    fn checked(&mut self, answer: Option<Result<bool, UpdateError>>) -> Result<(), UpdateError> {
+        match answer {
+            Some(Ok(false)) => Err(UpdateError::NoDelta),
+            Some(Ok(true)) => {
+                self.nowhere.is_a_lie = true;
+                if let Some(swarm) = self.with.swarm {
+                    self.nowhere
+                        .said_by
+                        .iter()
+                        .for_each(|peer| swarm.lied(*peer));
+                }
+                Ok(())
+            }
+            // It cannot be asked: then it is as if nobody had said anything.
+            Some(Err(_)) | None => Ok(()),
         }
     }
 

@@ -39,6 +39,9 @@ pub(super) enum Trouble {
     Coordinator(UpdateError),
 }
 
+/// A question to the coordinator: is there such a thing?
+pub(super) type Check = Box<dyn FnOnce() -> Result<bool, UpdateError> + Send>;
+
 /// What is brought, in pieces.
 pub(in crate::update) trait Load {
     /// The name of each piece.
@@ -63,6 +66,11 @@ pub(in crate::update) trait Load {
         client: &Client,
         watchful: &Watchful,
     ) -> Box<dyn FnOnce() -> Result<Vec<u8>, UpdateError> + Send>;
+    /// Asks whether the coordinator has what a neighbour says is nowhere, and takes nothing of it; nothing where there is nothing
+    /// to ask. Blocks.
+    fn is_there(&self, _: &Client, _: &Watchful) -> Option<Check> {
+        None
+    }
     /// Takes a piece in if it is what it should be.
     fn take(&mut self, piece: usize, from: Source, bytes: &[u8]) -> Result<(), UpdateError>;
 }
@@ -246,6 +254,20 @@ impl Load for Delta {
                 None => Ok(written.map(|()| Vec::new())?),
             }
         })
+    }
+
+    fn is_there(&self, client: &Client, watchful: &Watchful) -> Option<Check> {
+        // It would not be fetched from there in any case.
+        if self.of_neighbours_only {
+            return None;
+        }
+        let (from, to, most) = (self.from, self.to, self.most);
+        let (client, watchful) = (client.clone(), watchful.clone());
+        // Nothing is read of what the answer holds: the connection is closed upon it.
+        Some(Box::new(move || {
+            let delta = client.delta(from, to, most, &watchful)?;
+            Ok(delta.is_some())
+        }))
     }
 
     fn take(&mut self, _: usize, source: Source, _: &[u8]) -> Result<(), UpdateError> {

@@ -15,6 +15,7 @@
 
 mod ask;
 mod bring;
+pub(crate) mod fuzzed;
 mod load;
 mod papers;
 mod serve;
@@ -200,11 +201,20 @@ impl Swarm {
 
     /// A neighbour has served other bytes than it was asked for.
     pub(super) fn bad(&self, peer: Peer) {
+        self.strike(peer, "it has served wrong bytes");
+    }
+
+    /// A neighbour has said that there is nothing where there is something.
+    fn lied(&self, peer: Peer) {
+        self.strike(peer, "it says that there is no delta, and there is one");
+    }
+
+    fn strike(&self, peer: Peer, why: &str) {
         if self.standing().bad(peer, self.clock.now_ms()) {
             self.asking.counters.bans.add(1);
-            tracing::warn!(%peer, "a neighbour has served wrong bytes three times, and is not asked any more");
+            tracing::warn!(%peer, why, "a neighbour does it for the third time, and is not asked any more");
         } else {
-            tracing::warn!(%peer, "a neighbour has served wrong bytes");
+            tracing::warn!(%peer, why, "a neighbour is left for a while");
         }
     }
 

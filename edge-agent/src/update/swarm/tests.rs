@@ -49,6 +49,8 @@ enum Lie {
     Mute,
     /// Hangs up.
     Rude,
+    /// Says that the coordinator has no delta, and has nothing itself.
+    Denial,
 }
 
 struct World {
@@ -154,14 +156,17 @@ impl Device {
 
 /// Says that it has everything and fetches it, and serves it badly.
 fn liar(lie: Lie) -> Vec<Service> {
-    let offers = Service::new(OFFERS, 9, 9, |_, mut stream: Stream| async move {
+    let offers = Service::new(OFFERS, 9, 9, move |_, mut stream: Stream| async move {
         let mut look = [0; LOOK_BYTES];
         while stream.read_exact(&mut look).await.is_ok() {
             let said = Said {
-                fetches: true,
-                uplink: true,
-                delta: DeltaState::Here,
-                has: vec![true; PIECES],
+                fetches: !matches!(lie, Lie::Denial),
+                uplink: !matches!(lie, Lie::Denial),
+                delta: match lie {
+                    Lie::Denial => DeltaState::Nowhere,
+                    _ => DeltaState::Here,
+                },
+                has: vec![!matches!(lie, Lie::Denial); PIECES],
             };
             stream.write_all(&said.to_bytes()).await.unwrap();
             stream.flush().await.unwrap();
@@ -174,7 +179,7 @@ fn liar(lie: Lie) -> Vec<Service> {
             Lie::Wrong => CHUNK_BYTES,
             Lie::Long => usize::MAX >> 33,
             Lie::Mute => return std::future::pending().await,
-            Lie::Rude => return,
+            Lie::Rude | Lie::Denial => return,
         };
         let length = u32::try_from(length).unwrap().to_be_bytes();
         stream.write_all(&length).await.unwrap();
@@ -342,6 +347,51 @@ fn a_delta_comes_once_and_one_that_is_wrong_does_not_matter() {
     }
     for device in &world.devices {
         assert_eq!(device.model(&last.0).unwrap(), newest);
+    }
+}
+
+/// One that says so is asked for the truth of it by nobody but the coordinator, and costs no second copy.
+#[test]
+fn that_there_is_no_delta_is_believed_of_the_coordinator_only() {
+    let world = World::new(3, &[Lie::Denial]);
+    let old = noise(8, LENGTH);
+    let before = world.server.release("1", &old);
+    for result in world.fetch(&[0, 1, 2], &before) {
+        result.unwrap();
+    }
+    let mut new = old.clone();
+    new[..2 * CHUNK_BYTES].copy_from_slice(&noise(9, 2 * CHUNK_BYTES));
+    let delta = delta::make(&old, &new).unwrap();
+    let path = format!("/api/v1/deltas/{}/{}", digest_of(&old), digest_of(&new));
+    let after = world.server.release("2", &new);
+    world.server.put(path, &delta);
+    let fetching = Some(after.0.digest);
+    world.liars[0].send_replace(Holding {
+        holds: Vec::new(),
+        fetching,
+    });
+    until("all hear of the liar", || {
+        let now_ms = |d: &Device| d.swarm.clock().now_ms();
+        let circle = |d: &Device| d.swarm.circle(after.0.digest, now_ms(d));
+        world.devices.iter().all(|d| circle(d).len() == 1)
+    });
+    let of_coordinator = || -> u64 {
+        let all = world.devices.iter();
+        all.map(|d| d.counters.update_bytes.get()).sum()
+    };
+    let had = of_coordinator();
+    for result in world.fetch(&[0, 1, 2], &after) {
+        result.unwrap();
+    }
+    let copies = (of_coordinator() - had) as f64 / delta.len() as f64;
+    println!("{copies:.2} copies of a delta of {} bytes", delta.len());
+    assert!(copies < 2.0, "{copies}");
+    for device in &world.devices {
+        assert_eq!(device.model(&after.0).unwrap(), new);
+        let (standing, now_ms) = (device.swarm.standing(), device.swarm.clock().now_ms());
+        let present = device.swarm.asking().site.present();
+        let good = present.iter().filter(|n| standing.is_good(&n.peer, now_ms));
+        assert_eq!(good.count(), 2, "the liar is left");
     }
 }
 
