@@ -117,6 +117,8 @@ pub struct SamplesConfig {
     pub max_samples: u64,
     /// The most bytes of images, at least 8 MiB.
     pub max_bytes: u64,
+    /// Days that samples are kept which are neither labelled nor held out, at most 36,500; 0 is for ever.
+    pub max_age_days: u64,
 }
 
 /// How models are trained and judged.
@@ -167,6 +169,7 @@ impl Default for Config {
                 staging_bytes: 1 << 30,
                 max_samples: 1_000_000,
                 max_bytes: 100 << 30,
+                max_age_days: 0,
             },
             training: TrainingConfig {
                 models: Vec::new(),
@@ -225,6 +228,49 @@ impl Fields<'_> {
         }
     }
 
+    /// The same of a section whose fields serde knows, and each of which has a default: they are looked at one by one, so that
+    /// every mistake is told. `check` says of a value what is out of its range, beginning with its field.
+    fn section<T: serde::de::DeserializeOwned>(
+        &mut self,
+        name: &str,
+        value: &mut T,
+        check: impl Fn(&T) -> Result<(), String>,
+    ) {
+        let section = match self.table.remove(name) {
+            None => return,
+            Some(Value::Table(section)) => section,
+            Some(other) => {
+                let kind = other.type_str();
+                let wrong = format!("{}{name}: is a section, not {kind}", self.prefix);
+                self.errors.push(wrong);
+                return;
+            }
+        };
+        let mistakes: Vec<_> = section
+            .iter()
+            .filter_map(|(field, value)| {
+                let alone = Table::from_iter([(field.clone(), value.clone())]);
+                let read = alone
+                    .try_into()
+                    .map_err(|error: toml::de::Error| format!("{field}: {}", error.message()));
+                read.and_then(|read| check(&read)).err()
+            })
+            .collect();
+        match section.try_into::<T>() {
+            Ok(read) if mistakes.is_empty() => *value = read,
+            Err(error) if mistakes.is_empty() => {
+                let wrong = format!("{}{name}: {}", self.prefix, error.message());
+                self.errors.push(wrong);
+            }
+            _ => {
+                let named = mistakes
+                    .iter()
+                    .map(|m| format!("{}{name}.{m}", self.prefix));
+                self.errors.extend(named);
+            }
+        }
+    }
+
     fn finish(self) {
         for name in self.table.keys() {
             self.errors
@@ -275,13 +321,6 @@ fn address(value: Value) -> Result<SocketAddr, String> {
     text(value)?
         .parse()
         .map_err(|_| "is an address and a port, as in \"127.0.0.1:8443\"".into())
-}
-
-/// A section whose fields serde knows.
-fn section_of<T: serde::de::DeserializeOwned>(value: Value) -> Result<T, String> {
-    value
-        .try_into()
-        .map_err(|error: toml::de::Error| error.message().to_owned())
 }
 
 fn boolean(value: Value) -> Result<bool, String> {
@@ -475,6 +514,8 @@ impl Config {
         samples.take("max_samples", most, whole(1, 1_000_000_000));
         let bytes = &mut self.samples.max_bytes;
         samples.take("max_bytes", bytes, whole(largest, i64::MAX as u64));
+        let days = &mut self.samples.max_age_days;
+        samples.take("max_age_days", days, whole(0, 36_500));
         samples.finish();
 
         let mut training = Fields {
@@ -487,14 +528,11 @@ impl Config {
         let limit = &mut self.training.time_limit_s;
         training.take("time_limit_s", limit, whole(1, 604_800));
         training.take("external", &mut self.training.external, texts);
-        training.take("policy", &mut self.training.policy, section_of);
+        training.section("policy", &mut self.training.policy, |_| Ok(()));
         training.take("device_share", &mut self.training.device_share, share);
-        let policy = |value| {
-            let policy: learn::suspect::Policy = section_of(value)?;
-            policy.check().map(|()| policy)
-        };
-        training.take("suspect", &mut self.training.suspect, policy);
-        training.take("start", &mut self.training.start, section_of);
+        let check = learn::suspect::Policy::check;
+        training.section("suspect", &mut self.training.suspect, check);
+        training.section("start", &mut self.training.start, |_| Ok(()));
         training.finish();
 
         let mut tls = Fields {
@@ -552,6 +590,35 @@ mod tests {
             (config.http.port(), config.broker.listen.port()),
             (8443, 8883)
         );
+    }
+
+    #[test]
+    fn every_mistake_of_a_section_is_named() {
+        let error = Config::parse(
+            r#"
+            [training]
+            policy = { alpha = "much", min_total = -1, colour = 1 }
+            suspect = { alpha = 0.9, margin = 7, far = 0 }
+            start = 5
+            "#,
+        )
+        .unwrap_err();
+        for field in [
+            "training.policy.alpha",
+            "training.policy.min_total",
+            "training.policy.colour",
+            "training.suspect.alpha",
+            "training.suspect.margin",
+            "training.suspect.far",
+            "training.start",
+        ] {
+            let named = error
+                .0
+                .iter()
+                .filter(|e| e.starts_with(&format!("{field}: ")));
+            assert_eq!(named.count(), 1, "{field}: {error}");
+        }
+        assert_eq!(error.0.len(), 7, "{error}");
     }
 
     #[test]

@@ -25,6 +25,7 @@ use crate::{
     directory::Directory,
     erasure::Erasures,
     ingest::{self, Acks, External, Inbox, Ingest, Link},
+    meeting::Meetings,
     metrics::Metrics,
     notice::Notices,
     objects::Objects,
@@ -284,14 +285,16 @@ impl Coordinator {
             metrics.clone(),
             stop.clone(),
         ));
+        let meetings = Arc::new(Meetings::new(registry.clone()));
         tasks.spawn(announce(
             store.clone(),
             registry.clone(),
             acks,
             connected,
-            identity.devices.rosters.clone(),
+            (identity.devices.rosters.clone(), meetings.clone()),
             stop.clone(),
         ));
+        tasks.spawn(meetings.run(link.clone(), stop.clone()));
         tasks.spawn(sightings::run(
             store.clone(),
             link.clone(),
@@ -437,13 +440,13 @@ impl Handle {
     }
 }
 
-/// Whenever a broker is there (again), tells every recent device what is stored, and each site who belongs to it.
+/// Whenever a broker is there (again), tells every recent device what is stored, and each site who belongs to it and where it meets.
 async fn announce(
     store: Arc<Store>,
     registry: Arc<Registry>,
     acks: Arc<Acks>,
     connected: Arc<Notify>,
-    rosters: Arc<Rosters>,
+    (rosters, meetings): (Arc<Rosters>, Arc<Meetings>),
     stop: CancellationToken,
 ) {
     loop {
@@ -452,6 +455,7 @@ async fn announce(
             () = connected.notified() => {}
         }
         rosters.tell_again();
+        meetings.tell_again();
         match ingest::announce(&store, &registry, &acks).await {
             Ok(devices) => tracing::debug!(devices, "told devices what is stored"),
             Err(error) => tracing::warn!(%error, "cannot tell devices what is stored"),

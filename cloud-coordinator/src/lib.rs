@@ -27,9 +27,12 @@ pub mod delivery;
 mod directory;
 mod erasure;
 mod exchange;
+#[doc(hidden)]
+pub mod fuzzed;
 mod ingest;
 mod keys;
 mod labels;
+mod meeting;
 mod metrics;
 mod notice;
 pub mod objects;

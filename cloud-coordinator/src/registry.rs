@@ -655,6 +655,20 @@ impl Registry {
         )
     }
 
+    /// The devices that are online and have a mesh: site, name and where neighbours reach it.
+    pub(crate) fn meet(&self) -> Vec<(Name, Name, String)> {
+        let state = self.state();
+        let online = state
+            .devices
+            .values()
+            .filter(|device| device.status == Some(Status::Online));
+        let reached = online.filter_map(|device| {
+            let mesh = &device.info.as_ref()?.mesh;
+            (!mesh.is_empty()).then(|| (device.site.clone(), device.name.clone(), mesh.clone()))
+        });
+        reached.collect()
+    }
+
     /// How many sources show each sign of drift now, in the order of [`Sign::ALL`].
     pub(crate) fn drifting(&self) -> [(Sign, usize); Sign::ALL.len()] {
         let state = self.state();

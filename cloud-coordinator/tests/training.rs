@@ -160,6 +160,31 @@ async fn labelled_images_become_a_model_that_serves() {
         "{said}"
     );
 
+    // The same for devices, of what has their labels: what is in use, and not what was refused since.
+    let bundle = models::Bundle::open(&dir.path().join("models/lines/1.0.0")).unwrap();
+    let offer = models::offer_of(&bundle.manifest).unwrap();
+    let (status, said) = get(http, &format!("/api/v1/offload?kind={}", offer.kind)).await;
+    assert_eq!(
+        (status, said),
+        (200, json!([serde_json::to_value(&offer).unwrap()]))
+    );
+    let (_, none) = get(http, &format!("/api/v1/offload?kind={}", offer.digest)).await;
+    assert_eq!(none, json!([]));
+    assert_eq!(get(http, "/api/v1/offload?kind=x").await.0, 400);
+    let line = format!("POST /api/v1/offload/{}", offer.digest);
+    let (status, said) = bring(http, &line, "image/png", &picture(1, 500)).await;
+    assert_eq!(
+        (status, &said["label"], &said["model"]),
+        (200, &json!("flat"), &json!("lines@1.0.0")),
+        "{said}"
+    );
+    assert_eq!(bring(http, &line, "image/png", b"<svg/>").await.0, 422);
+    let line = format!("POST /api/v1/offload/{}", offer.kind);
+    assert_eq!(
+        bring(http, &line, "image/png", &picture(1, 500)).await.0,
+        404
+    );
+
     // And what is none.
     for (body, kind) in [
         (&b"<svg/>"[..], "image/png"),

@@ -9,8 +9,10 @@ use crate::{clock::WallClock, update::Engines};
 /// What the device is, now.
 #[derive(Clone, Debug)]
 pub(crate) struct About {
-    /// What it is.
+    /// What it is, but for where neighbours reach it …
     pub(crate) info: Info,
+    /// … which the mesh finds out.
+    pub(crate) mesh: watch::Receiver<String>,
     /// The models in memory.
     pub(crate) engines: watch::Receiver<Engines>,
     /// Sources that cannot be opened, and why.
@@ -22,6 +24,15 @@ pub(crate) struct About {
 }
 
 impl About {
+    /// What it is.
+    #[must_use]
+    pub(crate) fn info(&self) -> Info {
+        Info {
+            mesh: self.mesh.borrow().clone(),
+            ..self.info.clone()
+        }
+    }
+
     /// The model whose results count.
     #[must_use]
     pub(crate) fn model(&self) -> Option<ModelInfo> {
@@ -33,6 +44,7 @@ impl About {
         tokio::select! {
             Ok(()) = self.engines.changed() => {}
             Ok(()) = self.blind.changed() => {}
+            Ok(()) = self.mesh.changed() => {}
             else => std::future::pending().await,
         }
     }

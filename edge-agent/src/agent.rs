@@ -242,7 +242,12 @@ impl Agent {
                 sources: joined(config.source.iter().map(|s| &s.name)),
                 tags: joined(&config.tags),
                 epoch: outbox.epoch(),
+                mesh: String::new(),
             },
+            mesh: rosters.as_ref().map_or_else(
+                || watch::channel(String::new()).1,
+                |rosters| rosters.meeting().own(),
+            ),
             engines: ends.engines.clone(),
             blind,
             broken,
@@ -259,19 +264,26 @@ impl Agent {
         let pressure = Pressure::default();
         let mut services: Vec<_> = carrying.map(mesh::Carrying::service).into_iter().collect();
         let stop = CancellationToken::new();
-        let neighbours = rosters
-            .clone()
-            .map(|rosters| offload::Mesh { site, rosters });
-        if let Some(neighbours) = neighbours.clone() {
+        let neighbours = offload::Mesh {
+            site,
+            rosters: rosters.clone(),
+        };
+        if rosters.is_some() {
             services.extend(offload::services(
                 &config.offload,
                 &ends.engines,
                 &pressure,
-                neighbours,
+                neighbours.clone(),
                 &counters,
                 &stop,
             ));
         }
+        let coordinator = config.coordinator().filter(|_| config.offload.coordinator);
+        let coordinator = coordinator.and_then(|url| {
+            offload::Coordinator::new(url, &tls, has_own_way.clone(), ends.engines.clone())
+                .map_err(|why| tracing::error!("the coordinator is not asked about frames: {why}"))
+                .ok()
+        });
         let engines = ends.engines.clone();
         let mesh = credentials.zip(rosters.clone()).zip(swarm).and_then(
             |((credentials, rosters), swarm)| {
@@ -281,6 +293,8 @@ impl Agent {
                     uplink: has_own_way,
                     answers: config.offload.answers(),
                     holding: swarm.holding(),
+                    accelerators: mesh::accelerators(mesh::DEVICES.as_ref()),
+                    wall: clock.clone(),
                 };
                 let parts = mesh::Parts {
                     rosters,
@@ -293,9 +307,9 @@ impl Agent {
                     .ok()
             },
         );
-        let handoff = neighbours
-            .filter(|_| mesh.is_some() && config.offload.asks())
-            .map(|neighbours| offload::start(&config.offload, neighbours, &counters, &stop));
+        let asks = config.offload.asks() && (mesh.is_some() || coordinator.is_some());
+        let handoff = asks
+            .then(|| offload::start(&config.offload, neighbours, coordinator, &counters, &stop));
         let lanes = config
             .source
             .iter()

@@ -16,7 +16,7 @@ pub(crate) use layers::TOKEN;
 
 use crate::{
     board::BoardConfig,
-    capture::SourceConfig,
+    capture::{self, SourceConfig},
     drift::DriftConfig,
     identity::{self, CoordinatorConfig, IdentityConfig, Named},
     mesh::MeshConfig,
@@ -359,11 +359,15 @@ impl Config {
                 must(false, &format!("source[{at}].{field}"), &what);
             }
         }
+        for (at, what) in capture::without_trigger(&self.source, self.board.trigger.is_some()) {
+            must(false, &format!("source[{at}].trigger"), what);
+        }
         for (field, what) in self.mesh.mistakes() {
             must(false, &format!("mesh.{field}"), &what);
         }
         let (neighbours, rejects) = (self.mesh.enabled, self.reject.is_some());
-        for (field, what) in self.offload.mistakes(neighbours, rejects) {
+        let coordinator = self.coordinator().is_some();
+        for (field, what) in self.offload.mistakes(neighbours, coordinator, rejects) {
             must(false, &format!("offload.{field}"), what);
         }
         for (field, what) in self.samples.mistakes() {

@@ -15,6 +15,8 @@ pub mod counters;
 mod dice;
 mod doctor;
 pub mod drift;
+#[doc(hidden)]
+pub mod fuzzed;
 pub mod gate;
 mod http;
 pub mod identity;

@@ -2,12 +2,14 @@
 //!
 //! All decisions about what to send, and when again, are [`Delivery`]'s; this drives it.
 
+mod itself;
+
 use std::{collections::BTreeMap, time::Duration};
 
 use bytes::Bytes;
 use mesh_core::{
-    Ack, Backoff, Desired, Gap, Kind, Mark, Metrics, ModelInfo, Name, Reported, SettingsReport,
-    State, Status, Topic, VERSION,
+    Ack, Backoff, Desired, Gap, Info, Kind, Mark, ModelInfo, Name, Reported, SettingsReport, State,
+    Status, Topic, VERSION,
     delivery::{Delivery, Pace, Send},
     replay_bytes,
     way::Wait,
@@ -25,7 +27,7 @@ use crate::{
     clock::{Monotonic, WallClock},
     config::Config,
     connection::{self, Connection, News},
-    counters::{Counter, Counters, resident_bytes},
+    counters::Counters,
     dice,
     identity::Tls,
     mesh::{Carriers, Rosters},
@@ -95,8 +97,8 @@ pub(crate) struct Uplink {
     rosters: Option<Rosters>,
     connected: watch::Sender<bool>,
     passage: Passage,
-    /// What was last said of the model and of the state.
-    said: (Option<ModelInfo>, State),
+    /// What was last said of the model, of the state and of the device.
+    said: (Option<ModelInfo>, State, Info),
     /// Where marks go.
     marks: std::sync::mpsc::SyncSender<Marked>,
     connection: Option<Connection>,
@@ -105,6 +107,8 @@ pub(crate) struct Uplink {
     renewed: Option<tokio::time::Instant>,
     up: bool,
     backoff: Backoff,
+    /// Why there was no connection, as it was last said.
+    complaint: String,
     /// Acknowledged, not yet told to the store because it was busy.
     to_free: Option<mesh_core::RangeSet>,
     store: Sender<Command>,
@@ -206,12 +210,13 @@ impl Uplink {
             reported_said: None,
             rosters,
             connected,
-            said: (about.model(), about.state()),
+            said: (about.model(), about.state(), about.info()),
             marks,
             connection: None,
             tls,
             renewed: None,
             up: false,
+            complaint: String::new(),
             backoff: Backoff::new(BACKOFF_MS, u64::from(config.broker.max_backoff_s) * 1_000),
             to_free: None,
             config,
@@ -342,6 +347,7 @@ impl Uplink {
                 None
             }
             Err(error) => {
+                self.counters.connect_failures.add(1);
                 tracing::error!(%error, "cannot connect");
                 self.passage.lost();
                 Some(self.next_try())
@@ -394,11 +400,16 @@ impl Uplink {
     }
 
     fn lost(&mut self, why: &str) {
-        if self.up || self.backoff.ceiling() == BACKOFF_MS {
+        // The same again and again is said once; something else is news.
+        if self.up || self.complaint != why {
+            self.complaint = why.to_owned();
             tracing::warn!(broker = %connection::shown(&self.config, &self.tls), "connection lost: {why}; readings are kept and sent later");
         }
+        let counters = &self.counters;
         if self.up {
-            self.counters.reconnects.add(1);
+            counters.reconnects.add(1);
+        } else {
+            counters.connect_failures.add(1);
         }
         self.down();
         self.passage.lost();
@@ -432,19 +443,23 @@ impl Uplink {
                     self.to_ask.push(self.topic(Kind::Desired));
                 }
                 if self.rosters.is_some() {
-                    self.to_ask.push(self.roster_topic());
+                    self.to_ask.push(self.site_topic(Kind::Roster));
+                    self.to_ask.push(self.site_topic(Kind::Meeting));
                 }
                 self.to_ask.push(self.topic(Kind::Ack));
                 self.drifts_said.clear();
                 self.reported_said = None;
                 self.gaps_said_ms = None;
-                self.said = (self.about.model(), self.about.state());
+                self.said = (self.about.model(), self.about.state(), self.about.info());
                 self.greetings = self.greet();
                 self.delivery.connected();
                 self.board.set_state(self.board_state());
             }
             // Only a broker that takes messages is worth coming back to at once.
-            News::Taken => self.backoff.reset(),
+            News::Taken => {
+                self.backoff.reset();
+                self.complaint.clear();
+            }
             News::Message {
                 topic,
                 payload,
@@ -456,7 +471,12 @@ impl Uplink {
 
     fn message(&mut self, topic: &str, payload: &[u8], retained: bool) {
         let mine = match topic.parse::<Topic>() {
-            Ok(parsed) if parsed.kind == Kind::Roster && topic == self.roster_topic() => Ok(parsed),
+            Ok(parsed)
+                if matches!(parsed.kind, Kind::Roster | Kind::Meeting)
+                    && topic == self.site_topic(parsed.kind) =>
+            {
+                Ok(parsed)
+            }
             Ok(topic) if topic.site == self.config.site && topic.device == self.config.device => {
                 Ok(topic)
             }
@@ -470,6 +490,7 @@ impl Uplink {
             Kind::Mark => self.mark(topic.source, payload),
             Kind::Desired => self.wish(payload),
             Kind::Roster => self.roster(payload),
+            Kind::Meeting => self.meeting(payload),
             _ => Err("nothing that is said to a device".into()),
         });
         if let Err(why) = understood {
@@ -490,8 +511,16 @@ impl Uplink {
         Ok(())
     }
 
-    fn roster_topic(&self) -> String {
-        Topic::of_site(&self.config.site, Kind::Roster).to_string()
+    fn site_topic(&self, kind: Kind) -> String {
+        Topic::of_site(&self.config.site, kind).to_string()
+    }
+
+    /// Where the coordinator says that others are.
+    fn meeting(&self, payload: &[u8]) -> Result<(), String> {
+        match &self.rosters {
+            Some(rosters) => rosters.meeting().heard(payload),
+            None => Ok(()),
+        }
     }
 
     /// Whom the coordinator names as the site's devices.
@@ -749,121 +778,6 @@ impl Uplink {
             reason,
         };
         gap.encode().unwrap_or_default().into()
-    }
-
-    /// What is said at the start of each connection, the last first.
-    fn greet(&self) -> Vec<Said> {
-        let info = self.about.info.encode().unwrap_or_default();
-        let mut said = vec![self.state(), self.retained(Kind::Info, info)];
-        said.extend(self.said.0.as_ref().map(|_| self.model()));
-        said.push(self.retained(Kind::Status, Status::Online.as_str().into()));
-        said
-    }
-
-    fn retained(&self, kind: Kind, payload: Vec<u8>) -> Said {
-        let options = PublishOptions::at_least_once().retained();
-        (self.topic(kind), payload.into(), options)
-    }
-
-    fn state(&self) -> Said {
-        self.retained(Kind::State, self.said.1.encode().unwrap_or_default())
-    }
-
-    /// Without a model nothing is left of the one before.
-    fn model(&self) -> Said {
-        let model = self.said.0.as_ref().map(ModelInfo::encode);
-        let payload = model.and_then(Result::ok).unwrap_or_default();
-        self.retained(Kind::Model, payload)
-    }
-
-    /// Another model may be in memory, or the device be in another state: it is said anew.
-    fn renew(&mut self) {
-        let (model, state) = (self.about.model(), self.about.state());
-        let (old_model, old_state) = &self.said;
-        let is_new_model = model != *old_model;
-        let is_new_state = (&state.health, &state.detail) != (&old_state.health, &old_state.detail);
-        if !is_new_model && !is_new_state {
-            return;
-        }
-        self.said = (model, state);
-        self.board.set_state(self.board_state());
-        if self.up {
-            self.greetings.push(self.state());
-            if is_new_model {
-                self.greetings.push(self.model());
-            }
-        }
-    }
-
-    /// Says what the device is in answer to a wish, if that is new; false where there is no room just now.
-    fn say_reported(&mut self, connection: &Connection) -> bool {
-        let mut reported = self.reported.borrow_and_update().clone();
-        if let (Some(report), Some((ts, settings))) =
-            (&mut reported, &*self.settings.borrow_and_update())
-        {
-            report.ts = report.ts.max(*ts);
-            report.settings = Some(settings.clone());
-        }
-        let erased = *self.erased.borrow_and_update();
-        if let Some(report) = &mut reported {
-            report.erased = erased;
-        }
-        if let Some(report) = reported
-            && self.reported_said.as_ref() != Some(&report)
-        {
-            let payload = report.encode().unwrap_or_default();
-            let (topic, payload, options) = self.retained(Kind::Reported, payload);
-            if !connection.publish(&topic, payload, options) {
-                return false;
-            }
-            self.reported_said = Some(report);
-        }
-        true
-    }
-
-    fn report(&mut self) {
-        let Some(connection) = self.connection.as_ref().filter(|_| self.up) else {
-            return;
-        };
-        let numbers = &self.counters;
-        let samples = &numbers.samples;
-        // In the order of the reasons.
-        let kept = |at: usize| samples.kept.get(at).map_or(0, Counter::get);
-        let metrics = Metrics {
-            v: VERSION,
-            ts: self.wall.now_ms(),
-            uptime_s: self.clock.now_ms() / 1_000,
-            frames: numbers.frames.get(),
-            frames_bad: numbers.frames_bad.get(),
-            frames_gated: numbers.frames_gated.get(),
-            readings: numbers.readings.get(),
-            backlog: self.delivery.waiting(),
-            outbox_bytes: numbers.outbox_bytes.get(),
-            gaps_pending: numbers.gaps_pending.get(),
-            reconnects: numbers.reconnects.get(),
-            refused: numbers.refused.get(),
-            latency_ms: numbers.latency_us.get() as f32 / 1_000.0,
-            rss_bytes: resident_bytes(),
-            samples_wrong: kept(0),
-            samples_missed: kept(1),
-            samples_uncertain: kept(2),
-            samples_novel: kept(3),
-            samples_random: kept(4),
-            samples_dropped: samples.dropped.get() + samples.evicted.get(),
-            samples_sent: samples.sent.get(),
-            samples_refused: samples.refused.get(),
-            samples_waiting: samples.waiting.get(),
-            drifting: numbers.drifting.get(),
-            update_bytes: numbers.update_bytes.get(),
-            certificate_days: self.tls.days_left(),
-        };
-        let payload = metrics.encode().unwrap_or_default();
-        // Lost if there is no room: the next one says the same and more.
-        let _ = connection.publish(
-            &self.topic(Kind::Metrics),
-            payload.into(),
-            PublishOptions::at_most_once(),
-        );
     }
 
     fn board_state(&self) -> BoardState {

@@ -50,6 +50,8 @@ pub struct AgentFile {
 pub struct OffloadPart {
     /// Ask about frames in doubt?
     pub escalate: bool,
+    /// Ask the coordinator about them, too?
+    pub coordinator: bool,
     /// Hand on what it has no time for?
     pub spill: bool,
     /// The largest share of its frames that it asks about.
@@ -80,6 +82,7 @@ impl Default for OffloadPart {
     fn default() -> Self {
         Self {
             escalate: false,
+            coordinator: false,
             spill: false,
             share: 0.3,
             below: None,

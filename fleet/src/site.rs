@@ -234,7 +234,9 @@ impl Device {
             .map_err(io_error(format!("writing {}", self.config.display())))
     }
 
-    pub(crate) fn config(&self) -> &Path {
+    /// Its configuration file.
+    #[must_use]
+    pub fn config(&self) -> &Path {
         &self.config
     }
 

@@ -18,6 +18,7 @@ pub mod enrolment;
 mod envelope;
 mod erase;
 mod event;
+pub mod meeting;
 mod name;
 pub mod neighbours;
 pub mod offload;
@@ -42,7 +43,10 @@ pub use backoff::Backoff;
 pub use desired::{Desired, Limits, Trial};
 pub use envelope::{Ack, Info, Metrics, ModelInfo, Replay, State, Status, replay_bytes};
 pub use erase::{Erase, Gone, MAX_ERASE};
-pub use event::{Event, EventError, Gap, GapReason, MAX_EVENT_BYTES, Reading};
+pub use event::{
+    Event, EventError, Gap, GapReason, MAX_EVENT_BYTES, Reading, Refused, fit_path, fit_share,
+    fit_text,
+};
 pub use name::{Name, NameError};
 pub use ranges::RangeSet;
 pub use release::{Digest, DigestError, Release};

@@ -33,6 +33,16 @@ pub struct Board {
     pub speed: f64,
     /// Bytes of weights that it has room for.
     pub room: u64,
+    /// Of its time that it gives, above 0, at most 1: it takes so much longer for one frame after another.
+    pub share: f64,
+}
+
+impl Board {
+    /// Is it one that there can be?
+    #[must_use]
+    pub fn is_sound(&self) -> bool {
+        self.speed.is_finite() && self.speed > 0.0 && self.share > 0.0 && self.share <= 1.0
+    }
 }
 
 /// Consecutive steps on one board.
@@ -79,7 +89,8 @@ impl Problem<'_> {
         } else {
             steps.last().map_or(0, |step| step.travels)
         };
-        Some(operations as f64 / board.speed + (comes + goes) as f64 / self.road)
+        let speed = board.speed * board.share;
+        Some(operations as f64 / speed + (comes + goes) as f64 / self.road)
     }
 }
 
@@ -122,8 +133,8 @@ impl Best {
 #[must_use]
 pub fn plan(steps: &[Step], boards: &[Board], road: f64) -> Option<Plan> {
     let boards = boards.get(..MAX_BOARDS).unwrap_or(boards);
-    let sound = |board: &Board| board.speed.is_finite() && board.speed > 0.0;
-    if steps.is_empty() || steps.len() > MAX_STEPS || !boards.iter().all(sound) || road <= 0.0 {
+    let sound = boards.iter().all(Board::is_sound);
+    if steps.is_empty() || steps.len() > MAX_STEPS || !sound || road <= 0.0 {
         return None;
     }
     let problem = Problem {
@@ -222,6 +233,7 @@ mod tests {
     const ROOMY: Board = Board {
         speed: 1.0,
         room: u64::MAX,
+        share: 1.0,
     };
 
     #[test]
@@ -234,11 +246,26 @@ mod tests {
     }
 
     #[test]
-    fn a_model_that_fits_nowhere_alone_fits_on_two() {
-        let small = Board {
-            speed: 1.0,
-            room: 25,
+    fn who_gives_less_of_its_time_gets_less() {
+        let steps = vec![step(1_000, 10, 8); 6];
+        let quick = Board {
+            speed: 4.0,
+            share: 0.125,
+            ..ROOMY
         };
+        // Four times as fast for an eighth of the time is half as much.
+        let found = plan(&steps, &[ROOMY, quick], 100.0).unwrap();
+        let lengths: Vec<usize> = found.stages.iter().map(|s| s.to - s.from).collect();
+        assert_eq!(lengths, [4, 2]);
+        for share in [0.0, -1.0, 1.1, f64::NAN] {
+            let none = Board { share, ..ROOMY };
+            assert!(!none.is_sound() && plan(&steps, &[ROOMY, none], 1.0).is_none());
+        }
+    }
+
+    #[test]
+    fn a_model_that_fits_nowhere_alone_fits_on_two() {
+        let small = Board { room: 25, ..ROOMY };
         let steps = vec![step(1_000, 10, 1_000_000); 4];
         // The road is far too slow for it to be worth it; there is no other way.
         let found = plan(&steps, &[small; 2], 1.0).unwrap();
@@ -304,13 +331,17 @@ mod tests {
         #[test]
         fn it_is_as_good_as_the_best_of_all_ways(
             steps in prop::collection::vec((1u64..1_000, 0u64..50, 0u64..2_000), 1..7),
-            boards in prop::collection::vec((1u32..20, 10u64..200), 1..5),
+            boards in prop::collection::vec((1u32..20, 10u64..200, 1u32..=10), 1..5),
             road in 1u32..100,
         ) {
             let steps: Vec<Step> = steps.into_iter().map(|(o, w, t)| step(o, w, t)).collect();
             let boards: Vec<Board> = boards
                 .into_iter()
-                .map(|(speed, room)| Board { speed: f64::from(speed), room })
+                .map(|(speed, room, tenths)| Board {
+                    speed: f64::from(speed),
+                    room,
+                    share: f64::from(tenths) / 10.0,
+                })
                 .collect();
             let road = f64::from(road);
             let problem = Problem { steps: &steps, boards: &boards, road };

@@ -43,11 +43,13 @@ pub enum Kind {
     Roster,
     /// What several cameras of a site have seen, once.
     Sighting,
+    /// Where some devices of the site are to be found by the others; retained, on the topic of the site.
+    Meeting,
 }
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Status,
         Self::Info,
         Self::Model,
@@ -64,6 +66,7 @@ impl Kind {
         Self::Drift,
         Self::Roster,
         Self::Sighting,
+        Self::Meeting,
     ];
 
     /// The last level of the topic.
@@ -86,6 +89,7 @@ impl Kind {
             Self::Drift => "drift",
             Self::Roster => "roster",
             Self::Sighting => "sighting",
+            Self::Meeting => "meeting",
         }
     }
 
@@ -94,7 +98,7 @@ impl Kind {
     pub const fn is_coordinators(self) -> bool {
         matches!(
             self,
-            Self::Desired | Self::Ack | Self::Mark | Self::Roster | Self::Sighting
+            Self::Desired | Self::Ack | Self::Mark | Self::Roster | Self::Sighting | Self::Meeting
         )
     }
 }

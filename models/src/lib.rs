@@ -27,6 +27,7 @@ mod jpeg;
 mod manifest;
 mod memory;
 mod net;
+mod offer;
 mod onnx;
 mod outcome;
 mod parts;
@@ -51,6 +52,7 @@ pub use manifest::{
     Manifest, ManifestErrors, ModelFile, OutputSpec, Resize, SCHEMA, Task, Thresholds,
 };
 pub use mesh_core::Digest;
+pub use offer::offer_of;
 pub use onnx::OnnxError;
 pub use outcome::{EMBEDDING, Outcome, OutcomeError, UNKNOWN, outcome_of};
 pub use parts::{Cut, MAX_CUT_ELEMENTS, Part, Span, Step, Steps};

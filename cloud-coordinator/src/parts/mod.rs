@@ -34,6 +34,8 @@ pub(crate) enum Name {
     Images,
     /// Models that are run for somebody.
     Prediction,
+    /// Models that are run for devices: theirs are not people's.
+    Offload,
     /// What is trained while somebody waits.
     Training,
     /// The external trainer.
@@ -51,12 +53,13 @@ pub(crate) enum Name {
 }
 
 /// All of them, as they are declared.
-const ALL: [Name; 12] = [
+const ALL: [Name; 13] = [
     Name::Readings,
     Name::Learning,
     Name::Trust,
     Name::Images,
     Name::Prediction,
+    Name::Offload,
     Name::Training,
     Name::Trainer,
     Name::Releases,
@@ -75,6 +78,7 @@ impl Name {
             Self::Trust => "trust",
             Self::Images => "images",
             Self::Prediction => "prediction",
+            Self::Offload => "offload",
             Self::Training => "training",
             Self::Trainer => "trainer",
             Self::Releases => "releases",
@@ -93,6 +97,7 @@ impl Name {
             Self::Trust => "the database of who may do what",
             Self::Images => "the store of images",
             Self::Prediction => "the running of models",
+            Self::Offload => "the running of models for devices",
             Self::Training => "training",
             Self::Trainer => "the external trainer",
             Self::Releases => "the files of models",
@@ -104,7 +109,7 @@ impl Name {
     }
 
     /// Requests that may be with it at a time. Databases are quick, and a few connections do the work; images and
-    /// models take memory: an image 8 MiB, a prediction's body 16 MiB, a table 64 MiB.
+    /// models take memory: an image 8 MiB, a prediction's body 16 MiB, a frame of a device 2 MiB, a table 64 MiB.
     const fn places(self) -> usize {
         match self {
             Self::Readings | Self::Learning | Self::Trust => 32,
@@ -112,6 +117,7 @@ impl Name {
             Self::Releases | Self::Bodies => 48,
             Self::Broker | Self::Directory => 16,
             Self::Prediction => 12,
+            Self::Offload => 8,
             Self::Imports => 4,
             Self::Training | Self::Trainer => 2,
         }

@@ -19,6 +19,8 @@ use crate::{
 
 /// Engines that stay loaded: the current model of a few tasks. Each takes some tens of MiB.
 const LOADED: usize = 4;
+/// Models in use that are listed: one for each task, and more tasks than a coordinator has.
+const MAX_IN_USE: i64 = 256;
 /// A model that is not tried in this time is not tried at all: some hundred times what is usual.
 pub(super) const TRIAL: Duration = Duration::from_secs(120);
 
@@ -314,6 +316,20 @@ impl Catalog {
             .await
             .map_err(RecordError::sql("find a model"))?
             .ok_or_else(unknown)
+    }
+
+    /// Of each model the newest version in use.
+    pub(crate) async fn in_use(&self) -> Result<Vec<Model>, CatalogError> {
+        let query = format!(
+            "SELECT {COLUMNS} FROM (SELECT *, row_number() OVER (
+                 PARTITION BY name ORDER BY created_ms DESC, version DESC) AS age
+             FROM models WHERE state <> 'refused') WHERE age = 1 ORDER BY name LIMIT ?"
+        );
+        Ok(sqlx::query_as(sqlx::AssertSqlSafe(query))
+            .bind(MAX_IN_USE)
+            .fetch_all(self.records.readers())
+            .await
+            .map_err(RecordError::sql("list the models in use"))?)
     }
 
     /// How many versions of `name` there are, refused ones included.

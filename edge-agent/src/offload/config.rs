@@ -14,6 +14,8 @@ use serde::Deserialize;
 pub struct OffloadConfig {
     /// Ask a neighbour that has a bigger model for the same labels about frames that this device is unsure of.
     pub escalate: bool,
+    /// Ask the coordinator, too, where no neighbour can be asked.
+    pub coordinator: bool,
     /// Hand frames to an idle neighbour that has the same model while this device cannot keep up or is too hot.
     pub spill: bool,
     /// The largest share of the frames that is asked about because of doubt, above 0, at most 1.
@@ -42,6 +44,7 @@ impl Default for OffloadConfig {
     fn default() -> Self {
         Self {
             escalate: false,
+            coordinator: false,
             spill: false,
             share: 0.3,
             below: None,
@@ -87,8 +90,14 @@ impl OffloadConfig {
         }
     }
 
-    /// What is wrong: field and reason. `mesh` and `reject`: are there neighbours, is there a reject output?
-    pub(crate) fn mistakes(&self, mesh: bool, reject: bool) -> Vec<(&'static str, &'static str)> {
+    /// What is wrong: field and reason. `mesh`, `coordinator` and `reject`: are there neighbours, is it known where the
+    /// coordinator is, is there a reject output?
+    pub(crate) fn mistakes(
+        &self,
+        mesh: bool,
+        coordinator: bool,
+        reject: bool,
+    ) -> Vec<(&'static str, &'static str)> {
         let mut all = Vec::new();
         let mut must = |good: bool, field, what| {
             if !good {
@@ -96,7 +105,21 @@ impl OffloadConfig {
             }
         };
         let needs_mesh = "needs neighbours: mesh.enabled is off";
-        must(mesh || !self.escalate, "escalate", needs_mesh);
+        must(
+            mesh || self.coordinator || !self.escalate,
+            "escalate",
+            needs_mesh,
+        );
+        must(
+            self.escalate || !self.coordinator,
+            "coordinator",
+            "needs escalate: it is asked about frames in doubt only",
+        );
+        must(
+            coordinator || !self.coordinator,
+            "coordinator",
+            "needs its address: update.coordinator or samples.coordinator",
+        );
         must(mesh || !self.spill, "spill", needs_mesh);
         must(
             !(self.spill && reject),
@@ -152,13 +175,13 @@ mod tests {
     #[test]
     fn the_defaults_are_sound_and_off_and_mistakes_are_named() {
         let defaults = OffloadConfig::default();
-        assert_eq!(defaults.mistakes(false, true), []);
+        assert_eq!(defaults.mistakes(false, false, true), []);
         assert!(!defaults.asks() && !defaults.answers());
         let text = "escalate = true\nspill = true\nshare = 0.0\nbelow = 2.0\ndeadline_ms = 1\nhot_c = 5\n\
             answer = true\nserve = 'x'\nlend = 'x'\nroom_mib = 0\ntime_share = nan";
         let config: OffloadConfig = toml::from_str(text).unwrap();
         let fields = |mesh, reject| -> Vec<_> {
-            let all = config.mistakes(mesh, reject);
+            let all = config.mistakes(mesh, false, reject);
             all.into_iter().map(|(field, _)| field).collect()
         };
         let values = [
@@ -173,6 +196,12 @@ mod tests {
         assert_eq!(fields(true, true)[0], "spill");
         assert_eq!(fields(false, false).len(), values.len() + 5);
         let alone: OffloadConfig = toml::from_str("split = true").unwrap();
-        assert_eq!(alone.mistakes(true, false)[0].0, "split");
+        assert_eq!(alone.mistakes(true, false, false)[0].0, "split");
+        // Without neighbours there is still the coordinator, if it is known where.
+        let far: OffloadConfig = toml::from_str("escalate = true\ncoordinator = true").unwrap();
+        assert_eq!(far.mistakes(false, true, true), []);
+        assert_eq!(far.mistakes(false, false, true)[0].0, "coordinator");
+        let far: OffloadConfig = toml::from_str("coordinator = true").unwrap();
+        assert_eq!(far.mistakes(true, true, false)[0].0, "coordinator");
     }
 }

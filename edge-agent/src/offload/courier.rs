@@ -1,7 +1,8 @@
-//! Carries frames to neighbours and brings back what they say; knows who answers with what.
+//! Carries frames to neighbours, or to the coordinator, and brings back what they say; knows who answers with what.
 
 use std::{
     collections::BTreeMap,
+    future::pending,
     sync::{Arc, mpsc::SyncSender},
     time::Duration,
 };
@@ -23,13 +24,14 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    coordinator::{COORDINATOR, Coordinator},
     picture::{Shown, encode},
     wire::{self, INFER, Question, Reply},
 };
 use crate::mesh::{Neighbour, Present, Rosters, Site};
 
 /// Offers are asked for again after this: a neighbour may have another model by then …
-const OFFERS: Duration = Duration::from_secs(60);
+pub(super) const OFFERS: Duration = Duration::from_secs(60);
 /// … and after this where there were none: it may just have started.
 const NO_OFFERS: Duration = Duration::from_secs(3);
 /// For a neighbour to say what it offers.
@@ -75,7 +77,8 @@ pub(crate) trait Roads: Clone + Send + Sync + 'static {
 #[derive(Clone)]
 pub(crate) struct Mesh {
     pub(crate) site: Site,
-    pub(crate) rosters: Rosters,
+    /// Nothing where the device has no neighbours.
+    pub(crate) rosters: Option<Rosters>,
 }
 
 impl Roads for Mesh {
@@ -87,13 +90,15 @@ impl Roads for Mesh {
     }
 
     fn name(&self, peer: &Peer) -> Option<Name> {
-        self.rosters.current()?.name(peer).cloned()
+        self.rosters.as_ref()?.current()?.name(peer).cloned()
     }
 }
 
 /// Between the pipeline and the neighbours.
 pub(crate) struct Courier<R> {
     pub(crate) roads: R,
+    /// Where it is asked, too.
+    pub(crate) coordinator: Option<Arc<Coordinator>>,
     pub(crate) present: watch::Receiver<Present>,
     pub(crate) errands: Receiver<Errand>,
     pub(crate) returned: SyncSender<Returned>,
@@ -111,20 +116,30 @@ impl<R: Roads> Courier<R> {
     pub(crate) async fn run(self, stop: CancellationToken) {
         let Self {
             roads,
+            coordinator,
             present,
             mut errands,
             returned,
             known,
         } = self;
+        let (tell, far) = watch::channel(Vec::new());
+        let asks = coordinator.clone();
+        let know_far = async {
+            match &asks {
+                Some(coordinator) => coordinator.know(&tell).await,
+                None => pending().await,
+            }
+        };
         let carry = async {
             // As many at the same time as the pipeline lets go.
             while let Some(errand) = errands.recv().await {
                 let (roads, returned, stop) = (roads.clone(), returned.clone(), stop.clone());
+                let coordinator = coordinator.clone();
                 tokio::spawn(async move {
                     tokio::select! {
                         () = stop.cancelled() => {}
                         // Nobody else sends more: there is room. If the pipeline has ended, nobody waits.
-                        back = carry(&roads, errand) => { let _ = returned.try_send(back); }
+                        back = carry(&roads, coordinator, errand) => { let _ = returned.try_send(back); }
                     }
                 });
             }
@@ -132,13 +147,18 @@ impl<R: Roads> Courier<R> {
         tokio::select! {
             () = stop.cancelled() => {}
             () = carry => {}
-            () = know(&roads, present, &known) => {}
+            () = know_far => {}
+            () = know(&roads, present, &far, &known) => {}
         }
     }
 }
 
 /// Asks, and says what came of it.
-async fn carry(roads: &impl Roads, errand: Errand) -> Returned {
+async fn carry(
+    roads: &impl Roads,
+    coordinator: Option<Arc<Coordinator>>,
+    errand: Errand,
+) -> Returned {
     let Errand {
         number,
         chosen: Chosen { peer, model },
@@ -147,10 +167,17 @@ async fn carry(roads: &impl Roads, errand: Errand) -> Returned {
         engine,
     } = errand;
     let begin = Instant::now();
+    let far = coordinator.filter(|_| peer == COORDINATOR);
+    let is_far = far.is_some();
     let asked = async {
-        let encoded = tokio::task::spawn_blocking(move || encode(&shown));
-        let image = encoded.await.map_err(|error| error.to_string())?;
-        let image = image.map_err(|error| error.to_string())?;
+        let encoded = move || encode(&shown).map_err(|error| error.to_string());
+        if let Some(coordinator) = far {
+            let looked = move || coordinator.look(model, &encoded()?, until);
+            let looked = tokio::task::spawn_blocking(looked).await;
+            return looked.map_err(|error| error.to_string())?;
+        }
+        let image = tokio::task::spawn_blocking(encoded).await;
+        let image = image.map_err(|error| error.to_string())??;
         let stream = roads.open(peer, INFER).await?;
         let left = until.saturating_duration_since(Instant::now());
         let question = Question::Run {
@@ -166,7 +193,13 @@ async fn carry(roads: &impl Roads, errand: Errand) -> Returned {
     let (heard, answer) = match timeout_at(until, asked).await {
         Ok(Ok(Reply::Answer(answer))) if answer.is_sound(knows) => {
             let ms = u64::try_from(begin.elapsed().as_millis()).unwrap_or(u64::MAX);
-            let answered = roads.name(&peer).map(|by| Answered { by, answer });
+            let by = if is_far {
+                // As in topics: what is no device of the site.
+                Some(Name::itself())
+            } else {
+                roads.name(&peer)
+            };
+            let answered = by.map(|by| Answered { by, answer });
             // Who is not on the roster any more is nobody's neighbour.
             match answered {
                 Some(answered) => (Heard::Answered(ms), Some(answered)),
@@ -199,6 +232,7 @@ async fn carry(roads: &impl Roads, errand: Errand) -> Returned {
 async fn know(
     roads: &impl Roads,
     mut present: watch::Receiver<Present>,
+    far: &watch::Receiver<Vec<Offer>>,
     known: &watch::Sender<Vec<Known>>,
 ) {
     let mut cards: BTreeMap<Peer, Card> = BTreeMap::new();
@@ -226,17 +260,24 @@ async fn know(
             let again = Instant::now() + after;
             cards.insert(*peer, Card { offers, again });
         }
-        let all: Vec<Known> = cards
-            .iter()
-            .filter_map(|(peer, card)| {
-                let load = answering.get(peer)?.presence.load;
-                Some(Known {
-                    peer: *peer,
-                    load,
-                    offers: card.offers.clone(),
-                })
+        let near = cards.iter().filter_map(|(peer, card)| {
+            let load = answering.get(peer)?.presence.load;
+            Some(Known {
+                peer: *peer,
+                load,
+                offers: card.offers.clone(),
+                far: false,
             })
-            .collect();
+        });
+        let offers = far.borrow().clone();
+        let far = (!offers.is_empty()).then_some(Known {
+            peer: COORDINATOR,
+            load: 0,
+            offers,
+            far: true,
+        });
+        // First, so that a crowd of neighbours does not push it out.
+        let all: Vec<Known> = far.into_iter().chain(near).collect();
         known.send_if_modified(|known| {
             let is_new = *known != all;
             if is_new {

@@ -1,9 +1,9 @@
-//! Frames that neighbours look at for this device, and those of neighbours that this device looks at.
+//! Frames that neighbours, or the coordinator, look at for this device, and those of neighbours that this device looks at.
 //!
 //! ```text
 //!  pipeline ── handoff ──errands──> courier ══ /lacewing/infer/1 ══> server of a neighbour
-//!     ▲          │  ▲                  │                                │ admission
-//!     └─ held <──┘  └──── returned ────┘                                ▼
+//!     ▲          │  ▲                  │ ║                              │ admission
+//!     └─ held <──┘  └──── returned ────┘ ╚═ HTTP ═> coordinator         ▼
 //!        (in order, until a deadline)                              thread with its models
 //! ```
 //!
@@ -11,15 +11,16 @@
 //! when its deadline comes is published with the device's own answer.
 
 mod config;
+mod coordinator;
 mod courier;
 mod handoff;
 mod held;
 mod picture;
 mod serve;
-mod split;
+pub(crate) mod split;
 #[cfg(test)]
 mod tests;
-mod wire;
+pub(crate) mod wire;
 mod work;
 
 use std::sync::{
@@ -27,8 +28,7 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
-use mesh_core::{Digest, offload::Offer};
-use models::{Manifest, Task};
+use models::offer_of;
 
 pub use config::OffloadConfig;
 pub(crate) use handoff::Handoff;
@@ -36,11 +36,11 @@ pub(crate) use held::{Away, Held};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-pub(crate) use self::courier::Mesh;
+pub(crate) use self::{coordinator::Coordinator, courier::Mesh};
 use self::{
     courier::Courier,
     serve::{Models, Server},
-    split::{Leader, Lender, PART},
+    split::{Leader, Lender, PART, Terms},
     wire::INFER,
     work::Worker,
 };
@@ -146,7 +146,11 @@ fn start_services(
     };
     let split = split.map(|folder| {
         let present = mesh.site.subscribe();
-        let (leader, planner) = Leader::new(folder, config.room(), mesh.clone());
+        let terms = Terms {
+            room: config.room(),
+            share: config.time_share.into(),
+        };
+        let (leader, planner) = Leader::new(folder, terms, mesh.clone());
         tokio::spawn(planner.run(present, stop.clone()));
         leader
     });
@@ -164,17 +168,19 @@ fn start_services(
     if let Some(folder) = &config.lend {
         let lender = Lender::start(Arc::clone(worker), folder.clone(), config.room())?;
         let (each, all) = LENDING;
-        services.push(Service::new(PART, each, all, move |_, stream| {
-            Arc::clone(&lender).serve(stream)
+        services.push(Service::new(PART, each, all, move |peer, stream| {
+            Arc::clone(&lender).serve(peer, stream)
         }));
     }
     Ok(services)
 }
 
-/// The way to neighbours that look at frames; what carries them ends with `stop`.
+/// The way to neighbours, and to the coordinator where it is asked, too, that look at frames; what carries them ends with
+/// `stop`.
 pub(crate) fn start(
     config: &OffloadConfig,
     mesh: Mesh,
+    coordinator: Option<Arc<Coordinator>>,
     counters: &Counters,
     stop: &CancellationToken,
 ) -> Handoff {
@@ -182,28 +188,11 @@ pub(crate) fn start(
     let courier = Courier {
         present: mesh.site.subscribe(),
         roads: mesh,
+        coordinator,
         errands: ends.errands,
         returned: ends.returned,
         known: ends.known,
     };
     tokio::spawn(courier.run(stop.clone()));
     handoff
-}
-
-/// What a model is to others; nothing where it does not name anything.
-fn offer_of(manifest: &Manifest) -> Option<Offer> {
-    let mut labels: Vec<&str> = manifest.output.labels.iter().map(String::as_str).collect();
-    if manifest.task != Task::Classify || labels.is_empty() {
-        return None;
-    }
-    // In whatever order: an answer names its label.
-    labels.sort_unstable();
-    let kind = serde_json::to_vec(&(manifest.task.as_str(), labels)).ok()?;
-    let digest: Digest = manifest.model.sha256.parse().ok()?;
-    Some(Offer {
-        model: manifest.id(),
-        digest,
-        kind: models::digest_of(&kind),
-        bytes: manifest.model.bytes,
-    })
 }

@@ -1,6 +1,7 @@
 //! A whole cascade in one process: a pipeline, its courier, and servers, honest and others, at the ends of pipes.
 
 mod askers;
+mod far;
 
 use std::{
     path::PathBuf,
@@ -213,9 +214,6 @@ struct Device {
 
 impl Device {
     fn start(config: &str, model: &Arc<Engine>, room: Room) -> Self {
-        let config: OffloadConfig = toml::from_str(config).unwrap();
-        let counters = Counters::default();
-        let (handoff, ends) = Handoff::new(&config, counters.clone());
         let neighbour = Neighbour {
             peer: BOX,
             presence: Presence {
@@ -223,9 +221,29 @@ impl Device {
                 ..Presence::default()
             },
         };
-        let (tell, present) = watch::channel(Present::from(vec![neighbour]));
+        let nobody: Option<fn(watch::Receiver<Engines>) -> Arc<Coordinator>> = None;
+        Self::start_with(config, model, room, vec![neighbour], nobody)
+    }
+
+    fn start_with(
+        config: &str,
+        model: &Arc<Engine>,
+        roads: impl Roads,
+        here: Vec<Neighbour>,
+        coordinator: Option<impl FnOnce(watch::Receiver<Engines>) -> Arc<Coordinator>>,
+    ) -> Self {
+        let config: OffloadConfig = toml::from_str(config).unwrap();
+        let counters = Counters::default();
+        let (handoff, ends) = Handoff::new(&config, counters.clone());
+        let engines = Engines {
+            active: Some(Arc::clone(model)),
+            ..Engines::default()
+        };
+        let (swap, engines) = watch::channel(engines);
+        let (tell, present) = watch::channel(Present::from(here));
         let courier = Courier {
-            roads: room,
+            roads,
+            coordinator: coordinator.map(|make| make(engines.clone())),
             present,
             errands: ends.errands,
             returned: ends.returned,
@@ -233,11 +251,6 @@ impl Device {
         };
         let stop = CancellationToken::new();
         tokio::spawn(courier.run(stop.clone()));
-        let engines = Engines {
-            active: Some(Arc::clone(model)),
-            ..Engines::default()
-        };
-        let (swap, engines) = watch::channel(engines);
         let (to_store, commands) = mpsc::channel(256);
         let (to_pipeline, frames) = sync_channel(2);
         let lanes = ["cam0", "cam1"].map(|name| (name.parse().unwrap(), GateConfig::default()));

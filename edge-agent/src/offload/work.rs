@@ -152,6 +152,8 @@ pub(super) fn left_ms(until: Instant) -> u32 {
 pub(crate) struct Worker {
     shared: Arc<Shared>,
     jobs: SyncSender<Job>,
+    /// Of the device's time, what others may have.
+    pub(super) share: f32,
     pub(super) counters: Counters,
 }
 
@@ -184,6 +186,7 @@ impl Worker {
         Ok(Arc::new(Self {
             shared,
             jobs,
+            share: config.time_share,
             counters,
         }))
     }
@@ -237,6 +240,27 @@ impl Worker {
             Ok(Err(_)) => Err(Refusal::Failed),
             Err(_) => Err(Refusal::TooLate),
         }
+    }
+
+    /// Prepares something for others, on a thread of its own. How long that takes nobody knows before: it begins where
+    /// anything is left of the share, and what it took has to be earned before others get more.
+    ///
+    /// # Errors
+    /// Why nothing comes of it.
+    pub(super) async fn prepare<T: Send + 'static>(
+        &self,
+        act: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Refusal> {
+        let mut seat = self.shared.admit(1, u32::MAX)?;
+        let done = tokio::task::spawn_blocking(move || {
+            let before = thread_time();
+            let done = act();
+            let used = thread_time().saturating_sub(before);
+            seat.used_ms = u32::try_from(used.as_millis() + 1).unwrap_or(u32::MAX);
+            drop(seat);
+            done
+        });
+        done.await.map_err(|_| Refusal::Failed)
     }
 }
 

@@ -131,7 +131,7 @@ impl Wanted {
         debug_assert!(grown.is_ok(), "it always grows");
     }
 
-    pub(super) fn fit(&self, engine: &Engine) {
+    pub(crate) fn fit(&self, engine: &Engine) {
         let (_, height, width) = engine.manifest().input.channels_height_width();
         let pixels = |side: usize| u32::try_from(side).unwrap_or(u32::MAX);
         self.grow(pixels(width), pixels(height));

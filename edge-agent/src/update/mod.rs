@@ -21,7 +21,7 @@ mod fetch;
 mod files;
 pub mod registry;
 mod status;
-mod swarm;
+pub(crate) mod swarm;
 mod worker;
 
 use std::{
@@ -127,6 +127,7 @@ impl Updates {
         let Opened {
             disk,
             mut saved,
+            since,
             trouble,
         } = Disk::open(&config.data, config.model.bundle.as_deref())?;
         if let Some(why) = &trouble {
@@ -160,15 +161,18 @@ impl Updates {
         };
         let work = Arc::clone(&slot);
         let worker = thread("update", move || worker.run(work))?;
+        let cost = beside::Cost::default();
         let beside = beside::Beside {
             errands,
             tell: tell.clone(),
             disagreed: disagree,
+            cost: cost.clone(),
         };
         let beside = thread("beside", move || beside.run())?;
         let driver = Driver::begin(driver::Start {
             disk,
             saved,
+            since,
             trouble,
             slot,
             news,
@@ -190,7 +194,7 @@ impl Updates {
         let ends = Ends {
             engines,
             wanted,
-            trial: Trial::new(to_beside, tell),
+            trial: Trial::new(to_beside, tell, cost),
             disagreed,
             desired: wish,
             reported,

@@ -354,14 +354,14 @@ fn tell(photographs: &[Photograph], played: &Played, results: &mut Results) -> a
         sent,
         "",
         None,
-        Goal::None,
+        Goal::AtMost(SHARE),
     );
     results.add(
         "of the frames, answered by the neighbour",
         of_all(asked),
         "",
         None,
-        Goal::AtMost(SHARE),
+        Goal::None,
     );
     results.add(
         "of those not refused, answered in time",

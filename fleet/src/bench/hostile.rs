@@ -1,5 +1,5 @@
 //! `hostile`: how long honest devices and an honest API client wait while somebody abuses the coordinator's doors, against how long
-//! they wait without.
+//! they wait without. A round takes some ten seconds for each abuse, eight minutes for all of them.
 
 use std::{sync::Arc, time::Duration};
 
@@ -131,6 +131,7 @@ async fn watch(site: &Site, options: &MqttOptions, epoch: u64) -> anyhow::Result
 
 /// In turns, without and with each abuse.
 pub(crate) async fn run(args: &BenchArgs, results: &mut Results) -> anyhow::Result<()> {
+    abuse::make_room()?;
     let dir = tempfile::tempdir().context("making a temporary folder")?;
     let program = Program::current()?;
     let mut plan = Plan::new(program.clone(), dir.path().to_owned(), Default::default());

@@ -12,7 +12,7 @@ use anyhow::{Context, bail};
 use mesh_core::{
     Desired, Digest, Info, Kind, ModelInfo, Name, Phase, Release, Reported, State, Status, Topic,
     VERSION,
-    update::{Action, Input, Said, Saved, Update},
+    update::{Action, Input, Said, Saved, Since, Update},
 };
 use rumqttc::{
     Connect, ConnectReturnCode, LastWill, Packet, PingReq, PubAck, Publish, QoS, Subscribe,
@@ -201,7 +201,7 @@ impl Device {
         start: Instant,
     ) -> Self {
         let saved = Saved::new(Some(world.base.clone()));
-        let (update, actions) = Update::resume(saved, 0, random);
+        let (update, actions) = Update::resume(saved, Since::NewBoot, 0, random);
         let mut device = Self {
             world,
             name,
@@ -321,6 +321,7 @@ impl Device {
             sources: "cam0".into(),
             tags: String::new(),
             epoch: 1,
+            mesh: String::new(),
         };
         let state = State {
             v: VERSION,

@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::Context;
-use models::{Bundle, ReleaseDocument};
+use models::{Bundle, Draft, ReleaseDocument, delta};
 use serde_json::{Value, json};
 use tokio::{
     task::spawn_blocking,
@@ -16,6 +16,7 @@ use tokio::{
 use super::{
     figures::{Goal, Results},
     rollout::push,
+    weights::{fine_tuned, laden},
 };
 use crate::{
     api::Api,
@@ -27,6 +28,14 @@ use crate::{
 
 pub(super) const MODEL: &str = "conveyor";
 const VERSION: &str = "8.0.1";
+/// What the devices have before a fine-tune, and the fine-tune.
+const BASE: &str = "8.1.0";
+const TUNED: &str = "8.1.1";
+/// Bytes of weights beyond the shipped model's, so that the delta is about as long as the release: what else goes over the uplink for
+/// each device, signatures and handshakes, weighs as much on both.
+const LOAD: usize = 32_000_000;
+/// A fine-tune moves each weight by up to this share of itself: enough for another file, too little for another answer.
+const NOISE: f32 = 1e-4;
 /// The release has so many bytes.
 const BYTES: usize = 13_000_000;
 /// The uplink: 10 Mbit/s for all devices together.
@@ -44,7 +53,8 @@ const LOOK: Duration = Duration::from_millis(50);
 /// Presence spreads, and start-up is over.
 const REST: Duration = Duration::from_secs(8);
 
-/// Rolls a release out three times: to one device, to all by swarm, and to all without a mesh.
+/// Rolls a release out three times: to one device, to all by swarm, and to all without a mesh; and a fine-tune of what the devices
+/// have, which is a delta, to all by swarm.
 pub(crate) async fn run(args: &BenchArgs, results: &mut Results) -> anyhow::Result<()> {
     let seed = args.seed.unwrap_or_else(Dice::seed);
     println!("seed {seed} (repeat with --seed {seed})");
@@ -65,12 +75,40 @@ async fn play(
     let count = usize::from(args.agents);
     let release = root.join("release");
     let bytes = write_release(&release, VERSION, BYTES, &mut Dice::new(seed))? as f64;
-    let alone = roll(&root.join("alone"), &release, 1, false).await?;
+    let shipped = Bundle::open(&shipped_bundle(MODEL)?)?;
+    let bundle = shipped.dir().to_owned();
+    let wave = |name: &str, count, mesh| Wave {
+        root: root.join(name),
+        bundle: bundle.clone(),
+        release: release.clone(),
+        version: VERSION,
+        count,
+        mesh,
+    };
+    let alone = roll(&wave("alone", 1, false)).await?;
     println!("one alone: {alone:?}");
-    let swarm = roll(&root.join("swarm"), &release, count, true).await?;
+    let swarm = roll(&wave("swarm", count, true)).await?;
     println!("{count} by swarm: {swarm:?}");
-    let each = roll(&root.join("each"), &release, count, false).await?;
+    let each = roll(&wave("each", count, false)).await?;
     println!("{count} each for itself: {each:?}");
+    let (base, tuned) = (root.join("base"), root.join("tuned"));
+    let mut dice = Dice::new(seed);
+    let old = laden(&shipped.model_bytes()?, LOAD, &mut dice);
+    let new = fine_tuned(&old, NOISE, &mut dice)?;
+    let delta = delta::make(&old, &new)?.len() as f64;
+    let whole = new.len() as f64;
+    write_model(&shipped, BASE, old, &base)?;
+    write_model(&shipped, TUNED, new, &tuned)?;
+    let by_delta = roll(&Wave {
+        root: root.join("delta"),
+        bundle: base,
+        release: tuned,
+        version: TUNED,
+        count,
+        mesh: true,
+    })
+    .await?;
+    println!("{count} by swarm, a fine-tune: {by_delta:?}");
     results.add("devices", count as f64, "", None, Goal::None);
     results.add("the release", bytes / 1e6, "MB", None, Goal::None);
     let copies = |rolled: &Rolled| rolled.bytes as f64 / bytes;
@@ -100,6 +138,27 @@ async fn play(
         swarm.first_s,
         "s",
         Some(each.first_s),
+        Goal::None,
+    );
+    results.add(
+        "the delta of a fine-tune, against its model",
+        delta / 1e6,
+        "MB",
+        Some(whole / 1e6),
+        Goal::None,
+    );
+    results.add(
+        "of a fine-tune, over the uplink",
+        by_delta.bytes as f64 / delta,
+        "copies of its delta",
+        None,
+        Goal::AtMost(COPIES),
+    );
+    results.add(
+        "until the last device has the fine-tune",
+        by_delta.last_s,
+        "s",
+        None,
         Goal::None,
     );
     Ok(())
@@ -141,6 +200,44 @@ pub(super) fn write_release(
     Ok(new.map(|file| file.length).sum())
 }
 
+/// A bundle like another one, with this model.
+pub(super) fn write_model(
+    like: &Bundle,
+    version: &str,
+    model: Vec<u8>,
+    to: &Path,
+) -> anyhow::Result<()> {
+    let mut manifest = like.manifest.clone();
+    version.clone_into(&mut manifest.version);
+    manifest.lineage.holdout = None;
+    // What nobody uses is in memory, too, and several times while it is loaded.
+    manifest.budget.memory_mib += (4 * model.len() as u64) >> 20;
+    let golden = manifest
+        .golden
+        .iter()
+        .map(|golden| std::fs::read(like.dir().join(&golden.image)));
+    let draft = Draft {
+        golden: golden.collect::<Result<_, _>>()?,
+        manifest,
+        model,
+        card: "# Made to travel\n".into(),
+        holdout: Vec::new(),
+    };
+    draft.write(to)?;
+    Ok(())
+}
+
+/// What is rolled out, and to whom.
+struct Wave {
+    root: PathBuf,
+    /// What the devices have before.
+    bundle: PathBuf,
+    release: PathBuf,
+    version: &'static str,
+    count: usize,
+    mesh: bool,
+}
+
 /// How a rollout went.
 #[derive(Clone, Copy, Debug)]
 struct Rolled {
@@ -151,22 +248,22 @@ struct Rolled {
 }
 
 /// Rolls the release out to so many devices, and waits until it lies on all their disks.
-async fn roll(root: &Path, release: &Path, count: usize, mesh: bool) -> anyhow::Result<Rolled> {
-    let bundle = shipped_bundle(MODEL)?;
+async fn roll(wave: &Wave) -> anyhow::Result<Rolled> {
+    let (root, bundle, count) = (&wave.root, &wave.bundle, wave.count);
     std::fs::create_dir_all(root)?;
     let config = root.join("coordinator.toml");
     std::fs::write(&config, format!("[training]\nmodels = [{bundle:?}]\n"))?;
     let program = Program::current()?;
-    let mut plan = Plan::new(program.clone(), root.join("site"), bundle);
+    let mut plan = Plan::new(program.clone(), root.join("site"), bundle.clone());
     plan.agents = count;
     plan.camera = Camera::None;
     plan.updates = true;
     plan.door = true;
-    plan.mesh = mesh;
+    plan.mesh = wave.mesh;
     plan.coordinator_config = Some(config);
     let mut site = Site::start(&plan).await?;
     let api = Api::of(&site)?;
-    push(&program, &site, release).await?;
+    push(&program, &site, &wave.release).await?;
     all_there(&mut site, &api).await?;
     sleep(REST).await;
     let door = site.door.as_ref().context("the site has no door")?;
@@ -174,7 +271,7 @@ async fn roll(root: &Path, release: &Path, count: usize, mesh: bool) -> anyhow::
     let before = door.counters().down();
     let start = Instant::now();
     let asked = json!({
-        "model": format!("{MODEL}@{VERSION}"), "author": "bench",
+        "model": format!("{MODEL}@{}", wave.version), "author": "bench",
         "plan": {"stages": [{"percent": 100, "soak_s": 0, "keep": 1.0}]},
         "limits": {"latency_times": 100.0},
     });
@@ -189,7 +286,8 @@ async fn roll(root: &Path, release: &Path, count: usize, mesh: bool) -> anyhow::
     let patience = PATIENCE + one * u32::try_from(count)?;
     let mut first_s = None;
     let last_s = loop {
-        let had = folders.iter().filter(|folder| has(folder, VERSION)).count();
+        let had = folders.iter().filter(|folder| has(folder, wave.version));
+        let had = had.count();
         let now_s = start.elapsed().as_secs_f64();
         if had > 0 {
             first_s.get_or_insert(now_s);

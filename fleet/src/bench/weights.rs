@@ -10,6 +10,7 @@ use crate::dice::Dice;
 /// Numbers of the fields in onnx.proto.
 const MODEL_GRAPH: u64 = 7;
 const GRAPH_INITIALIZER: u64 = 5;
+const TENSOR_DIMS: u64 = 1;
 const TENSOR_DATA_TYPE: u64 = 2;
 const TENSOR_NAME: u64 = 8;
 const TENSOR_RAW_DATA: u64 = 9;
@@ -217,6 +218,26 @@ pub(super) fn enlarged(file: &[u8], least: usize) -> anyhow::Result<Vec<u8>> {
     Ok(model)
 }
 
+/// The model with so many bytes more, of weights that no operator uses: it says what it said, and is as heavy on its way as a
+/// large one.
+pub(super) fn laden(file: &[u8], bytes: usize, dice: &mut Dice) -> Vec<u8> {
+    let count = bytes / size_of::<f32>();
+    let mut tensor = Vec::with_capacity(bytes + 64);
+    put_varint(&mut tensor, TENSOR_DIMS << 3);
+    put_varint(&mut tensor, count as u64);
+    put_varint(&mut tensor, TENSOR_DATA_TYPE << 3);
+    put_varint(&mut tensor, FLOAT);
+    put(&mut tensor, TENSOR_NAME, b"load");
+    let raw: Vec<u8> = (0..count).flat_map(|_| throw(dice).to_le_bytes()).collect();
+    put(&mut tensor, TENSOR_RAW_DATA, &raw);
+    let mut graph = Vec::with_capacity(tensor.len() + 16);
+    put(&mut graph, GRAPH_INITIALIZER, &tensor);
+    // What stands twice in a message is joined when it is read.
+    let mut model = file.to_vec();
+    put(&mut model, MODEL_GRAPH, &graph);
+    model
+}
+
 fn put_tensor(graph: &mut Vec<u8>, name: &str, numbers: impl Iterator<Item = f32>) {
     let raw: Vec<u8> = numbers.flat_map(f32::to_le_bytes).collect();
     let mut tensor = Vec::with_capacity(raw.len() + name.len() + 16);
@@ -287,5 +308,31 @@ mod tests {
         assert!(numbers(&large, &all[0]) != numbers(&large, &all[1]));
         assert!(new_head(&large, &mut Dice::new(1)).is_ok());
         assert!(tensors(b"no ONNX at all").is_err());
+    }
+
+    #[test]
+    fn a_laden_model_says_what_it_said() {
+        let bundle = models::Bundle::open(&crate::cli::shipped_bundle("conveyor").unwrap());
+        let bundle = bundle.unwrap();
+        let file = bundle.model_bytes().unwrap();
+        let large = laden(&file, 1 << 20, &mut Dice::new(1));
+        assert!(large.len() > file.len() + (1 << 20));
+        let dir = tempfile::tempdir().unwrap();
+        let to = dir.path().join("laden");
+        super::super::swarm::write_model(&bundle, "9.9.9", large.clone(), &to).unwrap();
+        let (old, new) = (
+            models::Engine::load(&bundle).unwrap(),
+            models::Engine::load(&models::Bundle::open(&to).unwrap()).unwrap(),
+        );
+        let picture = bundle.dir().join(&bundle.manifest.golden[0].image);
+        let picture = models::Picture::read(&picture).unwrap();
+        assert_eq!(
+            old.infer(&picture).unwrap().scores,
+            new.infer(&picture).unwrap().scores
+        );
+        // A training of it is a difference, and not a small one.
+        let tuned = fine_tuned(&large, 1e-4, &mut Dice::new(2)).unwrap();
+        let delta = models::delta::make(&large, &tuned).unwrap();
+        assert!((1 << 18..1 << 20).contains(&delta.len()), "{}", delta.len());
     }
 }

@@ -51,6 +51,8 @@ pub struct Known {
     pub load: u8,
     /// What it answers with.
     pub offers: Vec<Offer>,
+    /// It is no neighbour but the coordinator, behind an uplink that others need, too: asked only where no neighbour can be.
+    pub far: bool,
 }
 
 /// Who is to look at a frame.
@@ -175,7 +177,7 @@ impl Asker {
             offer.kind == own.kind && offer.digest != own.digest && offer.bytes > own.bytes
         };
         let chosen = self.pick(
-            |_, offers| offers.iter().filter(better).max_by_key(|o| o.bytes),
+            |known| known.offers.iter().filter(better).max_by_key(|o| o.bytes),
             now_ms,
         )?;
         self.credit -= 1.0;
@@ -194,12 +196,10 @@ impl Asker {
         if !self.asking.spill || !(behind || hot) {
             return None;
         }
-        let same = |load: u8, offers: &'_ [Offer]| {
-            let place = offers.iter().position(|offer| offer.digest == own.digest);
-            place.filter(|_| load < IDLE_LOAD)
-        };
+        let same = |offer: &&Offer| offer.digest == own.digest;
+        let idle = |known: &&Known| !known.far && known.load < IDLE_LOAD;
         let chosen = self.pick(
-            |load, offers| same(load, offers).and_then(|place| offers.get(place)),
+            |known| Some(known).filter(idle)?.offers.iter().find(same),
             now_ms,
         )?;
         Some(self.send(chosen))
@@ -239,10 +239,11 @@ impl Asker {
         self.away
     }
 
-    /// Of those that may be asked: the biggest model, then whoever answers soonest. Who was never asked is tried.
+    /// Of those that may be asked: a neighbour, then the biggest model, then whoever answers soonest. Who was never asked is
+    /// tried.
     fn pick<'a>(
         &'a self,
-        offer: impl Fn(u8, &'a [Offer]) -> Option<&'a Offer>,
+        offer: impl Fn(&'a Known) -> Option<&'a Offer>,
         now_ms: u64,
     ) -> Option<Chosen> {
         if self.away >= MAX_AWAY {
@@ -251,10 +252,11 @@ impl Asker {
         let may = self.known.iter().filter_map(|neighbour| {
             let standing = self.standings.get(&neighbour.peer);
             let free = standing.is_none_or(|standing| standing.takes(now_ms));
-            let offer = offer(neighbour.load, &neighbour.offers).filter(|_| free)?;
+            let offer = offer(neighbour).filter(|_| free)?;
             let ms = standing.and_then(|standing| standing.ms).unwrap_or(0);
             let away = standing.map_or(0, |standing| standing.away);
             let order = (
+                neighbour.far,
                 core::cmp::Reverse(offer.bytes),
                 away,
                 ms,

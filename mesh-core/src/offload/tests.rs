@@ -31,6 +31,7 @@ fn known(peer: u8, load: u8, offers: Vec<Offer>) -> Known {
         peer: Digest([peer; 32]),
         load,
         offers,
+        far: false,
     }
 }
 
@@ -69,6 +70,36 @@ fn only_a_bigger_model_of_the_same_kind_knows_better() {
         vec![known(1, 0, vec![offer(2, 99)])],
     );
     assert_eq!(next_asked(&mut off, 0), None);
+}
+
+#[test]
+fn the_coordinator_is_asked_where_no_neighbour_can_be() {
+    let far = Known {
+        far: true,
+        ..known(0, 0, vec![offer(5, 1_000), offer(1, 10)])
+    };
+    let here = known(1, 40, vec![offer(2, 11)]);
+    let mut asker = asker(ASKING, vec![far.clone(), here]);
+    let peer = |chosen: Option<Chosen>| chosen.map(|chosen| chosen.peer.0[0]);
+    // However much bigger its model is.
+    assert_eq!(peer(next_asked(&mut asker, 0)), Some(1));
+    asker.heard(&Digest([1; 32]), Heard::Refused, 0);
+    let chosen = next_asked(&mut asker, 1).unwrap();
+    assert_eq!((chosen.peer.0[0], chosen.model.0[0]), (0, 5));
+    // It does not look either: it is left as a neighbour is, longer each time.
+    let mut now_ms = 1;
+    asker.heard(&chosen.peer, Heard::Missed, now_ms);
+    for wait_ms in [0, 0, 5_000, 10_000, 20_000] {
+        asker.know(vec![far.clone()]);
+        let early = wait_ms > 0 && next_asked(&mut asker, now_ms + wait_ms - 1).is_some();
+        assert!(!early, "{wait_ms}");
+        now_ms += wait_ms;
+        assert_eq!(peer(next_asked(&mut asker, now_ms)), Some(0), "{wait_ms}");
+        asker.heard(&far.peer, Heard::Missed, now_ms);
+    }
+    // It relieves nobody of frames.
+    let mut asker = super::tests::asker(ASKING, vec![far]);
+    assert_eq!(asker.spill(&offer(1, 10), true, Some(99), 0), None);
 }
 
 #[test]

@@ -1,13 +1,14 @@
 //! Runs parts of a model for a neighbour that leads.
 
 use std::{
+    collections::BTreeMap,
     path::PathBuf,
     sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 
 use libp2p::futures::{AsyncRead, AsyncReadExt, AsyncWrite};
-use mesh_core::{Digest, offload::serve::Refusal};
+use mesh_core::{Digest, offload::serve::Refusal, roster::Peer};
 use models::{Part, Span};
 use tokio::time::{Instant, timeout};
 
@@ -30,12 +31,32 @@ pub(super) const WEIGHED: u32 = 64 * 1024;
 const MAX_DEADLINE_MS: u32 = 10_000;
 /// Parts that are held at a time: that of the plan in use, and that of the next.
 const HELD: usize = 2;
+/// A part that a neighbour has used within this time is not given away for another one's: longer than any leader waits for
+/// its next plan.
+const IN_USE: Duration = Duration::from_secs(60);
 
 /// A part that is ready.
 struct Held {
     span: Span,
     part: Arc<Part>,
     expected_ms: f64,
+    /// Who had it loaded or run, and when last.
+    users: BTreeMap<Peer, Instant>,
+}
+
+impl Held {
+    fn used(&mut self, by: Peer) {
+        let now = Instant::now();
+        self.users.retain(|_, at| now.duration_since(*at) < IN_USE);
+        self.users.insert(by, now);
+    }
+
+    /// Does anybody else need it?
+    fn is_needed_beside(&self, by: &Peer) -> bool {
+        let now = Instant::now();
+        let needs = |(peer, at): (&Peer, &Instant)| peer != by && now.duration_since(*at) < IN_USE;
+        self.users.iter().any(needs)
+    }
 }
 
 /// Answers neighbours that lead.
@@ -88,13 +109,17 @@ impl Lender {
     }
 
     /// Serves one stream to its end.
-    pub(crate) async fn serve(self: Arc<Self>, stream: impl AsyncRead + AsyncWrite + Unpin) {
+    pub(crate) async fn serve(
+        self: Arc<Self>,
+        peer: Peer,
+        stream: impl AsyncRead + AsyncWrite + Unpin,
+    ) {
         let (mut from, mut to) = stream.split();
         let answered = async {
             let question = timeout(PATIENCE, wire::question(&mut from)).await;
             let said = match question.map_err(|_| slow())?? {
                 Question::Lend { model } => self.lend(&model),
-                Question::Load { model, span } => self.load(model, span).await,
+                Question::Load { model, span } => self.load(peer, model, span).await,
                 Question::Weigh { values } if values <= WEIGHED => {
                     let taken = timeout(PATIENCE, wire::values(&mut from, values)).await;
                     taken.map_err(|_| slow())??;
@@ -107,7 +132,10 @@ impl Lender {
                     span,
                     deadline_ms,
                     values,
-                } => self.run(&mut from, model, &span, deadline_ms, values).await,
+                } => {
+                    let asked = (peer, model, &span);
+                    self.run(&mut from, asked, deadline_ms, values).await
+                }
             };
             let (reply, outputs) = said.unwrap_or_else(|why| (Reply::Refused(why), Vec::new()));
             let numbers = &self.worker.counters.offload;
@@ -140,15 +168,17 @@ impl Lender {
         let lent = Reply::Lent {
             speed: source.speed,
             room: self.room,
+            share: self.worker.share.into(),
         };
         Ok((lent, Vec::new()))
     }
 
     /// The part, if it is ready.
-    fn held(&self, span: &Span) -> Option<(Arc<Part>, f64)> {
+    fn held(&self, span: &Span, by: Peer) -> Option<(Arc<Part>, f64)> {
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         let at = held.iter().position(|held| held.span == *span)?;
-        let found = held.remove(at);
+        let mut found = held.remove(at);
+        found.used(by);
         let is = (Arc::clone(&found.part), found.expected_ms);
         held.push(found);
         Some(is)
@@ -156,6 +186,7 @@ impl Lender {
 
     async fn load(
         self: &Arc<Self>,
+        peer: Peer,
         model: Digest,
         span: Span,
     ) -> Result<(Reply, Vec<Vec<f32>>), Refusal> {
@@ -169,46 +200,52 @@ impl Lender {
         let operations: u64 = steps.iter().map(|step| step.operations).sum();
         let expected_ms = operations as f64 / source.speed / 1e3;
         let _one = self.loading.lock().await;
-        if self.held(&span).is_some() {
+        if self.held(&span, peer).is_some() {
             return loaded;
         }
-        {
-            let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-            while held.len() >= HELD {
-                held.remove(0);
-            }
-        }
-        let (folder, wanted) = (self.folder.clone(), span.clone());
-        let read = tokio::task::spawn_blocking(move || part(&folder, &model, &wanted)).await;
-        let part = match read {
-            Ok(Ok(part)) => Arc::new(part),
-            Ok(Err(why)) => {
+        // First there is memory, then the part.
+        let (this, folder, wanted) = (Arc::clone(self), self.folder.clone(), span.clone());
+        let read = move || {
+            this.make_way(&peer)?;
+            part(&folder, &model, &wanted).map_err(|why| {
                 tracing::warn!("a part for a neighbour: {why}");
-                return Err(Refusal::Failed);
-            }
-            Err(_) => return Err(Refusal::Failed),
+                Refusal::Failed
+            })
         };
-        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        held.push(Held {
+        let part = Arc::new(self.worker.prepare(read).await??);
+        let mut new = Held {
             span,
             part,
             expected_ms,
-        });
+            users: BTreeMap::new(),
+        };
+        new.used(peer);
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        held.push(new);
         loaded
+    }
+
+    /// Lets go of parts that nobody else needs until there is a place for one more.
+    fn make_way(&self, peer: &Peer) -> Result<(), Refusal> {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        while held.len() >= HELD {
+            let free = held.iter().position(|held| !held.is_needed_beside(peer));
+            held.remove(free.ok_or(Refusal::Full)?);
+        }
+        Ok(())
     }
 
     async fn run(
         &self,
         from: &mut (impl AsyncRead + Unpin),
-        model: Digest,
-        span: &Span,
+        (peer, model, span): (Peer, Digest, &Span),
         deadline_ms: u32,
         count: u32,
     ) -> Result<(Reply, Vec<Vec<f32>>), Refusal> {
         let deadline_ms = deadline_ms.min(MAX_DEADLINE_MS);
         let until = Instant::now() + Duration::from_millis(deadline_ms.into());
         self.source(&model)?;
-        let (part, expected_ms) = self.held(span).ok_or(Refusal::NoSuchModel)?;
+        let (part, expected_ms) = self.held(span, peer).ok_or(Refusal::NoSuchModel)?;
         if usize::try_from(count).ok() != Some(part.takes()) {
             return Err(Refusal::BadPicture);
         }

@@ -12,9 +12,10 @@
 
 mod lead;
 mod lend;
+mod planner;
 #[cfg(test)]
 mod tests;
-mod wire;
+pub(crate) mod wire;
 
 use std::path::Path;
 
@@ -22,7 +23,7 @@ use mesh_core::Digest;
 use models::{Bundle, Manifest, Part, Span, Steps};
 use tokio::time::Instant;
 
-pub(crate) use lead::Leader;
+pub(crate) use lead::{Leader, Terms};
 pub(crate) use lend::Lender;
 pub(crate) use wire::PART;
 

@@ -7,7 +7,12 @@ use std::{
     time::Duration,
 };
 
-use mesh_core::{Digest, Name, neighbours::Presence, offload::Answer, roster::Peer};
+use mesh_core::{
+    Digest, Name,
+    neighbours::Presence,
+    offload::{Answer, serve::Refusal},
+    roster::Peer,
+};
 use models::{Bundle, Engine};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
@@ -74,8 +79,8 @@ impl Hostile {
         let (reply, tail) = match (question, self) {
             (wire::Question::Lend { .. }, _) => {
                 // Faster than anybody.
-                let (speed, room) = (1e9, u64::MAX);
-                (wire::Reply::Lent { speed, room }, Vec::new())
+                let (speed, room, share) = (1e9, u64::MAX, 1.0);
+                (wire::Reply::Lent { speed, room, share }, Vec::new())
             }
             (wire::Question::Load { .. }, _) => (wire::Reply::Loaded, Vec::new()),
             (wire::Question::Weigh { values }, _) => {
@@ -122,7 +127,7 @@ impl Roads for Yard {
         let (ours, theirs) = duplex(16 * 1024);
         match other {
             Some(Other::Lender(lender)) => {
-                tokio::spawn(lender.serve(theirs.compat()));
+                tokio::spawn(lender.serve(peer, theirs.compat()));
             }
             Some(Other::Hostile(how)) => {
                 tokio::spawn(how.serve(theirs));
@@ -138,12 +143,16 @@ impl Roads for Yard {
 }
 
 fn worker() -> (Arc<Worker>, Counters) {
+    worker_with(0.9, Pressure::default())
+}
+
+fn worker_with(time_share: f32, pressure: Pressure) -> (Arc<Worker>, Counters) {
     let config = OffloadConfig {
-        time_share: 0.9,
+        time_share,
         ..OffloadConfig::default()
     };
     let counters = Counters::default();
-    let worker = Worker::start(&config, Pressure::default(), counters.clone()).unwrap();
+    let worker = Worker::start(&config, pressure, counters.clone()).unwrap();
     (worker, counters)
 }
 
@@ -170,7 +179,8 @@ impl Stage {
         let input = engine.tensor_from_bytes(&picture).unwrap();
         let outcome = engine.run(&input).unwrap();
         let yard = Yard::default();
-        let (leader, planner) = Leader::new(folder("steel"), room, yard.clone());
+        let terms = Terms { room, share: 0.9 };
+        let (leader, planner) = Leader::new(folder("steel"), terms, yard.clone());
         let (tell, present) = watch::channel(Present::default());
         let stop = CancellationToken::new();
         tokio::spawn(planner.run(present, stop.clone()));
@@ -202,7 +212,11 @@ impl Stage {
     }
 
     fn lender(&self, n: u8, room: u64) -> Counters {
-        let (worker, counters) = worker();
+        self.busy_lender(n, room, Pressure::default())
+    }
+
+    fn busy_lender(&self, n: u8, room: u64, pressure: Pressure) -> Counters {
+        let (worker, counters) = worker_with(0.9, pressure);
         let lender = Lender::start(worker, folder("steel"), room).unwrap();
         self.set(n, Other::Lender(lender));
         counters
@@ -329,6 +343,147 @@ async fn whatever_a_lender_does_the_answer_is_right() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn who_has_something_else_to_do_for_a_moment_is_not_given_up() {
+    let stage = Stage::start(a_third());
+    let pressure = Pressure::default();
+    let counters = stage.busy_lender(1, u64::MAX, pressure.clone());
+    stage.is_right().await;
+    let parts = counters.offload.parts.get();
+    assert!(parts > 0);
+    // It has frames of its own, for less than a leader waits.
+    pressure.set_behind(true);
+    let free = async {
+        while counters.offload.turned_away.get() == 0 {
+            sleep(Duration::from_millis(5)).await;
+        }
+        sleep(Duration::from_millis(200)).await;
+        pressure.set_behind(false);
+    };
+    let until = Instant::now() + Duration::from_secs(30);
+    let looked = stage
+        .leader
+        .look(&stage.worker, Arc::clone(&stage.picture), until);
+    let (looked, ()) = tokio::join!(looked, free);
+    assert_eq!(looked.unwrap().label, stage.wanted.label);
+    assert!(counters.offload.parts.get() > parts, "by the same one");
+    assert_eq!(stage.counters.offload.replaced.get(), 0);
+    // A frame that has no time left says why, and that is all.
+    pressure.set_behind(true);
+    let until = Instant::now() + Duration::from_millis(400);
+    let looked = stage
+        .leader
+        .look(&stage.worker, Arc::clone(&stage.picture), until)
+        .await;
+    assert!(looked.is_err());
+    assert_eq!(stage.counters.offload.replaced.get(), 0);
+    pressure.set_behind(false);
+    stage.is_right().await;
+    assert_eq!(stage.counters.offload.replaced.get(), 0);
+}
+
+/// Asks a lender as one of its neighbours.
+async fn asked(
+    lender: &Arc<Lender>,
+    by: u8,
+    question: wire::Question,
+    values: &[f32],
+) -> wire::Reply {
+    let (ours, theirs) = duplex(16 * 1024);
+    tokio::spawn(Arc::clone(lender).serve(peer(by), theirs.compat()));
+    wire::ask(ours.compat(), &question, values).await.unwrap().0
+}
+
+/// A lender of the steel model that has read it, and what there is of it.
+async fn ready(share: f32) -> (Arc<Lender>, Source) {
+    let (worker, _) = worker_with(share, Pressure::default());
+    let lender = Lender::start(worker, folder("steel"), u64::MAX).unwrap();
+    let source = open(&folder("steel")).unwrap();
+    let model = source.digest;
+    let begin = Instant::now();
+    while !matches!(
+        asked(&lender, 1, wire::Question::Lend { model }, &[]).await,
+        wire::Reply::Lent { .. }
+    ) {
+        assert!(begin.elapsed() < BOUND);
+        sleep(Duration::from_millis(20)).await;
+    }
+    (lender, source)
+}
+
+/// Until it has loaded so many steps for somebody.
+async fn loads(lender: &Arc<Lender>, by: u8, source: &Source, steps: usize) {
+    let begin = Instant::now();
+    loop {
+        let load = wire::Question::Load {
+            model: source.digest,
+            span: source.steps.span(0, steps).unwrap(),
+        };
+        match asked(lender, by, load, &[]).await {
+            wire::Reply::Loaded => return,
+            wire::Reply::Refused(Refusal::ShareUsed) => sleep(Duration::from_millis(20)).await,
+            other => panic!("{other:?}"),
+        }
+        assert!(begin.elapsed() < BOUND, "never");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn loading_parts_is_of_the_share_of_time() {
+    let (lender, source) = ready(0.01).await;
+    let begin = Instant::now();
+    let mut loaded = 0;
+    let refused = loop {
+        let load = wire::Question::Load {
+            model: source.digest,
+            span: source.steps.span(0, 1 + loaded % 3).unwrap(),
+        };
+        match asked(&lender, 1, load, &[]).await {
+            wire::Reply::Loaded => loaded += 1,
+            // What was saved up since its start is not much.
+            wire::Reply::Refused(why) if loaded == 0 => {
+                assert_eq!(why, Refusal::ShareUsed);
+                sleep(Duration::from_millis(20)).await;
+            }
+            wire::Reply::Refused(why) => break why,
+            other => panic!("{other:?}"),
+        }
+        assert!(loaded < 50 && begin.elapsed() < BOUND, "without end");
+    };
+    assert_eq!(refused, Refusal::ShareUsed);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_has_another_ones_part_put_away() {
+    let (lender, source) = ready(0.9).await;
+    loads(&lender, 1, &source, 1).await;
+    for steps in [2, 3, 2, 3] {
+        loads(&lender, 2, &source, steps).await;
+    }
+    let run = |steps| wire::Question::Run {
+        model: source.digest,
+        span: source.steps.span(0, steps).unwrap(),
+        deadline_ms: 5_000,
+        values: 3,
+    };
+    // It is there, and takes more values than that.
+    let refused = asked(&lender, 1, run(1), &[1.0; 3]).await;
+    assert_eq!(refused, wire::Reply::Refused(Refusal::BadPicture));
+    let gone = asked(&lender, 2, run(2), &[1.0; 3]).await;
+    assert_eq!(gone, wire::Reply::Refused(Refusal::NoSuchModel));
+    // A third one waits until one of them does without.
+    let load = wire::Question::Load {
+        model: source.digest,
+        span: source.steps.span(1, 2).unwrap(),
+    };
+    loop {
+        match asked(&lender, 3, load.clone(), &[]).await {
+            wire::Reply::Refused(Refusal::ShareUsed) => sleep(Duration::from_millis(20)).await,
+            other => break assert_eq!(other, wire::Reply::Refused(Refusal::Full)),
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_lender_gives_only_what_it_lends() {
     let (worker, counters) = worker();
@@ -336,7 +491,7 @@ async fn a_lender_gives_only_what_it_lends() {
     let source = open(&folder("steel")).unwrap();
     let ask = async |question: wire::Question, values: &[f32]| {
         let (ours, theirs) = duplex(16 * 1024);
-        tokio::spawn(Arc::clone(&lender).serve(theirs.compat()));
+        tokio::spawn(Arc::clone(&lender).serve(peer(1), theirs.compat()));
         wire::ask(ours.compat(), &question, values).await.unwrap().0
     };
     let model = source.digest;

@@ -54,6 +54,9 @@ pub(crate) enum Reply {
         speed: f64,
         /// Bytes of weights.
         room: u64,
+        /// Of its time; who does not say it is taken to give all.
+        #[serde(default = "all_of_it")]
+        share: f64,
     },
     Loaded,
     /// How many values of each output follow, and how many microseconds it took.
@@ -62,6 +65,10 @@ pub(crate) enum Reply {
         us: u64,
     },
     Refused(Refusal),
+}
+
+const fn all_of_it() -> f64 {
+    1.0
 }
 
 /// The question on a stream that somebody has opened.
@@ -181,8 +188,13 @@ mod tests {
         let lent = Reply::Lent {
             speed: 1234.5,
             room: u64::MAX,
+            share: 0.25,
         };
         assert!(serde_json::to_string(&lent).unwrap().len() < MAX_REPLY);
+        // Of a neighbour with an older agent.
+        let lent: Reply = serde_json::from_str(r#"{"lent":{"speed":2.0,"room":9}}"#).unwrap();
+        let (speed, room, share) = (2.0, 9, 1.0);
+        assert_eq!(lent, Reply::Lent { speed, room, share });
         let load = Question::Load {
             model: Digest([2; 32]),
             span: Span::default(),
