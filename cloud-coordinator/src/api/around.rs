@@ -33,7 +33,7 @@ const REQUEST: Duration = Duration::from_secs(40);
 /// An import is as long as what it brings; it is given up after this.
 const IMPORT: Duration = Duration::from_secs(3_600);
 /// Requests that are worked on at a time.
-const AT_ONCE: usize = 528;
+const AT_ONCE: usize = 600;
 /// Of those, what is always left for what needs no part: pages, health, metrics, who asks.
 const SPARE: usize = 128;
 const _: () = assert!(parts::PLACES + SPARE <= AT_ONCE);

@@ -127,7 +127,7 @@ impl Name {
     /// them waits.
     const fn waiting(self) -> usize {
         match self {
-            Self::Trust => 56,
+            Self::Trust => 128,
             _ => self.places().div_ceil(4),
         }
     }

@@ -409,8 +409,9 @@ async fn no_clock_locks_a_device_out() {
             keeper.time().now_ms() >= TODAY_MS,
             "never before what is known"
         );
+        // Its certificate has run out, which it does not know: shown in vain, it is not shown a moment later.
         let passed = until_asked(&world, &mut keeper).await;
-        assert!(passed <= 1_001, "{passed}");
+        assert!(passed <= 3_001, "{passed}");
         assert_eq!(keeper.time().now_ms(), later + passed);
         assert_eq!(world.stand_in.shared.asked().last().unwrap(), "renew");
     }
