@@ -303,7 +303,7 @@ async fn the_page_and_what_watches_over_it() {
     let (_, description) = get(http, "/api/v1/openapi.json").await;
     let paths = description["paths"].as_object().unwrap();
     // What has to be said in a question is in its parameters.
-    let is_plain = |get: &Value| {
+    let is_plain = |get: &serde_json::Value| {
         let all = get["parameters"].as_array();
         !all.is_some_and(|all| all.iter().any(|one| one["required"] == true))
     };

@@ -211,7 +211,7 @@ mod tests {
         assert!(Meeting::decode(&[b' '; MAX_BYTES + 1]).is_err());
         // The longest that there may be has room.
         let longest = Place {
-            device: "a".repeat(64).parse().unwrap(),
+            device: "a".repeat(63).parse().unwrap(),
             address: "[1111:2222:3333:4444:5555:6666:7777:8888]:65535"
                 .parse()
                 .unwrap(),

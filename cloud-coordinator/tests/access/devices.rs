@@ -63,6 +63,7 @@ async fn looked(site: &Site, badge: &Badge) -> usize {
     let line = format!("POST /api/v1/offload/{}", "0".repeat(64));
     let mut sender = site.door(Some(badge)).await.unwrap();
     for n in 0..500 {
+        sender.ready().await.unwrap();
         let asked = exchange(&mut sender, &line, Some(json!({})), None);
         match timeout(PATIENCE, asked).await.unwrap().unwrap().0 {
             404 => {}
