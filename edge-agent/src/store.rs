@@ -618,7 +618,7 @@ mod tests {
         let thread = std::thread::spawn(move || store.run(asked));
         ask.blocking_send(Command::Append(draft(0))).unwrap();
         while counters.store_errors.get() == 0 {
-            std::thread::sleep(Duration::from_millis(10));
+            std::thread::park_timeout(Duration::from_millis(10));
         }
         std::fs::rename(&away, &at).unwrap();
         assert!(

@@ -168,7 +168,11 @@ pub fn fit_share(share: &mut f32) -> bool {
     let fits = (0.0..=1.0).contains(share);
     if !fits {
         // `max` takes the other one where one is no number.
-        *share = share.max(0.0).min(1.0);
+        *share = if share.is_nan() {
+            0.0
+        } else {
+            share.clamp(0.0, 1.0)
+        };
     }
     !fits
 }

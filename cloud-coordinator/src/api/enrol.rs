@@ -222,7 +222,7 @@ pub(super) async fn renew(
     let (identity, from) = (&state.identity, from.ip());
     let renewed = identity.renew(&asked.csr, shown, from, now_ms).await;
     let (peer, issued) = renewed.map_err(|error| match error {
-        DeviceError::Unproven => Problem::from(error).to_sign(identity.challenge(now_ms)),
+        DeviceError::Unproven => Problem::from(error).with_challenge(identity.challenge(now_ms)),
         error => error.into(),
     })?;
     let mqtt = state.broker_for(&uri, &headers);

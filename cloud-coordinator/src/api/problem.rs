@@ -38,13 +38,13 @@ pub(crate) struct Problem {
     offset: Option<u64>,
     /// Seconds until it may be tried again, as in `Retry-After`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    retry_after_s: Option<u64>,
+    retry_after_s: Option<u32>,
     /// The part behind the API that is busy or unwell.
     #[serde(skip_serializing_if = "Option::is_none")]
     part: Option<&'static str>,
     /// What a device is to sign that renews without a certificate.
     #[serde(skip_serializing_if = "Option::is_none")]
-    challenge: Option<String>,
+    challenge: Option<Box<str>>,
     #[serde(skip)]
     failing: Option<Failing>,
 }
@@ -80,13 +80,14 @@ impl Problem {
     }
 
     /// Says what to sign.
-    pub(super) fn to_sign(self, challenge: Option<String>) -> Self {
+    pub(super) fn with_challenge(self, challenge: Option<String>) -> Self {
+        let challenge = challenge.map(Into::into);
         Self { challenge, ..self }
     }
 
     /// Says when to come back.
     pub(crate) fn after(self, seconds: u64) -> Self {
-        let retry_after_s = Some(seconds);
+        let retry_after_s = Some(u32::try_from(seconds).unwrap_or(u32::MAX));
         Self {
             retry_after_s,
             ..self

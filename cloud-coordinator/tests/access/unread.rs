@@ -42,7 +42,7 @@ async fn who_does_not_read_holds_a_share_of_the_memory_and_not_for_long() {
         .await
         .unwrap();
     let connection = tokio::spawn(connection);
-    let begin = std::time::Instant::now();
+    let begin = tokio::time::Instant::now();
     let (mut held, mut refused) = (Vec::new(), 0);
     for _ in 0..ASKED {
         let request = Request::get(format!("https://127.0.0.1{path}"))

@@ -28,7 +28,7 @@ fn whoever_was_known_before_the_roster_ran_out_is_seen_again_at_once() {
     let roster = all[0].rosters.newest();
     all[0].rosters.replace(None);
     until("it knows nobody any more", || all[0].sees(&members, &[]));
-    let began = std::time::Instant::now();
+    let began = tokio::time::Instant::now();
     all[0].rosters.replace(roster);
     until("it sees the others again", || {
         all[0].sees(&members, &[1, 2])

@@ -287,7 +287,14 @@ async fn releases(enemy: &Enemy) -> anyhow::Result<()> {
 
 async fn one_id(enemy: &Enemy) -> anyhow::Result<()> {
     let topic = enemy.own("cam0/image");
-    let one = |n: usize| publish(&topic, if n % 2 == 0 { 0x04 } else { 0x02 }, 7, b"x");
+    let one = |n: usize| {
+        publish(
+            &topic,
+            if n.is_multiple_of(2) { 0x04 } else { 0x02 },
+            7,
+            b"x",
+        )
+    };
     let many: Vec<u8> = (0..2_000).flat_map(one).collect();
     enemy.misbehave(&many).await
 }

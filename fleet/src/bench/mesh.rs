@@ -240,9 +240,8 @@ async fn at_rest(devices: usize, mesh: bool) -> anyhow::Result<f64> {
     let mut site = Site::start(&plan).await?;
     for begin in (0..devices).step_by(AT_ONCE) {
         let end = devices.min(begin + AT_ONCE);
-        let next = site.devices.get_mut(begin..end).into_iter().flatten();
-        next.map(|device| device.agent.start())
-            .collect::<Result<(), _>>()?;
+        let mut next = site.devices.get_mut(begin..end).into_iter().flatten();
+        next.try_for_each(|device| device.agent.start())?;
         if mesh {
             let (_, took) = some_met(&mut site, end).await?;
             println!(

@@ -74,7 +74,7 @@ fn serve(mut stream: TcpStream, how: Far, offer: &Offer, looked: &AtomicU64) {
             Far::Says(label) => (200, answer(label, 0.875)),
             Far::NoNumber => (200, answer("patches", 7.5)),
             Far::Garbage => (200, "{{{{".to_owned()),
-            Far::NeverAnswers => return std::thread::sleep(BOUND),
+            Far::NeverAnswers => return std::thread::park_timeout(BOUND),
             Far::Status(status) => (status, String::new()),
         }
     };
