@@ -496,7 +496,7 @@ async fn a_device_goes_back_by_itself_while_the_coordinator_is_gone() {
         let done = until("the device is back on its own", async || {
             let mut status = tokio::process::Command::new(NODE);
             status.args(["edge-agent", "model", "status", "--config"]);
-            status.arg(&agent);
+            status.arg(agent);
             status.env_remove(EXIT_WITH_STDIN).stdin(Stdio::null());
             said = String::from_utf8_lossy(&status.output().await.unwrap().stdout).into_owned();
             said.contains(GOOD) && reasons.iter().any(|reason| said.contains(reason))
