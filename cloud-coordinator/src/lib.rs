@@ -12,7 +12,6 @@
 //!
 //! [`coordinator::Coordinator::start`] wires these together and returns a handle; the program and the
 //! tests use the same function.
-#![forbid(unsafe_code)]
 
 mod adopt;
 mod api;

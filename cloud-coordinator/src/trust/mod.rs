@@ -19,7 +19,6 @@ mod directory;
 mod enrol;
 mod enrol_tokens;
 pub(crate) mod files;
-mod hashing;
 pub(crate) mod identity;
 mod passwords;
 mod principal;

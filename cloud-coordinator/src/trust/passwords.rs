@@ -8,15 +8,14 @@ use argon2::{
 };
 use tokio::sync::Semaphore;
 
-use super::{
-    TrustError,
-    hashing::{self, AT_ONCE},
-};
+use super::TrustError;
 
 /// Characters of a password, at least: what a machine guesses offline in years, not in minutes.
 const LEAST_CHARACTERS: usize = 10;
 /// Bytes of a password, at most: a long sentence.
 const MOST_BYTES: usize = 256;
+/// Passwords that are hashed at a time: each takes 19 MiB and a core for some hundredths of a second.
+const AT_ONCE: usize = 2;
 
 /// Hashes passwords, a few at a time.
 #[derive(Debug)]
@@ -54,7 +53,9 @@ impl Passwords {
     ) -> Result<T, TrustError> {
         let failed = |error: &dyn std::fmt::Display| TrustError::Hash(error.to_string());
         let _place = self.places.acquire().await.map_err(|e| failed(&e))?;
-        hashing::hash(work).await.map_err(|e| failed(&e))
+        tokio::task::spawn_blocking(work)
+            .await
+            .map_err(|e| failed(&e))
     }
 
     pub(super) async fn hash(&self, password: &str) -> Result<String, TrustError> {

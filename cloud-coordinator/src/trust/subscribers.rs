@@ -21,7 +21,6 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use self::turns::Turns;
-use super::hashing;
 use crate::{
     api::limits::{Limits, What},
     records::{RecordError, Records, commit},
@@ -216,7 +215,7 @@ impl Subscribers {
             if !self.is_fresh(&digest) {
                 self.may_guess(network, name, &digest)?;
                 let password = password.to_vec();
-                let check = hashing::hash(move || {
+                let check = tokio::task::spawn_blocking(move || {
                     let right = matches(&password, &hash);
                     drop(turn);
                     right
@@ -384,7 +383,7 @@ fn entry(name: Name, sites: Sites, password: String) -> Entry {
 
 /// Hashing takes a core for a while: not one of those that serve.
 async fn hash_off_thread(password: String) -> Result<String, SubscriberError> {
-    hashing::hash(move || hashed(&password))
+    tokio::task::spawn_blocking(move || hashed(&password))
         .await
         .map_err(|error| SubscriberError::Hash(error.to_string()))?
 }
